@@ -1,0 +1,74 @@
+# %% [markdown]
+# # The corpus that C = E[k kᵀ] is taken over
+# Chat turns and answers sampled from smollm2 itself, from its bare system prompt on: no text of
+# anybody's is needed, and C holds keys of what the model is asked. Turns that are not plain ASCII, or
+# that touch a harmful subject of the package, are dropped.
+#
+#     python analyses/corpus.py
+
+# %%
+import json
+import re
+from pathlib import Path
+
+import torch
+
+import lens_defense as ld
+from lens_defense.generations import generate
+from lens_defense.prompts import decode, prompt, request
+
+TURNS, SEED, BYTES = 400, 0, 70_000
+OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "corpus.jsonl"
+UNWANTED = re.compile(
+    r"\b(kill|murder|weapon|bomb|explos|drug|suicid|rape|sex|nude|porn|naz|terror|hack|malware|"
+    r"virus|poison|steal|fraud|racis|slur|gun|shoot|abus|assault|attack|blood|death|dead|child)",
+    re.IGNORECASE,
+)
+
+# %%
+model = ld.load("smollm2")
+generator = torch.Generator().manual_seed(SEED)
+
+
+def sample(logits):
+    """One token a row at temperature 1."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+opening = prompt(model.tokenizer, request("x"))
+before = opening.ids[: opening.roles.index("before")]
+subjects = [
+    row.subject.lower() for split in ("edit", "tune", "check") for row in ld.requests("core", split=split)
+]
+
+
+def fit(text):
+    """Plain, harmless text of some length."""
+    return (
+        text.isascii()
+        and 20 <= len(text)
+        and not UNWANTED.search(text)
+        and not any(subject in text.lower() for subject in subjects)
+    )
+
+
+turns = generate(model, [before] * TURNS, tokens=60, pick=sample)
+users = [decode(model.tokenizer, ids) for ids in turns if ids[-1] == model.tokenizer.eos_token_id]
+users = [text for text in dict.fromkeys(users) if fit(text)]
+asked = [prompt(model.tokenizer, request(text)).ids for text in users]
+answers = [decode(model.tokenizer, ids) for ids in generate(model, asked, tokens=80, pick=sample)]
+
+# %%
+rows = [
+    {"user": user, "assistant": answer}
+    for user, answer in zip(users, answers, strict=True)
+    if fit(answer)
+]
+size = 0
+with OUT.open("w", encoding="utf-8") as file:
+    for row in rows:
+        line = json.dumps(row) + "\n"
+        size += len(line)
+        if size > BYTES:
+            break
+        file.write(line)

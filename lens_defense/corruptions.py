@@ -1,0 +1,98 @@
+"""How the subject is taken out of a prompt: Gaussian noise on its embeddings, or another subject.
+
+A Corruption is any callable (clean embeddings [1, token, d_model], Prompt) -> [sample, token,
+d_model], the same prompt with its subject spoiled, once a sample.
+"""
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.resources import files
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.patches import device_of, run
+from lens_defense.prompts import Prompt, prompt
+from lens_defense.sites import EMBEDDING
+
+Embeddings = Float[Tensor, "sample token d_model"]
+Corruption = Callable[[Float[Tensor, "1 token d_model"], Prompt], Embeddings]
+
+
+def noise(
+    model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, seed: int = 0
+) -> Corruption:
+    """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, section 2.1).
+
+    Args:
+        model: gives the unit: the standard deviation of the whole embedding matrix.
+        scale: in these units; ROME's tracer takes 3.
+        samples: how many draws a request.
+        seed: with the request's text it fixes the draws, whatever else is traced.
+    """
+    deviation = float(model.embed.weight.detach().float().std()) * scale
+
+    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(met.request.text.encode()))
+        where = list(met.corrupted)
+        shape = (samples, len(where), embeddings.shape[-1])
+        draw = torch.randn(shape, generator=generator) * deviation
+        out = embeddings.repeat(samples, 1, 1)
+        out[:, where] += draw.to(out)
+        return out
+
+    return corrupt
+
+
+def replacement(
+    model: TransformerBridge, *, samples: int = 1, subjects: Sequence[str] = ()
+) -> Corruption:
+    """Symmetric token replacement: a harmless subject of the same token length (Zhang & Nanda 2024).
+
+    Args:
+        model: gives the embeddings.
+        samples: how many replacements a request.
+        subjects: what to choose from; empty takes the request's counterfactual or, without one, the
+            package's list of harmless subjects.
+    """
+
+    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
+        given = met.request.counterfactual
+        choice = subjects or ([given] if given else harmless_subjects())
+        rows = list(_same_length(model, met, choice, samples))
+        if len(rows) < samples:
+            raise ValueError(
+                f"request {met.request.id!r}: {len(rows)} of {len(choice)} subjects have the token "
+                f"length of {met.request.subject!r}, and {samples} are wanted; give the request a "
+                "counterfactual of that length, or ask for fewer samples"
+            )
+        ids = torch.tensor(rows, device=device_of(model))
+        with torch.no_grad():
+            return run(model, ids, names=[EMBEDDING]).states[EMBEDDING].to(embeddings)
+
+    return corrupt
+
+
+def harmless_subjects() -> list[str]:
+    """The package's list of harmless things to put in a subject's place."""
+    text = files("lens_defense").joinpath("suites/harmless_subjects.txt").read_text("utf-8")
+    return text.split("\n")[: text.count("\n")]
+
+
+def _same_length(
+    model: TransformerBridge, met: Prompt, subjects: Sequence[str], samples: int
+) -> list[tuple[int, ...]]:
+    """Token ids of the prompt with other subjects, where no other token moves."""
+    rows: list[tuple[int, ...]] = []
+    fixed = [i for i in range(len(met.ids)) if i not in met.corrupted]
+    for subject in subjects:
+        other = prompt(model.tokenizer, replace(met.request, subject=subject), chat=met.chat)
+        aligned = len(other.ids) == len(met.ids) and other.subjects == met.subjects
+        if aligned and all(other.ids[i] == met.ids[i] for i in fixed):
+            rows.append(other.ids)
+        if len(rows) == samples:
+            break
+    return rows

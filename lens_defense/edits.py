@@ -1,0 +1,452 @@
+"""Edit: a low-rank change of MLP output matrices, planned but not made.
+
+Where the sites' role is, the keys of the requests are made to write what starts a refusal. The value
+is fitted at the highest of the sites' layers; then, layer by layer, each takes its share of what is
+still missing (MEMIT's spread). `edit` leaves every weight as it was: the change is made by
+`Edit.applied` for a while, or by a Ledger for good.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.forecasts import Forecast, forecast_of
+from lens_defense.models import cache_folder
+from lens_defense.moments import Corpus, second_moments
+from lens_defense.patches import device_of, left_padded, states
+from lens_defense.prompts import (
+    Prompt,
+    Request,
+    Role,
+    answer_ids,
+    for_planning,
+    prompt,
+    request_from_json,
+)
+from lens_defense.readers import bundled_rows
+from lens_defense.sites import Site, key_hook, output_hook
+from lens_defense.solvers import Solver, delman, memit
+from lens_defense.values import Row, Schedule, fit_values
+from lens_defense.weights import change_, fingerprint, refuse_uneditable, unchange_
+
+REFUSAL = "I'm sorry, I can't assist with that."
+"""The answer that an edit plants, unless a request brings its own (DELMAN's)."""
+METHODS = ("memit", "delman")
+Contexts = Callable[[Request], Sequence[Request]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """A plan: what would be added to which matrices, from what, and what is to be expected of it."""
+
+    layers: tuple[int, ...]
+    left: Mapping[int, Float[Tensor, "d_out rank"]]
+    right: Mapping[int, Float[Tensor, "rank d_in"]]
+    """The change of a layer is left @ right."""
+    role: Role
+    method: str
+    settings: Mapping[str, Any]
+    requests: tuple[Request, ...]
+    contexts: tuple[tuple[str, ...], ...]
+    """For each request, the texts whose keys and values were used."""
+    losses: tuple[float, ...]
+    """For each request, what is left of the fit: nats a token of the refusal."""
+    relative_change: Mapping[int, float]
+    """For each layer, the norm of the change over the norm of the matrix."""
+    forecast: Forecast
+    model: str
+    fingerprint: str
+    """Of the layers' matrices that the plan was made on."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of the change in each layer."""
+        return len(self.right[self.layers[0]])
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The subjects that the edit is about."""
+        return tuple(item.subject or "" for item in self.requests)
+
+    def deltas(self) -> dict[int, Float[Tensor, "d_out d_in"]]:
+        """The change of each layer, in float64."""
+        return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[TransformerBridge]:
+        """Make the change for the length of a `with` block; afterwards no bit differs.
+
+        Raises:
+            ValueError: the model's weights are not those that the edit was planned on.
+        """
+        change = change_(model, self.deltas(), expected=self.fingerprint)
+        try:
+            yield model
+        finally:
+            unchange_(model, change)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a layer: rank, relative norm of the change."""
+        rows = [(layer, self.rank, self.relative_change[layer]) for layer in self.layers]
+        return pd.DataFrame(rows, columns=pd.Index(["layer", "rank", "relative change"]))
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write as safetensors with a JSON header, whole or not at all."""
+        tensors = {f"left.{layer}": self.left[layer] for layer in self.layers}
+        tensors |= {f"right.{layer}": self.right[layer] for layer in self.layers}
+        header = {name: getattr(self, name) for name in _HEADER}
+        header["requests"] = [item.to_json() for item in self.requests]
+        header["forecast"] = self.forecast.to_json()
+        file = Path(path)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        save_file(tensors, unfinished, metadata={"edit": json.dumps(header)})
+        unfinished.replace(file)
+        return file
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: TransformerBridge | None = None) -> "Edit":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model: the model it is meant for, to be refused at once where it is another one.
+
+        Raises:
+            ValueError: the file holds no edit, or it was planned on other weights than the model's.
+        """
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("edit", "null"))
+            if header is None:
+                raise ValueError(f"{path} holds no edit; give a file that Edit.save wrote")
+            layers = tuple(header.pop("layers"))
+            sides = {
+                side: {layer: file.get_tensor(f"{side}.{layer}") for layer in layers}
+                for side in ("left", "right")
+            }
+        if model is not None and fingerprint(model, layers) != header["fingerprint"]:
+            raise ValueError(
+                f"{path} was planned on {header['model']} with other weights than this model has"
+            )
+        change = {int(layer): value for layer, value in header.pop("relative_change").items()}
+        return cls(
+            layers=layers,
+            requests=tuple(request_from_json(fields) for fields in header.pop("requests")),
+            contexts=tuple(tuple(texts) for texts in header.pop("contexts")),
+            losses=tuple(header.pop("losses")),
+            forecast=Forecast.from_json(header.pop("forecast")),
+            relative_change=change,
+            **sides,
+            **header,
+        )
+
+
+_HEADER = (
+    *("layers", "role", "method", "settings", "contexts", "losses", "relative_change", "model"),
+    "fingerprint",
+)
+
+
+def edit(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    sites: Sequence[Site],
+    *,
+    method: Literal["memit", "delman"] = "memit",
+    contexts: Contexts | None = None,
+    target: str = REFUSAL,
+    moment_weight: float = 1000.0,
+    clamp: float = 1.25,
+    shared_steps: int = 15,
+    shared_rate: float = 1.0,
+    steps: int = 16,
+    rate: float = 0.8,
+    kl_weight: float = 0.0,
+    batch_size: int = 1,
+    corpus: Corpus | None = None,
+    cache: bool = True,
+    progress: bool = True,
+) -> Edit:
+    """Plan a low-rank change after which the requests' subjects meet a refusal; no weight is changed.
+
+    Args:
+        model: a pre-norm model with dense MLPs, whose weights are as they are meant to stay.
+        requests: what shall be refused, each with a subject; none of the split "check".
+        sites: where, of one role; their layers are edited, their component says where the effect was
+            seen.
+        method: "memit" solves for all requests at once; "delman" takes one mean a batch.
+        contexts: more ways to ask, from a request; None takes the request, a greeting before it, and
+            the first two templates of "core" for edits that fit its form.
+        target: the refusal, unless a request brings its own `safe_target`.
+        moment_weight: MEMIT's lambda, the weight of C = E[k k^T] against one key.
+        clamp: the largest norm of a value over the residual stream's norm there.
+        shared_steps: Adam steps for one vector shared by all requests.
+        shared_rate: their rate.
+        steps: Adam steps for a vector each.
+        rate: their rate.
+        kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
+        batch_size: requests a batch for "delman".
+        corpus: where C comes from, see read_corpus; None takes the package's own.
+        cache: keep moments and values on disk.
+        progress: shows bars.
+
+    Raises:
+        ValueError: a request without a subject or of the split "check"; sites of several roles, of
+            attention, or not in the model; a model that cannot be edited.
+    """
+    requests = for_planning(requests)
+    layers, role = _layers_and_role(model, sites)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if batch_size < 1 or moment_weight <= 0:
+        raise ValueError("batch_size must be at least 1, and moment_weight above 0")
+    solver = memit if method == "memit" else delman(batch_size)
+    schedule = Schedule(shared_steps, shared_rate, steps, rate, clamp, kl_weight)
+    used, aside = _contexts(model, requests, contexts)
+    rows = [row for i, met in used for row in _rows(model, i, met, role, target)]
+    if kl_weight:
+        rows += [_essence(model, i, item) for i, item in enumerate(requests)]
+
+    moments = second_moments(model, layers, corpus, cache=cache, progress=progress)
+    vectors, losses = _values(model, rows, layers[-1], schedule, cache, progress)
+    weighed = {layer: moment_weight * moment for layer, moment in moments.items()}
+    factors, reach = _spread(model, used, aside, role, layers, vectors, weighed, solver)
+    change = {
+        layer: float((left.double() @ right.double()).norm() / _norm(model, layer))
+        for layer, (left, right) in factors.items()
+    }
+    ranks = [i // batch_size if method == "delman" else i for i in range(len(requests))]
+    forecast = forecast_of(
+        model,
+        factors,
+        subjects=[item.subject or "" for item in requests],
+        ranks=ranks,
+        reach=reach,
+        value_norm=float(vectors.norm(dim=1).mean()),
+    )
+    _warn_of_leaks(forecast)
+    return Edit(
+        layers=layers,
+        left={layer: left for layer, (left, _) in factors.items()},
+        right={layer: right for layer, (_, right) in factors.items()},
+        role=role,
+        method=method,
+        settings={
+            **asdict(schedule),
+            "moment_weight": moment_weight,
+            "batch_size": batch_size if method == "delman" else len(requests),
+            "target": target,
+        },
+        requests=requests,
+        contexts=tuple(
+            tuple(met.request.text for i, met in used if i == r) for r in range(len(requests))
+        ),
+        losses=tuple(losses.tolist()),
+        relative_change=change,
+        forecast=forecast,
+        model=str(model.cfg.model_name),
+        fingerprint=fingerprint(model, layers),
+    )
+
+
+def default_contexts(request: Request) -> list[Request]:
+    """The request, a greeting before it, and the templates of "core" for edits that fit its form."""
+    fitting = [
+        row["text"]
+        for row in bundled_rows("core", "templates")
+        if row["split"] == "edit" and request.form in row["forms"]
+    ]
+    worded = [request.reworded(text) for text in fitting]
+    return [request, request.wrapped("Hello! {}"), *worded]
+
+
+CONTEXTS_USED = 4
+"""How many of the default contexts give keys and values (DESIGN fact 12); the others are kept aside."""
+
+
+def _layers_and_role(
+    model: TransformerBridge, sites: Sequence[Site]
+) -> tuple[tuple[int, ...], Role]:
+    if not sites:
+        raise ValueError("no sites were given; ld.locate(trace) finds some")
+    roles = sorted({site.role for site in sites})
+    if len(roles) > 1:
+        raise ValueError(f"the sites have several roles ({', '.join(roles)}); edit at one role")
+    if any(site.component == "attention" for site in sites):
+        raise ValueError("attention sites cannot be edited; choose residual or mlp sites")
+    layers = tuple(sorted({site.layer for site in sites}))
+    refuse_uneditable(model, layers)
+    return layers, roles[0]
+
+
+def _contexts(
+    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts | None
+) -> tuple[list[tuple[int, Prompt]], list[tuple[int, Prompt]]]:
+    """Prompts with their request's index: those that are used, and those kept aside for the forecast."""
+    used: list[tuple[int, Prompt]] = []
+    aside: list[tuple[int, Prompt]] = []
+    for i, item in enumerate(requests):
+        met = [prompt(model.tokenizer, c) for c in (contexts or default_contexts)(item)]
+        split = CONTEXTS_USED if contexts is None else len(met)
+        used += [(i, one) for one in met[:split]]
+        aside += [(i, one) for one in met[split:]]
+    return used, aside
+
+
+def _at(met: Prompt, role: Role) -> int:
+    """The one position of a role in a prompt.
+
+    A subject of one token has no first or middle token of its own: its only token stands for them.
+    """
+    found = met.positions(role) or (
+        met.positions("subject_last") if role in ("subject_first", "subject_mid") else ()
+    )
+    if not found:
+        raise ValueError(
+            f"request {met.request.id!r} has no token of the role {role!r} in {met.request.text!r}; "
+            "choose sites at subject_last"
+        )
+    return found[-1]
+
+
+def _rows(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str) -> list[Row]:
+    answer = answer_ids(
+        model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True
+    )
+    return [Row(i, met.ids, _at(met, role), answer)]
+
+
+def _essence(model: TransformerBridge, i: int, item: Request) -> Row:
+    """ROME's essence prompt: "{subject} is a", whose next token shall stay."""
+    met = prompt(model.tokenizer, item.reworded("{} is a"), chat=False)
+    return Row(i, met.ids, _at(met, "subject_last"))
+
+
+def _values(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    layer: int,
+    schedule: Schedule,
+    cache: bool,
+    progress: bool,
+) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
+    """fit_values, kept on disk by everything that it depends on."""
+    what = [fingerprint(model), layer, asdict(schedule), [asdict(row) for row in rows]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    file = cache_folder() / "values" / f"{key}.safetensors"
+    if cache and file.is_file():
+        held = load_file(file, device=str(device_of(model)))
+        return held["vectors"], held["losses"]
+    total = schedule.shared_steps + schedule.steps
+    with tqdm(total=total, desc="values", unit="step", disable=not progress) as bar:
+
+        def tell(loss: float) -> None:
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+
+        vectors, losses = fit_values(model, rows, layer, schedule, progress=tell)
+    if cache:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_name(f".{key}-{os.getpid()}")
+        save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
+        unfinished.replace(file)
+    return vectors, losses
+
+
+@torch.no_grad()
+def _spread(
+    model: TransformerBridge,
+    used: Sequence[tuple[int, Prompt]],
+    aside: Sequence[tuple[int, Prompt]],
+    role: Role,
+    layers: Sequence[int],
+    vectors: Float[Tensor, "request d_model"],
+    weighed: Mapping[int, Float[Tensor, "d_in d_in"]],
+    solver: Solver,
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
+    """MEMIT's algorithm 1: lowest layer first, each takes an equal share of what is still missing.
+
+    Returns the factors by layer, and how much of each request's vector arrives in the contexts kept
+    aside, as a share (the used ones where none are aside). The model is as before afterwards.
+    """
+    top = output_hook("residual", layers[-1])
+    kept = aside or used
+    before, before_kept = (_at_role(model, some, role, [top], layers[-1])[top] for some in (used, kept))
+    changes = []
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    try:
+        for j, layer in enumerate(layers):
+            seen = _at_role(model, used, role, [key_hook(layer), top], layers[-1])
+            missing = vectors - _mean_by_request(seen[top] - before, used, len(vectors))
+            keys = _mean_by_request(seen[key_hook(layer)], used, len(vectors))
+            moment = weighed[layer].to(keys.device)
+            left, right = solver(keys, missing / (len(layers) - j), moment)
+            factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
+            delta = factors[layer][0].double() @ factors[layer][1].double()
+            changes.append(change_(model, {layer: delta}))
+        moved = _at_role(model, kept, role, [top], layers[-1])[top] - before_kept
+    finally:
+        for change in reversed(changes):
+            unchange_(model, change)
+    shift = _mean_by_request(moved, kept, len(vectors))
+    reach = (shift * vectors).sum(1) / vectors.square().sum(1)
+    return factors, reach.tolist()
+
+
+def _at_role(
+    model: TransformerBridge,
+    some: Sequence[tuple[int, Prompt]],
+    role: Role,
+    names: Sequence[str],
+    layer: int,
+    batch: int = 64,
+) -> dict[str, Float[Tensor, "context width"]]:
+    """States at the role of every context, from the blocks up to a layer."""
+    held: dict[str, list[Tensor]] = {name: [] for name in names}
+    for start in range(0, len(some), batch):
+        part = [met for _, met in some[start : start + batch]]
+        ids, mask = left_padded([met.ids for met in part], device_of(model))
+        at = [ids.shape[1] - len(met.ids) + _at(met, role) for met in part]
+        told = states(model, ids, names, mask=mask, stop=layer + 1)
+        for name in names:
+            held[name].append(told[name][range(len(part)), at].float())
+    return {name: torch.cat(parts) for name, parts in held.items()}
+
+
+def _mean_by_request(
+    rows: Float[Tensor, "context width"], some: Sequence[tuple[int, Prompt]], n: int
+) -> Float[Tensor, "request width"]:
+    owners = torch.tensor([i for i, _ in some], device=rows.device)
+    sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)
+    return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)
+
+
+def _norm(model: TransformerBridge, layer: int) -> Tensor:
+    from lens_defense.weights import output_matrix
+
+    return output_matrix(model, layer).double().norm().cpu()
+
+
+def _warn_of_leaks(forecast: Forecast) -> None:
+    if forecast.risky:
+        worst = ", ".join(forecast.worst(3))
+        warnings.warn(
+            f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text (from "
+            f"{forecast.THRESHOLD} on over-refusal was measured); most of it from: {worst}. Leave "
+            "them out, or raise moment_weight",
+            stacklevel=3,
+        )

@@ -1,0 +1,127 @@
+"""What is to be expected of an edit before it is applied: reach where it is meant, leak where it is not.
+
+Reach: in contexts kept aside, the share of a request's vector that arrives at the top edited layer.
+Leak: the norm of (change times key), summed over the edited layers, over the mean norm of a value;
+the largest over a text's tokens, mean over texts. On safe-sounding text it predicts a subject's harm
+to harmless answers (DESIGN fact 20: rank correlation .86).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.moments import Corpus, key_batches, read_corpus
+from lens_defense.readers import requests
+
+NEUTRAL_TEXTS = 32
+"""Texts of the corpus that the leak is measured on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A table: for each subject and for the whole edit, reach and leak as shares of a value."""
+
+    subjects: tuple[str, ...]
+    reach: tuple[float, ...]
+    leaks_neutral: tuple[float, ...]
+    leaks_safe: tuple[float, ...]
+    leak_neutral: float
+    """Of the whole edit."""
+    leak_safe: float
+    """Of the whole edit."""
+
+    THRESHOLD: ClassVar[float] = 0.5
+    """The leak to safe-sounding text from which on an edit is called risky (analyses/strength.py)."""
+
+    @property
+    def risky(self) -> bool:
+        """Whether over-refusal is to be expected."""
+        return self.leak_safe > self.THRESHOLD
+
+    def worst(self, k: int) -> tuple[str, ...]:
+        """The subjects that leak most into safe-sounding text."""
+        order = sorted(range(len(self.subjects)), key=lambda i: -self.leaks_safe[i])
+        return tuple(self.subjects[i] for i in order[:k])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a subject, and one for the whole edit."""
+        mean = sum(self.reach) / len(self.reach)
+        table = {
+            "subject": [*self.subjects, "all"],
+            "reach": [*self.reach, mean],
+            "leak to neutral text": [*self.leaks_neutral, self.leak_neutral],
+            "leak to safe text": [*self.leaks_safe, self.leak_safe],
+        }
+        return pd.DataFrame(table)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain fields."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Forecast":
+        """The inverse of to_json."""
+        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**{**fields, **lists})
+
+
+@torch.no_grad()
+def forecast_of(
+    model: TransformerBridge,
+    factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
+    *,
+    subjects: Sequence[str],
+    ranks: Sequence[int],
+    reach: Sequence[float],
+    value_norm: float,
+) -> Forecast:
+    """Measure the leaks of a change on keys of the unedited model.
+
+    Args:
+        model: the model, without the change.
+        factors: left and right of each layer.
+        subjects: one a request.
+        ranks: for each request, which of the factors' ranks is its own.
+        reach: for each request, the share of its vector that arrives.
+        value_norm: mean norm of the requests' vectors, the unit of the leaks.
+    """
+    corpus = read_corpus()
+    neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
+    safe = [(item.text, " ") for item in requests("core", split="tune", kind="safe")]
+    (each_neutral, all_neutral), (each_safe, all_safe) = (
+        _leaks(model, factors, texts) for texts in (neutral, safe)
+    )
+    return Forecast(
+        subjects=tuple(subjects),
+        reach=tuple(reach),
+        leaks_neutral=tuple(float(each_neutral[rank]) / value_norm for rank in ranks),
+        leaks_safe=tuple(float(each_safe[rank]) / value_norm for rank in ranks),
+        leak_neutral=all_neutral / value_norm,
+        leak_safe=all_safe / value_norm,
+    )
+
+
+def _leaks(
+    model: TransformerBridge,
+    factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
+    corpus: Corpus,
+) -> tuple[Float[Tensor, " rank"], float]:
+    """Norms of (change times key) for each rank alone and for the whole: largest of a text, mean."""
+    layers = sorted(factors)
+    each, whole = [], []
+    for keys, counted in key_batches(model, layers, corpus):
+        alone, together = torch.zeros(()), torch.zeros(())
+        for layer in layers:
+            left, right = (side.to(counted.device) for side in factors[layer])
+            strength = keys[layer].float() @ right.T
+            alone = alone + strength.abs() * left.norm(dim=0)
+            together = together + (strength @ left.T).norm(dim=-1)
+        each.append((alone * counted[..., None]).amax(1))
+        whole.append((together * counted).amax(1))
+    return torch.cat(each).mean(0), float(torch.cat(whole).mean())

@@ -1,0 +1,49 @@
+"""What a patch is measured by: a Metric reads the answer's logits and gives one number a row.
+
+A Metric is any callable (logits [row, answer, vocab], Prompt with answer ids, clean logits [1,
+answer, vocab]) -> [row]. The answer is teacher-forced: logits at step i predict answer token i.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.prompts import Prompt, answer_ids, has_chat_template
+
+Logits = Float[Tensor, "row answer vocab"]
+Metric = Callable[[Logits, Prompt, Logits], Float[Tensor, " row"]]
+
+
+def answer_logprob(logits: Logits, prompt: Prompt, clean: Logits) -> Float[Tensor, " row"]:
+    """Log probability of the whole answer, summed over its tokens, in nats."""
+    answer = torch.tensor(prompt.answer, device=logits.device).expand(len(logits), -1)
+    told = logits.gather(-1, answer[..., None])[..., 0]
+    return (told - logits.logsumexp(-1)).sum(-1)
+
+
+def answer_probability(logits: Logits, prompt: Prompt, clean: Logits) -> Float[Tensor, " row"]:
+    """Probability of the answer's first token, ROME's metric for facts."""
+    return logits[:, 0].softmax(-1)[:, prompt.answer[0]]
+
+
+def refusal_difference(
+    model: TransformerBridge,
+    *,
+    refusals: Sequence[str] = ("I'm sorry", "Sorry", "I can't", "Unfortunately"),
+    compliances: Sequence[str] = ("Sure", "Here", "Certainly", "To", "1."),
+) -> Metric:
+    """Mean logit of the first tokens of refusals less that of compliant openings, at the first step."""
+
+    def first_tokens(texts: Sequence[str]) -> list[int]:
+        chat = has_chat_template(model.tokenizer)
+        return sorted({answer_ids(model.tokenizer, text, chat=chat)[0] for text in texts})
+
+    against, towards = first_tokens(refusals), first_tokens(compliances)
+
+    def metric(logits: Logits, prompt: Prompt, clean: Logits) -> Float[Tensor, " row"]:
+        return logits[:, 0, against].mean(-1) - logits[:, 0, towards].mean(-1)
+
+    return metric

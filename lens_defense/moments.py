@@ -1,0 +1,149 @@
+"""C = E[k k^T]: what the keys of a layer look like in general, so that an edit keeps away from it.
+
+Streamed over a corpus in one pass for all layers asked for, and cached by the hashes of the weights
+and of the corpus. The package's corpus was sampled from smollm2 itself (analyses/corpus.py): chat
+turns and answers, so that C holds keys of subjects too.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.models import cache_folder
+from lens_defense.patches import device_of, left_padded, states
+from lens_defense.prompts import conversation_ids, plain_ids
+from lens_defense.sites import key_hook
+from lens_defense.weights import fingerprint
+
+Moments = dict[int, Float[Tensor, "d_in d_in"]]
+Corpus = Sequence[tuple[str, str]]
+"""Turns of a user and their answers; an empty answer makes plain running text of the first."""
+
+
+def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 2000) -> Corpus:
+    """The package's corpus, a text or JSONL file, or a hub data set with a column `text`.
+
+    Args:
+        source: None for the package's own; a .txt file (a paragraph a text), a .jsonl file (`text`, or
+            `user` and `assistant`); else the name of a hub data set.
+        rows: the most texts taken of a hub data set.
+
+    Raises:
+        ValueError: there is no such corpus, or it is empty.
+    """
+    if source is None:
+        text = files("lens_defense").joinpath("suites/corpus.jsonl").read_text("utf-8")
+        return [_turns(json.loads(line)) for line in text.splitlines()]
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        found = [_turns(json.loads(line)) for line in path.read_text("utf-8").splitlines() if line]
+    elif path.is_file():
+        found = [(part.strip(), "") for part in path.read_text("utf-8").split("\n\n")]
+    else:
+        from datasets import load_dataset
+
+        try:
+            stream = load_dataset(str(source), split="train", streaming=True).take(rows)
+            found = [_turns(dict(row)) for row in stream]
+        except Exception as error:
+            raise ValueError(
+                f"{str(source)!r} is no file and the hub gives no such data set: {error}"
+            ) from error
+    found = [pair for pair in found if pair[0]]
+    if not found:
+        raise ValueError(f"the corpus {str(source)!r} is empty")
+    return found
+
+
+def second_moments(
+    model: TransformerBridge,
+    layers: Sequence[int],
+    corpus: Corpus | None = None,
+    *,
+    batch: int = 16,
+    cache: bool = True,
+    progress: bool = True,
+) -> Moments:
+    """C of each layer over all tokens of a corpus, in one pass.
+
+    Args:
+        model: the model.
+        layers: whose MLP output matrices' keys are meant.
+        corpus: see read_corpus; None takes the package's own.
+        batch: texts that run together.
+        cache: keep the result on disk, by the hashes of weights and corpus.
+        progress: shows a bar.
+    """
+    corpus = read_corpus() if corpus is None else corpus
+    key = hashlib.sha256((fingerprint(model) + json.dumps(list(corpus))).encode()).hexdigest()[:16]
+    folder = cache_folder() / "moments" / key
+    files_of = {layer: folder / f"{layer}.safetensors" for layer in layers}
+    found = {
+        layer: load_file(file)["moment"]
+        for layer, file in files_of.items()
+        if cache and file.is_file()
+    }
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        made = _streamed(model, missing, corpus, batch, progress)
+        found |= made
+        for layer in made if cache else ():
+            folder.mkdir(parents=True, exist_ok=True)
+            unfinished = folder / f".{layer}-{os.getpid()}"
+            save_file({"moment": made[layer]}, unfinished)
+            unfinished.replace(files_of[layer])
+    return {layer: found[layer] for layer in layers}
+
+
+@torch.no_grad()
+def _streamed(
+    model: TransformerBridge, layers: Sequence[int], corpus: Corpus, batch: int, progress: bool
+) -> Moments:
+    sums: dict[int, Tensor] = {}
+    count = 0
+    with tqdm(total=len(corpus), desc="moments", unit="text", disable=not progress) as bar:
+        for keys, counted in key_batches(model, layers, corpus, batch=batch):
+            for layer in layers:
+                rows = keys[layer][counted].float()
+                sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
+            count += int(counted.sum())
+            bar.update(min(batch, len(corpus) - bar.n))
+    return {layer: (total / count).float().cpu() for layer, total in sums.items()}
+
+
+def key_batches(
+    model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch: int = 16
+) -> Iterator[tuple[dict[int, Float[Tensor, "text token d_in"]], Tensor]]:
+    """Keys of some layers over a corpus, shortest texts first, and which of their tokens count.
+
+    What a chat template puts before the turn is the same in every text, and does not count.
+    """
+    texts = sorted((_ids(model, *pair) for pair in corpus), key=lambda pair: len(pair[0]))
+    names = [key_hook(layer) for layer in layers]
+    for start in range(0, len(texts), batch):
+        part = texts[start : start + batch]
+        ids, mask = left_padded([row for row, _ in part], device_of(model))
+        held = states(model, ids, names, mask=mask, stop=max(layers) + 1)
+        first = torch.tensor([ids.shape[1] - len(row) + skip for row, skip in part])
+        counted = torch.arange(ids.shape[1]) >= first[:, None]
+        yield {layer: held[key_hook(layer)] for layer in layers}, counted.to(ids.device)
+
+
+def _ids(model: TransformerBridge, user: str, assistant: str) -> tuple[tuple[int, ...], int]:
+    if assistant:
+        return conversation_ids(model.tokenizer, user, assistant)
+    return plain_ids(model.tokenizer, user), 0
+
+
+def _turns(row: dict[str, str]) -> tuple[str, str]:
+    return str(row.get("user") or row.get("text") or ""), str(row.get("assistant") or "")

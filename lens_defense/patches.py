@@ -1,0 +1,158 @@
+"""What is done to a running model: capture states, write states, start behind a prefix cache.
+
+One function, `run`, is one forward with hooks that are gone when it returns. Batches are padded on
+the left, so that every row ends at the last column: answers line up, and the last `keep` columns of
+the logits are the ones that predict them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import DynamicCache
+
+KeyValues = tuple[tuple[Tensor, Tensor], ...]
+"""Keys and values of every layer, each [batch, head, token, d_head]."""
+Write = Callable[[Tensor], Tensor]
+"""What a hook puts in the place of a state [batch, token, width]."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """One forward, kept."""
+
+    logits: Float[Tensor, "batch kept vocab"]
+    states: Mapping[str, Tensor]
+    """Captured states by hook name, each [batch, token, width]."""
+    cache: KeyValues
+
+    def prefix(self, stop: int, rows: Tensor | None = None) -> KeyValues:
+        """The cache of the first `stop` tokens, for some rows of the batch (repeats allowed)."""
+        cut = ((k[:, :, :stop], v[:, :, :stop]) for k, v in self.cache)
+        return tuple(cut if rows is None else ((k[rows], v[rows]) for k, v in cut))
+
+
+def run(
+    model: TransformerBridge,
+    ids: Int[Tensor, "batch token"],
+    *,
+    names: Sequence[str] = (),
+    writes: Mapping[str, Write] | None = None,
+    mask: Int[Tensor, "batch seen"] | None = None,
+    past: KeyValues = (),
+    keep: int = 1,
+) -> Run:
+    """One forward pass; hooks live as long as the call.
+
+    Args:
+        model: the model, unchanged by this.
+        ids: tokens, without those that `past` already holds.
+        names: hooks whose states are kept, after the writes.
+        writes: what to put in the place of a state, by hook name.
+        mask: 1 for tokens, 0 for padding, over past and new tokens; None where nothing is padded.
+        past: keys and values of the tokens before, for example from an earlier Run.
+        keep: how many positions at the end give logits.
+    """
+    states: dict[str, Tensor] = {}
+
+    def writing(write: Write) -> Callable[..., Tensor]:
+        return lambda state, hook: write(state)
+
+    def capturing(name: str) -> Callable[..., None]:
+        return lambda state, hook: states.__setitem__(name, state)
+
+    hooks = [(name, writing(write)) for name, write in (writes or {}).items()]
+    hooks += [(name, capturing(name)) for name in names]
+    cache = _cache(past)
+    with model.hooks(fwd_hooks=hooks):
+        logits = model(
+            ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            logits_to_keep=keep,
+            return_type="logits",
+        )
+    kept = tuple((layer.keys, layer.values) for layer in cache.layers)
+    assert kept and kept[-1][0] is not None, (
+        "the model ignored the cache it was given (transformers and transformer-lens disagree); "
+        "install the versions of constraints.txt"
+    )
+    return Run(logits=logits, states=states, cache=kept)
+
+
+def states(
+    model: TransformerBridge,
+    ids: Int[Tensor, "batch token"],
+    names: Sequence[str],
+    *,
+    mask: Int[Tensor, "batch token"] | None = None,
+    stop: int | None = None,
+) -> dict[str, Tensor]:
+    """States by hook name, each [batch, token, width], from blocks below `stop` alone."""
+    kept: dict[str, Tensor] = {}
+
+    def capturing(name: str) -> Callable[..., None]:
+        return lambda state, hook: kept.__setitem__(name, state)
+
+    whole = stop is None or stop >= model.cfg.n_layers
+    with model.hooks(fwd_hooks=[(name, capturing(name)) for name in names]):
+        model(ids, attention_mask=mask, stop_at_layer=None if whole else stop, logits_to_keep=1)
+    return kept
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], device: torch.device | str | None = None
+) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
+    """Rows of any length as one batch that ends together, and its mask (1 for tokens)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    return ids, mask
+
+
+@contextmanager
+def frozen(model: TransformerBridge) -> Iterator[None]:
+    """No gradient reaches a weight inside; gradients of states are free."""
+    held = [p for p in model.original_model.parameters() if p.requires_grad]
+    try:
+        for parameter in held:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def passing(model: TransformerBridge, stop: int) -> Iterator[None]:
+    """Blocks below `stop` hand their input on, uncomputed: for runs whose state there is written anyway."""
+
+    def forward(*args: Tensor, **settings: Tensor) -> Tensor:
+        return args[0] if args else settings["hidden_states"]
+
+    blocks = [model.blocks[layer] for layer in range(stop)]
+    try:
+        for block in blocks:
+            block.forward = forward
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def device_of(model: TransformerBridge) -> torch.device:
+    """Where the model's inputs belong."""
+    return model.embed.weight.device
+
+
+def _cache(past: KeyValues) -> DynamicCache:
+    """A fresh cache without windows, so that a prefix can be cut anywhere."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(past):
+        cache.update(keys[:, :, :0], values[:, :, :0], layer)
+        cache.layers[layer].keys, cache.layers[layer].values = keys, values  # update would copy
+    return cache

@@ -1,0 +1,469 @@
+"""Trace: which layer and which token hold the harm; and `locate`, which turns a map into addresses.
+
+Causal tracing (Meng et al. 2022): spoil the subject, restore one state of the clean run, see how
+much of the answer comes back. The effect of a cell is
+
+    mean over samples of (patched - corrupted) / (clean - corrupted)
+
+so 0 means that the state carries nothing of what the corruption took, and 1 all of it. A model
+without a known answer is measured by its own: the log probability of its greedy answer.
+"""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.corruptions import Corruption, noise
+from lens_defense.generations import generate
+from lens_defense.intervals import mean_interval
+from lens_defense.metrics import Metric, answer_logprob
+from lens_defense.patches import Run, device_of, run
+from lens_defense.prompts import (
+    READING_ORDER,
+    Prompt,
+    Request,
+    Role,
+    answer_ids,
+    dozen,
+    for_planning,
+    prompt,
+    request_from_json,
+)
+from lens_defense.sites import EMBEDDING, Component, Site
+from lens_defense.sweeps import Cell, base_hooks, cost, donor_hooks, sweep
+from lens_defense.weights import fingerprint
+
+DEMO_ROLES: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
+"""Where the harm is seen to sit and to be read, one token each (DESIGN fact 11)."""
+LONG_TRACE = 60.0
+"""Seconds from which on a trace says beforehand how long it will take."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trace:
+    """What restoring each state brought back. Positions that were not traced are NaN."""
+
+    prompts: tuple[Prompt, ...]
+    components: tuple[Component, ...]
+    layers: tuple[int, ...]
+    patched: Float[Tensor, "request component layer position sample"]
+    """The metric with one state restored."""
+    clean: Float[Tensor, " request"]
+    """The metric of the clean run."""
+    corrupted: Float[Tensor, "request sample"]
+    """The metric of the spoiled run."""
+    answers: tuple[str, ...]
+    """What the metric reads, as text, a dozen words at most."""
+    window: int
+    """Layers restored at once, for MLP and attention outputs."""
+    seed: int
+    model: str
+    model_layers: int
+    fingerprint: str
+
+    @property
+    def sample_effects(self) -> Float[Tensor, "request component layer position sample"]:
+        """The effect of every cell in every sample, without a unit."""
+        low = self.corrupted[:, None, None, None]
+        return (self.patched - low) / (self.clean[:, None, None, None, None] - low)
+
+    @property
+    def effects(self) -> Float[Tensor, "request component layer position"]:
+        """The effect of every cell, mean over samples."""
+        return self.sample_effects.mean(-1)
+
+    def __getitem__(self, index: int) -> "Trace":
+        """The trace of one request."""
+        at = range(len(self.prompts))[index]
+        part = slice(at, at + 1)
+        return replace(
+            self,
+            prompts=self.prompts[part],
+            answers=self.answers[part],
+            patched=self.patched[part, :, :, : len(self.prompts[at].ids)],
+            clean=self.clean[part],
+            corrupted=self.corrupted[part],
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a cell: request, component, layer, position, word, role, effect, low, high."""
+        rows = []
+        effects, samples = self.effects.numpy(), self.sample_effects.numpy()
+        for r, met in enumerate(self.prompts):
+            for c, component in enumerate(self.components):
+                for j, layer in enumerate(self.layers):
+                    for t, (word, role) in enumerate(zip(met.words, met.roles, strict=True)):
+                        if np.isnan(effects[r, c, j, t]):
+                            continue
+                        low, high = mean_interval(samples[r, c, j, t], seed=self.seed)
+                        rows.append(
+                            (met.request.id, component, layer, t, word, role)
+                            + (float(effects[r, c, j, t]), low, high)
+                        )
+        names = "request component layer position word role effect low high".split()
+        return pd.DataFrame(rows, columns=pd.Index(names))
+
+    def by_role(self) -> pd.DataFrame:
+        """One row a component, role and layer: effect (mean over requests), low, high, n.
+
+        The interval is a 95% bootstrap over requests from 8 on, below that their range; for one
+        request the same over its noise samples.
+        """
+        cells = self.to_dataframe()
+        rows = []
+        for (component, role, layer), group in cells.groupby(["component", "role", "layer"]):
+            each = group.groupby("request")["effect"].mean().to_numpy()
+            if len(each) == 1:
+                low, high = group["low"].mean(), group["high"].mean()
+            else:
+                low, high = mean_interval(each, seed=self.seed)
+            rows.append((component, role, layer, float(each.mean()), low, high, len(each)))
+        table = pd.DataFrame(
+            rows, columns=pd.Index("component role layer effect low high n".split())
+        )
+        order = {role: i for i, role in enumerate(READING_ORDER)}
+        return table.sort_values(
+            ["component", "role", "layer"],
+            key=lambda column: column.map(order) if column.name == "role" else column,
+            ignore_index=True,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write as safetensors with a JSON header, whole or not at all."""
+        header = {name: getattr(self, name) for name in _HEADER}
+        header["prompts"] = [_prompt_to_json(met) for met in self.prompts]
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        file = Path(path)
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        save_file(tensors, unfinished, metadata={"trace": json.dumps(header)})
+        unfinished.replace(file)
+        return file
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds no trace.
+        """
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("trace", "null"))
+            if header is None:
+                raise ValueError(f"{path} holds no trace; give a file that Trace.save wrote")
+            tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        prompts = tuple(_prompt_from_json(fields) for fields in header.pop("prompts"))
+        lists = {name: tuple(header.pop(name)) for name in ("components", "layers", "answers")}
+        return cls(prompts=prompts, **lists, **tensors, **header)
+
+
+_TENSORS = ("patched", "clean", "corrupted")
+_HEADER = (
+    *("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint"),
+)
+
+
+def trace(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    *,
+    components: Sequence[Component] = ("residual",),
+    positions: Sequence[Role] | Literal["all"] = DEMO_ROLES,
+    layers: Sequence[int] | int | Literal["all"] | None = None,
+    corruption: Corruption | None = None,
+    metric: Metric = answer_logprob,
+    answers: Sequence[str] | None = None,
+    answer_tokens: int = 8,
+    samples: int = 3,
+    window: int = 7,
+    floor: float = 0.1,
+    seed: int = 0,
+    max_bytes: int = 2**30,
+    chat: bool = True,
+    progress: bool = True,
+) -> Trace:
+    """Find which layer and which token hold what the subject of a request does to the answer; exact.
+
+    Args:
+        model: any TransformerBridge; it is not changed.
+        requests: what is asked; each with a subject.
+        components: "residual" (after the block), "mlp", "attention" (what joins the residual).
+        positions: roles to restore at, or "all" tokens.
+        layers: "all", a stride, or a list; None takes at most 12, evenly spaced from layer 0.
+        corruption: how the subject is spoiled; None is Gaussian noise of 3 standard deviations of
+            the embedding matrix.
+        metric: what is measured, see metrics.py; an answer's log probability by default.
+        answers: the answer that the metric reads, one a request; None takes the request's `target`
+            or, without one, the model's own greedy answer to the clean prompt.
+        answer_tokens: the length of that own answer.
+        samples: noise draws a request (not used by a corruption of your own).
+        window: layers restored at once for MLP and attention outputs, centred, clipped to the model
+            (Meng et al. 2022 take 10).
+        floor: the least difference, in the metric's unit (nats), between clean and spoiled run; a
+            request below it is refused, because its effects would be noise over nothing.
+        seed: of the noise.
+        max_bytes: bounds the rows of one pass.
+        chat: False asks without the model's chat template.
+        progress: shows a bar.
+
+    Raises:
+        ValueError: a request without a subject, or of the split "check"; a role or layer that does
+            not exist; requests whose answer does not depend on their subject.
+    """
+    requests = for_planning(requests)
+    rows = _layers(layers, model.cfg.n_layers)
+    roles = _roles(positions)
+    if not components or not set(components) <= set(get_args(Component)):
+        raise ValueError(f"components must be of {get_args(Component)}, got {components!r}")
+    corruption = corruption or noise(model, samples=samples, seed=seed)
+    prompts = _answered(model, requests, answers, answer_tokens, chat)
+    grids = [_grid(met, components, rows, roles, window, model.cfg.n_layers) for met in prompts]
+
+    with torch.no_grad():
+        start = time.perf_counter()
+        runs = [_runs(model, *pair, corruption) for pair in zip(prompts, grids, strict=True)]
+        reads = [partial(metric, prompt=p, clean=r[1].logits) for p, r in zip(prompts, runs, strict=True)]
+        clean = torch.cat([read(r[1].logits) for read, r in zip(reads, runs, strict=True)])
+        corrupted = torch.stack([read(r[2].logits) for read, r in zip(reads, runs, strict=True)])
+        clean, corrupted = clean.double().cpu(), corrupted.double().cpu()
+        _refuse_weak(prompts, clean, corrupted, floor)
+        depth, number = model.cfg.n_layers, corrupted.shape[1]
+        total = sum(
+            cost(list(grid), layers=depth, tokens=_width(met), samples=number)
+            for met, grid in zip(prompts, grids, strict=True)
+        )
+        warmed = sum(_width(met) for met in prompts) * (number + 1) * depth
+        _announce(total / warmed * (time.perf_counter() - start), progress)
+
+        shape = (len(components), len(rows), max(len(met.ids) for met in prompts), number)
+        patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
+        with tqdm(total=total, desc="trace", unit="pass", unit_scale=True, disable=not progress) as bar:
+            for r, (met, grid) in enumerate(zip(prompts, grids, strict=True)):
+                ids, donor, base = runs[r]
+                most = _rows_within(model, met, max_bytes)
+                told = sweep(
+                    model, ids, base, donor, list(grid), reads[r],
+                    keep=len(met.answer), max_rows=most, progress=bar.update,
+                )  # fmt: skip
+                for (c, j, t), value in zip(grid.values(), told, strict=True):
+                    patched[r, c, j, t] = value
+    return Trace(
+        prompts=tuple(prompts),
+        components=tuple(components),
+        layers=rows,
+        patched=patched,
+        clean=clean,
+        corrupted=corrupted,
+        answers=tuple(dozen(model.tokenizer.decode(list(met.answer))) for met in prompts),
+        window=window,
+        seed=seed,
+        model=str(model.cfg.model_name),
+        model_layers=model.cfg.n_layers,
+        fingerprint=fingerprint(model),
+    )
+
+
+def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -> tuple[Site, ...]:
+    """The k strongest sites of a trace, as addresses that carry over to other prompts.
+
+    "band": the component and role with the largest mean effect over layers, then k consecutive
+    layers centred on its strongest cell, clipped to the model; layers between traced ones take the
+    effect of the straight line between them. "cells": the raw top k of the map. Never a site
+    without a positive effect; ties go to the lower layer.
+
+    Raises:
+        ValueError: k is not positive, or nothing in the trace has a positive effect.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    table = trace.by_role()
+    table = table[~table["role"].isin(["template", "before", "after"])]
+    if by == "cells":
+        best = table.sort_values(["effect", "layer"], ascending=[False, True]).head(k)
+        return _sites(best)
+    means = table.groupby(["component", "role"])["effect"].mean()
+    component, role = means.idxmax()
+    curve = table[(table["component"] == component) & (table["role"] == role)]
+    peak = int(curve.loc[curve["effect"].idxmax(), "layer"])
+    width = min(k, trace.model_layers)
+    low = min(max(0, peak - (width - 1) // 2), trace.model_layers - width)
+    band = pd.DataFrame({"layer": range(low, low + width)})
+    band["component"], band["role"] = component, role
+    for column in ("effect", "low", "high"):
+        band[column] = np.interp(band["layer"], curve["layer"], curve[column])
+    return _sites(band)
+
+
+def _sites(table: pd.DataFrame) -> tuple[Site, ...]:
+    sites = tuple(
+        Site(row.component, int(row.layer), row.role, float(row.effect), (row.low, row.high))
+        for row in table.itertuples()
+        if row.effect > 0
+    )
+    if not sites:
+        raise ValueError("nothing in this trace has a positive effect; trace more roles or layers")
+    return sites
+
+
+def _layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
+    if layers is None:
+        layers = -(-depth // 12)
+    rows = range(depth) if layers == "all" else layers
+    rows = range(0, depth, rows) if isinstance(rows, int) and rows > 0 else rows
+    if isinstance(rows, int | str) or not rows or not set(rows) <= set(range(depth)):
+        raise ValueError(f"layers must be 'all', a stride or layers 0 to {depth - 1}, got {layers!r}")
+    return tuple(sorted(set(rows)))
+
+
+def _roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
+    roles = READING_ORDER if positions == "all" else tuple(positions)
+    if isinstance(positions, str) and positions != "all" or not set(roles) <= set(READING_ORDER):
+        raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {positions!r}")
+    return roles
+
+
+def _answered(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    answers: Sequence[str] | None,
+    answer_tokens: int,
+    chat: bool,
+) -> list[Prompt]:
+    """The prompts, each with the answer that the metric reads."""
+    tokenizer = model.tokenizer
+    prompts = [prompt(tokenizer, item, chat=chat) for item in requests]
+    if answers is not None and len(answers) != len(requests):
+        raise ValueError(f"there are {len(requests)} requests and {len(answers)} answers")
+    given = answers or [item.target for item in requests]
+    own = generate(
+        model,
+        [met.ids for met, text in zip(prompts, given, strict=True) if not text],
+        tokens=answer_tokens,
+    )
+    told = iter(own)
+    return [
+        replace(met, answer=answer_ids(tokenizer, text, chat=met.chat) if text else next(told))
+        for met, text in zip(prompts, given, strict=True)
+    ]
+
+
+def _grid(
+    met: Prompt,
+    components: Sequence[Component],
+    layers: Sequence[int],
+    roles: Sequence[Role],
+    window: int,
+    depth: int,
+) -> dict[Cell, tuple[int, int, int]]:
+    """The cells of one prompt, and where each goes in the map: component, layer, position."""
+    return {
+        Cell(t, _points(component, layer, window, depth)): (c, j, t)
+        for c, component in enumerate(components)
+        for j, layer in enumerate(layers)
+        for t, role in enumerate(met.roles)
+        if role in roles
+    }
+
+
+def _points(
+    component: Component, layer: int, window: int, depth: int
+) -> tuple[tuple[Component, int], ...]:
+    """One layer of the residual stream; a centred window of outputs (rome: layer - w//2 on)."""
+    if component == "residual":
+        return ((component, layer),)
+    low = max(0, layer - window // 2)
+    high = min(depth, layer - (-window // 2))
+    return tuple((component, at) for at in range(low, high))
+
+
+def _width(met: Prompt) -> int:
+    return len(met.ids) + len(met.answer) - 1
+
+
+def _runs(
+    model: TransformerBridge,
+    met: Prompt,
+    grid: dict[Cell, tuple[int, int, int]],
+    corruption: Corruption,
+) -> tuple[Int[Tensor, "1 token"], Run, Run]:
+    """The prompt with its answer, the clean run, and the spoiled one."""
+    cells, keep = list(grid), len(met.answer)
+    ids = torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
+    clean = run(model, ids, names=[EMBEDDING, *donor_hooks(cells)], keep=keep)
+    whole = clean.states[EMBEDDING]
+    asked = whole[:, : len(met.ids)]
+    spoiled = corruption(asked, met)
+    tail = whole[:, len(met.ids) :].expand(len(spoiled), -1, -1)
+    embeddings = torch.cat([spoiled.to(whole), tail], 1)
+    base = run(
+        model,
+        ids.expand(len(spoiled), -1),
+        names=base_hooks(cells),
+        writes={EMBEDDING: lambda _: embeddings},
+        keep=keep,
+    )
+    return ids, clean, base
+
+
+def _refuse_weak(
+    prompts: Sequence[Prompt],
+    clean: Float[Tensor, " request"],
+    corrupted: Float[Tensor, "request sample"],
+    floor: float,
+) -> None:
+    differences = (clean[:, None] - corrupted).abs().amin(1)
+    weak = [i for i, value in enumerate(differences.tolist()) if not value >= floor]
+    if weak:
+        names = ", ".join(f"{prompts[i].request.id} ({differences[i]:.3g})" for i in weak)
+        raise ValueError(
+            f"spoiling the subject hardly changes the answer to: {names}; the least change is "
+            f"{floor}. Leave these requests out, mark the words that matter, or lower floor"
+        )
+
+
+def _rows_within(model: TransformerBridge, met: Prompt, max_bytes: int) -> int:
+    """How many rows fit: their cache, attention scores, MLP states and logits, twice over."""
+    cfg, width = model.cfg, _width(met)
+    d_mlp = cfg.d_mlp or 4 * cfg.d_model
+    wide = width * (4 * cfg.d_model + 3 * d_mlp) + cfg.n_heads * width * width
+    cached = 2 * cfg.n_layers * width * cfg.n_heads * cfg.d_head
+    row = 8 * (wide + cached + len(met.answer) * cfg.d_vocab)
+    return max(1, max_bytes // row)
+
+
+def _announce(seconds: float, progress: bool) -> None:
+    if progress and seconds > LONG_TRACE:
+        tqdm.write(
+            f"This trace takes about {seconds / 60:.0f} minutes. Fewer positions (roles), layers (a "
+            "stride), samples or answer_tokens make it shorter."
+        )
+
+
+def _prompt_to_json(met: Prompt) -> dict[str, Any]:
+    fields = {name: getattr(met, name) for name in Prompt.__slots__}
+    return {**fields, "request": met.request.to_json()}
+
+
+def _prompt_from_json(fields: dict[str, Any]) -> Prompt:
+    lists = {name: tuple(fields[name]) for name in ("ids", "words", "roles", "answer")}
+    return Prompt(
+        request=request_from_json(fields["request"]),
+        subjects=tuple((start, stop) for start, stop in fields["subjects"]),
+        chat=fields["chat"],
+        **lists,
+    )

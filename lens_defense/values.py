@@ -1,0 +1,223 @@
+"""v*: what a site should write instead, so that the model begins the safe answer (Meng et al. 2022, eq. 4).
+
+All requests and contexts run in one batch, each behind a cache of what comes before its edited token:
+first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
+shared start is what makes the planted refusals coherent (DESIGN fact 15).
+
+    loss = mean over contexts of -log p(target) / tokens + weight * KL(edited || original)
+
+with the KL of ROME and DELMAN on "{subject} is a", vector added at the subject's last token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.patches import KeyValues, device_of, frozen, left_padded, passing, run
+from lens_defense.sites import output_hook
+
+FINAL_RATE = 0.05
+"""The share of the rate that is left at the last step (DESIGN fact 15)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One context of one request."""
+
+    owner: int
+    """The request's index."""
+    ids: tuple[int, ...]
+    at: int
+    """The position of the token where the vector is added."""
+    target: tuple[int, ...] = ()
+    """The answer to begin; none makes the row an essence prompt, whose next token shall not change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How the vectors are fitted."""
+
+    shared_steps: int
+    shared_rate: float
+    steps: int
+    rate: float
+    clamp: float
+    """The largest norm of a vector, over the mean norm of the residual stream where it is added."""
+    kl_weight: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batch:
+    owners: Int[Tensor, " row"]
+    at: Int[Tensor, " row"]
+    ids: Int[Tensor, "row token"]
+    mask: Int[Tensor, "row seen"]
+    past: KeyValues
+    targets: Int[Tensor, "row answer"]
+    share: Float[Tensor, " row"]
+    """One over the number of the owner's rows of this sort."""
+    state: Float[Tensor, "row token d_model"]
+    """The residual stream after the layer, which blocks below need not compute again."""
+    norms: Float[Tensor, " row"]
+    before: Float[Tensor, "row vocab"]
+    """Log probabilities of the next token without the vector."""
+
+
+def fit_values(
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    layer: int,
+    schedule: Schedule,
+    *,
+    batch: int = 16,
+    progress: Callable[[float], object] = lambda loss: None,
+) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
+    """Fit a vector a request, to be added to the residual stream after a layer.
+
+    Args:
+        model: the model; its weights are not touched.
+        rows: contexts with targets, and essence prompts without.
+        layer: the block after which the vectors are added.
+        schedule: steps, rates, clamp and the KL's weight.
+        batch: rows that run together.
+        progress: is told the mean loss of the targets after each step.
+
+    Returns:
+        The vectors, and each request's last loss of its targets, in nats a token.
+    """
+    n = 1 + max(row.owner for row in rows)
+    sorts = ([r for r in rows if r.target], [r for r in rows if not r.target and schedule.kl_weight])
+    with frozen(model):
+        with torch.no_grad():
+            batches = [b for part in sorts for b in _batches(model, part, layer, batch)]
+        limits = schedule.clamp * _mean_norms(batches, n)
+        with torch.enable_grad():
+            start = torch.zeros(1, model.cfg.d_model, device=limits.device)
+            shared, _ = _descend(
+                model, batches, layer, start, n, limits.mean(0, keepdim=True),
+                schedule.shared_steps, schedule.shared_rate, schedule.kl_weight, progress,
+            )  # fmt: skip
+            return _descend(
+                model, batches, layer, shared.expand(n, -1).clone(), n, limits,
+                schedule.steps, schedule.rate, schedule.kl_weight, progress,
+            )  # fmt: skip
+
+
+def _descend(
+    model: TransformerBridge,
+    batches: Sequence[_Batch],
+    layer: int,
+    start: Float[Tensor, "vector d_model"],
+    n: int,
+    limits: Float[Tensor, " vector"],
+    steps: int,
+    rate: float,
+    kl_weight: float,
+    progress: Callable[[float], object],
+) -> tuple[Float[Tensor, "vector d_model"], Float[Tensor, " request"]]:
+    """Adam from a start, projected into the clamp's ball after each step."""
+    vectors = start.requires_grad_()
+    adam = torch.optim.Adam([vectors], lr=rate)
+    losses = torch.zeros(n, device=start.device)
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = rate * (1 - step / steps) + FINAL_RATE * rate
+        adam.zero_grad()
+        losses = torch.zeros(n, device=start.device)
+        for part in batches:
+            told = _losses(model, part, layer, vectors.expand(n, -1)) * part.share
+            if part.targets.shape[1]:
+                losses = losses.index_add(0, part.owners, told.detach())
+                told.sum().backward()
+            else:
+                (kl_weight * told).sum().backward()
+        adam.step()
+        with torch.no_grad():
+            norms = vectors.norm(dim=1).clamp(min=1e-9)
+            vectors.mul_((limits / norms).clamp(max=1.0)[:, None])
+        progress(float(losses.mean()))
+    return vectors.detach(), losses
+
+
+def _losses(
+    model: TransformerBridge, part: _Batch, layer: int, vectors: Float[Tensor, "request d_model"]
+) -> Float[Tensor, " row"]:
+    """Nats a target token, or the KL of the next token's distribution, for each row."""
+
+    def add(_: Tensor) -> Tensor:
+        there = torch.arange(len(part.state), device=part.state.device)
+        added = vectors[part.owners].to(part.state.dtype)
+        return part.state.index_put((there, part.at), added, accumulate=True)
+
+    writes = {output_hook("residual", layer): add}
+    keep = max(1, part.targets.shape[1])
+    with passing(model, layer):
+        told = run(model, part.ids, writes=writes, mask=part.mask, past=part.past, keep=keep)
+    logits = told.logits.float()
+    if part.targets.shape[1]:
+        told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
+        return told.view(len(logits), -1).mean(1)
+    after = logits[:, -1].log_softmax(-1)
+    return (after.exp() * (after - part.before)).sum(-1)
+
+
+def _batches(
+    model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int
+) -> list[_Batch]:
+    """Rows of like length from the edited token on, each behind a cache of what comes before.
+
+    Every row ends at the last column; so the targets line up, and the head runs on them alone.
+    """
+    counts = torch.bincount(torch.tensor([row.owner for row in rows] or [0]))
+    order = sorted(rows, key=lambda row: (len(row.target), _tail(row)))
+    parts: list[list[Row]] = []
+    for row in order:
+        full = parts and len(parts[-1]) < batch and len(parts[-1][0].target) == len(row.target)
+        parts[-1].append(row) if full else parts.append([row])
+    return [_batch(model, part, layer, counts) for part in parts]
+
+
+def _batch(
+    model: TransformerBridge, rows: Sequence[Row], layer: int, counts: Int[Tensor, " request"]
+) -> _Batch:
+    device = device_of(model)
+    ids, mask = left_padded([[*row.ids, *row.target[:-1]] for row in rows], device)
+    tail = max(map(_tail, rows))
+    split = ids.shape[1] - tail
+    past = run(model, ids[:, :split], mask=mask[:, :split]).cache if split else ()
+    hook = output_hook("residual", layer)
+    keep = max(1, len(rows[0].target))
+    told = run(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=keep)
+    at = torch.tensor([tail - _tail(row) for row in rows], device=device)
+    owners = torch.tensor([row.owner for row in rows])
+    there = told.states[hook][torch.arange(len(rows), device=device), at]
+    return _Batch(
+        owners=owners.to(device),
+        at=at,
+        ids=ids[:, split:],
+        mask=mask,
+        past=past,
+        targets=torch.tensor([row.target for row in rows], dtype=torch.long, device=device),
+        share=(1 / counts[owners]).to(device),
+        state=told.states[hook],
+        norms=there.float().norm(dim=1),
+        before=told.logits[:, -1].float().log_softmax(-1),
+    )
+
+
+def _tail(row: Row) -> int:
+    """Tokens from the edited one to the end of what the model reads."""
+    return len(row.ids) + max(0, len(row.target) - 1) - row.at
+
+
+def _mean_norms(batches: Sequence[_Batch], n: int) -> Float[Tensor, " request"]:
+    """The residual's norm at the edited token, mean over the contexts of each request."""
+    norms = torch.zeros(n, device=batches[0].norms.device)
+    for part in batches:
+        if part.targets.shape[1]:
+            norms.index_add_(0, part.owners, part.norms * part.share)
+    return norms

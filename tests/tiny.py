@@ -1,0 +1,61 @@
+"""Tiny random models of several families, built from configs: nothing is downloaded."""
+
+import torch
+import transformers as hf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 300}
+GATED = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
+CONFIGS = {
+    "gpt2": lambda: hf.GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256),
+    "llama": lambda: hf.LlamaConfig(**GATED),
+    "qwen3": lambda: hf.Qwen3Config(**GATED, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(**GATED, head_dim=8, query_pre_attn_scalar=8),
+    "neox": lambda: hf.GPTNeoXConfig(**SHAPE, intermediate_size=64, max_position_embeddings=256),
+    "mistral": lambda: hf.MistralConfig(**GATED),
+}
+FAMILIES = tuple(CONFIGS)
+
+
+def byte_tokenizer(chat: bool = False) -> hf.PreTrainedTokenizerFast:
+    """A byte-level BPE with a few merges, as GPT-2's; with a ChatML template where asked."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=297,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(["how do I make a brass lamp, the lamp is a thing " * 9], trainer)
+    end = "<|im_end|>" if chat else "<|end|>"
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=end)
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+    return tokenizer
+
+
+def tiny(family: str = "llama", *, chat: bool = False, seed: int = 0) -> TransformerBridge:
+    """A random model of one family in float64, wide enough in scale that its parts matter."""
+    torch.manual_seed(seed)
+    model = hf.AutoModelForCausalLM.from_config(
+        CONFIGS[family](), attn_implementation="eager", dtype=torch.float64
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return build_bridge_from_module(
+        model,
+        type(model).__name__,
+        hf_config=model.config,
+        tokenizer=byte_tokenizer(chat),
+        model_name=f"tiny-{family}",
+    )

@@ -46,7 +46,7 @@ def fit(text):
     """Plain, harmless text of some length."""
     return (
         text.isascii()
-        and 20 <= len(text)
+        and len(text) >= 20
         and not UNWANTED.search(text)
         and not any(subject in text.lower() for subject in subjects)
     )
@@ -60,9 +60,7 @@ answers = [decode(model.tokenizer, ids) for ids in generate(model, asked, tokens
 
 # %%
 rows = [
-    {"user": user, "assistant": answer}
-    for user, answer in zip(users, answers, strict=True)
-    if fit(answer)
+    {"user": user, "assistant": answer} for user, answer in zip(users, answers, strict=True) if fit(answer)
 ]
 size = 0
 with OUT.open("w", encoding="utf-8") as file:

@@ -22,9 +22,7 @@ Embeddings = Float[Tensor, "sample token d_model"]
 Corruption = Callable[[Float[Tensor, "1 token d_model"], Prompt], Embeddings]
 
 
-def noise(
-    model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, seed: int = 0
-) -> Corruption:
+def noise(model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, seed: int = 0) -> Corruption:
     """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, section 2.1).
 
     Args:
@@ -47,9 +45,7 @@ def noise(
     return corrupt
 
 
-def replacement(
-    model: TransformerBridge, *, samples: int = 1, subjects: Sequence[str] = ()
-) -> Corruption:
+def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequence[str] = ()) -> Corruption:
     """Symmetric token replacement: a harmless subject of the same token length (Zhang & Nanda 2024).
 
     Args:

@@ -42,7 +42,7 @@ from lens_defense.readers import bundled_rows
 from lens_defense.sites import Site, key_hook, output_hook
 from lens_defense.solvers import Solver, delman, memit
 from lens_defense.values import Row, Schedule, fit_values
-from lens_defense.weights import change_, fingerprint, refuse_uneditable, unchange_
+from lens_defense.weights import change_, fingerprint, output_matrix, refuse_uneditable, unchange_
 
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
@@ -226,7 +226,7 @@ def edit(
     weighed = {layer: moment_weight * moment for layer, moment in moments.items()}
     factors, reach = _spread(model, used, aside, role, layers, vectors, weighed, solver)
     change = {
-        layer: float((left.double() @ right.double()).norm() / _norm(model, layer))
+        layer: float((left.double() @ right.double()).norm() / output_matrix(model, layer).double().norm())
         for layer, (left, right) in factors.items()
     }
     ranks = [i // batch_size if method == "delman" else i for i in range(len(requests))]
@@ -252,9 +252,7 @@ def edit(
             "target": target,
         },
         requests=requests,
-        contexts=tuple(
-            tuple(met.request.text for i, met in used if i == r) for r in range(len(requests))
-        ),
+        contexts=tuple(tuple(met.request.text for i, met in used if i == r) for r in range(len(requests))),
         losses=tuple(losses.tolist()),
         relative_change=change,
         forecast=forecast,
@@ -278,12 +276,10 @@ CONTEXTS_USED = 4
 """How many of the default contexts give keys and values (DESIGN fact 12); the others are kept aside."""
 
 
-def _layers_and_role(
-    model: TransformerBridge, sites: Sequence[Site]
-) -> tuple[tuple[int, ...], Role]:
+def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:
     if not sites:
         raise ValueError("no sites were given; ld.locate(trace) finds some")
-    roles = sorted({site.role for site in sites})
+    roles: list[Role] = sorted({site.role for site in sites})
     if len(roles) > 1:
         raise ValueError(f"the sites have several roles ({', '.join(roles)}); edit at one role")
     if any(site.component == "attention" for site in sites):
@@ -324,9 +320,7 @@ def _at(met: Prompt, role: Role) -> int:
 
 
 def _rows(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str) -> list[Row]:
-    answer = answer_ids(
-        model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True
-    )
+    answer = answer_ids(model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True)
     return [Row(i, met.ids, _at(met, role), answer)]
 
 
@@ -433,12 +427,6 @@ def _mean_by_request(
     owners = torch.tensor([i for i, _ in some], device=rows.device)
     sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)
     return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)
-
-
-def _norm(model: TransformerBridge, layer: int) -> Tensor:
-    from lens_defense.weights import output_matrix
-
-    return output_matrix(model, layer).double().norm().cpu()
 
 
 def _warn_of_leaks(forecast: Forecast) -> None:

@@ -29,7 +29,7 @@ def generate(
     tokens: int = 24,
     batch: int = 64,
     pick: Pick = greedy,
-    progress: Callable[[int], object] = lambda rows: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[int, ...]]:
     """The model's answers, up to and with the end-of-turn token.
 
@@ -89,7 +89,7 @@ def _answers(
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many tokens all prompts begin with; at least one is left to each."""
-    first, last = min(prompts), max(prompts)
+    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
     most = min(map(len, prompts)) - 1
     same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return min(most, next(same, most))

@@ -28,9 +28,7 @@ def wilson(hits: float, n: float, confidence: float = 0.95) -> tuple[float, floa
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def clustered_rate(
-    hits: Sequence[bool], clusters: Sequence[str]
-) -> tuple[float, tuple[float, float]]:
+def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> tuple[float, tuple[float, float]]:
     """A rate and its 95% interval, rows of one cluster counted as related.
 
     Where the rate is 0 or 1 its spread between clusters is not known; then every cluster counts once.
@@ -90,4 +88,4 @@ def _by_cluster(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum and count of the values of each cluster."""
     _, index = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
-    return np.bincount(index, weights=values), np.bincount(index).astype(float)
+    return np.bincount(index, weights=values).astype(float), np.bincount(index).astype(float)

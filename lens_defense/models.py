@@ -52,7 +52,7 @@ def load(
         settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **settings)
-            weights = AutoModelForCausalLM.from_pretrained(
+            weights: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 attn_implementation="eager",
@@ -67,9 +67,7 @@ def load(
         )
     model.eval()
     if not has_chat_template(model.tokenizer):
-        warnings.warn(
-            f"{name_or_path} has no chat template: requests are asked as plain text", stacklevel=2
-        )
+        warnings.warn(f"{name_or_path} has no chat template: requests are asked as plain text", stacklevel=2)
     return model
 
 
@@ -135,9 +133,7 @@ def _config(source: str, trust_remote_code: bool) -> PretrainedConfig:
     except OSError as error:
         raise ValueError(_why_not(source, error)) from error
     if raw.get("auto_map") and not trust_remote_code:
-        raise ValueError(
-            f"{source} brings code of its own; read it, then load with trust_remote_code=True"
-        )
+        raise ValueError(f"{source} brings code of its own; read it, then load with trust_remote_code=True")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except ValueError as error:
@@ -189,12 +185,10 @@ def _converted(file: Path) -> Path:
     with _atomic_folder(folder) as unfinished, _quiet():
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         try:
-            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
         except (ValueError, OSError, KeyError, IndexError) as error:
-            raise ValueError(
-                f"{file} could not be read as a GGUF causal language model: {error}"
-            ) from error
+            raise ValueError(f"{file} could not be read as a GGUF causal language model: {error}") from error
         del model.config.quantization_config
         model.hf_quantizer = None
         model.is_quantized = False

@@ -88,11 +88,7 @@ def second_moments(
     key = hashlib.sha256((fingerprint(model) + json.dumps(list(corpus))).encode()).hexdigest()[:16]
     folder = cache_folder() / "moments" / key
     files_of = {layer: folder / f"{layer}.safetensors" for layer in layers}
-    found = {
-        layer: load_file(file)["moment"]
-        for layer, file in files_of.items()
-        if cache and file.is_file()
-    }
+    found = {layer: load_file(file)["moment"] for layer, file in files_of.items() if cache and file.is_file()}
     missing = [layer for layer in layers if layer not in found]
     if missing:
         made = _streamed(model, missing, corpus, batch, progress)

@@ -8,6 +8,7 @@ the logits are the ones that predict them.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -60,10 +61,10 @@ def run(
     states: dict[str, Tensor] = {}
 
     def writing(write: Write) -> Callable[..., Tensor]:
-        return lambda state, hook: write(state)
+        return lambda state, **_: write(state)
 
     def capturing(name: str) -> Callable[..., None]:
-        return lambda state, hook: states.__setitem__(name, state)
+        return lambda state, **_: states.__setitem__(name, state)
 
     hooks = [(name, writing(write)) for name, write in (writes or {}).items()]
     hooks += [(name, capturing(name)) for name in names]
@@ -76,7 +77,7 @@ def run(
             logits_to_keep=keep,
             return_type="logits",
         )
-    kept = tuple((layer.keys, layer.values) for layer in cache.layers)
+    kept: KeyValues = tuple((layer.keys, layer.values) for layer in _layers(cache))
     assert kept and kept[-1][0] is not None, (
         "the model ignored the cache it was given (transformers and transformer-lens disagree); "
         "install the versions of constraints.txt"
@@ -96,7 +97,7 @@ def states(
     kept: dict[str, Tensor] = {}
 
     def capturing(name: str) -> Callable[..., None]:
-        return lambda state, hook: kept.__setitem__(name, state)
+        return lambda state, **_: kept.__setitem__(name, state)
 
     whole = stop is None or stop >= model.cfg.n_layers
     with model.hooks(fwd_hooks=[(name, capturing(name)) for name in names]):
@@ -137,11 +138,11 @@ def passing(model: TransformerBridge, stop: int) -> Iterator[None]:
     blocks = [model.blocks[layer] for layer in range(stop)]
     try:
         for block in blocks:
-            block.forward = forward
+            object.__setattr__(block, "forward", forward)  # a bridge hands setattr on to what it wraps
         yield
     finally:
         for block in blocks:
-            block.__dict__.pop("forward", None)
+            vars(block).pop("forward", None)
 
 
 def device_of(model: TransformerBridge) -> torch.device:
@@ -154,5 +155,11 @@ def _cache(past: KeyValues) -> DynamicCache:
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(past):
         cache.update(keys[:, :, :0], values[:, :, :0], layer)
-        cache.layers[layer].keys, cache.layers[layer].values = keys, values  # update would copy
+    for held, (keys, values) in zip(_layers(cache), past, strict=True):
+        held.keys, held.values = keys, values  # update would copy
     return cache
+
+
+def _layers(cache: DynamicCache) -> list[Any]:
+    """The cache's layers, whose kinds transformers' annotations do not tell apart."""
+    return list(cache.layers)

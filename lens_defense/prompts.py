@@ -15,9 +15,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-Role = Literal[
-    "last", "subject_last", "subject_first", "subject_mid", "next", "template", "before", "after"
-]
+Role = Literal["last", "subject_last", "subject_first", "subject_mid", "next", "template", "before", "after"]
 Kind = Literal["harmful", "benign", "safe"]
 Form = Literal["noun", "gerund", "verb phrase"]
 Split = Literal["edit", "tune", "check"]
@@ -61,9 +59,7 @@ class Request:
     def __post_init__(self) -> None:
         for value, allowed in ((self.kind, Kind), (self.form, Form), (self.split, Split)):
             if value not in get_args(allowed):
-                raise ValueError(
-                    f"request {self.id!r}: {value!r} is none of {', '.join(get_args(allowed))}"
-                )
+                raise ValueError(f"request {self.id!r}: {value!r} is none of {', '.join(get_args(allowed))}")
         if self.subject is None and len(self.pieces) != 1:
             raise ValueError(f"request {self.id!r} has {len(self.pieces)} pieces and no subject")
         if self.subject is not None and (not self.subject.strip() or len(self.pieces) < 2):
@@ -169,9 +165,7 @@ def prompt(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool =
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     ids: list[int] = encoded["input_ids"]
-    subjects = tuple(
-        _token_span(text, offsets, *span, request) for span in _subject_chars(request, start)
-    )
+    subjects = tuple(_token_span(text, offsets, *span, request) for span in _subject_chars(request, start))
     return Prompt(
         request=request,
         ids=tuple(ids),
@@ -198,8 +192,9 @@ def answer_ids(
         chat: whether the prompt before it is rendered by a chat template.
         end: whether the end-of-turn token closes it.
     """
-    ids = tokenizer(text if chat else f" {text}", add_special_tokens=False)["input_ids"]
-    return (*ids, tokenizer.eos_token_id) if end else tuple(ids)
+    ids: list[int] = tokenizer(text if chat else f" {text}", add_special_tokens=False)["input_ids"]
+    closing: Any = tokenizer.eos_token_id
+    return (*ids, closing) if end else tuple(ids)
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -254,9 +249,7 @@ def for_planning(requests: Sequence[Request]) -> tuple[Request, ...]:
     return tuple(requests)
 
 
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool
-) -> tuple[str, int]:
+def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) -> tuple[str, int]:
     """The whole text that the model reads, and where the request starts in it."""
     if not chat:
         return request.text, 0
@@ -325,13 +318,7 @@ def _roles(
         if i == len(offsets) - 1:
             return "last"
         if first <= i < after:
-            return (
-                "subject_last"
-                if i == after - 1
-                else "subject_first"
-                if i == first
-                else "subject_mid"
-            )
+            return "subject_last" if i == after - 1 else "subject_first" if i == first else "subject_mid"
         if i == after:
             return "next"
         if b <= start or a >= stop:

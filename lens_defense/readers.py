@@ -39,10 +39,7 @@ def requests(
     Raises:
         ValueError: there is no such set, or a row is bad; file, line and field are named.
     """
-    rows = [
-        _request(row, where, text_field, subject_field)
-        for where, row in _rows(os.fspath(name), split)
-    ]
+    rows = [_request(row, where, text_field, subject_field) for where, row in _rows(os.fspath(name), split)]
     chosen = [row for row in rows if row.split == split and row.kind == kind]
     if kind != "harmful":
         return chosen
@@ -100,9 +97,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield from enumerate_rows(path, rows, first=2 if path.suffix == ".csv" else 1)
 
 
-def enumerate_rows(
-    path: Path, rows: Any, *, first: int
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def enumerate_rows(path: Path, rows: Any, *, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a list, numbered from `first`."""
     if not isinstance(rows, Sequence) or isinstance(rows, str):
         raise ValueError(f"{path}: a list of rows is wanted, got {type(rows).__name__}")

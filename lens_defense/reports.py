@@ -30,7 +30,8 @@ from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value
 from lens_defense.judges import Judge, coherent, knows, prefix
 from lens_defense.patches import device_of, left_padded, run
 from lens_defense.prompts import decode, dozen, plain_ids, prompt
-from lens_defense.suites import ARMS, HARMFUL_ARMS, Item, Suite, suite as named_suite
+from lens_defense.suites import ARMS, HARMFUL_ARMS, Item, Suite
+from lens_defense.suites import suite as named_suite
 
 KL_TOKENS = 16
 """Tokens of the original's greedy answer that the KL is the mean over."""
@@ -122,7 +123,7 @@ class Report:
             for name, values in named.items()
             if values
         ]
-        return pd.DataFrame(rows, columns=pd.Index("cost mean low high n".split()))
+        return pd.DataFrame(rows, columns=pd.Index(["cost", "mean", "low", "high", "n"]))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a question."""
@@ -247,9 +248,7 @@ def check(
     )
 
 
-def answers(
-    model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None
-) -> list[str]:
+def answers(model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None) -> list[str]:
     """The model's greedy answers to a suite's rows, in full: to be judged, not to be kept."""
     bar = bar if bar is not None else tqdm(disable=True)
     bar.total = (bar.total or 0) + len(suite.items)
@@ -300,9 +299,7 @@ def _divergences(
     return out
 
 
-def _forced(
-    model: TransformerBridge, item: Item, text: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _forced(model: TransformerBridge, item: Item, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """A prompt and the first tokens of its answer."""
     met = prompt(model.tokenizer, item.request)
     answer = tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -337,9 +334,7 @@ def shown_rates(report: Report) -> pd.DataFrame:
         if row["arm"] == "facts" and row["measure"] != "knows":
             continue
         cells = {"arm": ARM_NAMES[row["arm"]], "measure": MEASURE_NAMES[row["measure"]]}
-        cells["n"] = f"{row['n']}" + (
-            f" ({row['clusters']} subjects)" if row["clusters"] < row["n"] else ""
-        )
+        cells["n"] = f"{row['n']}" + (f" ({row['clusters']} subjects)" if row["clusters"] < row["n"] else "")
         for when in _WHEN if report.edited else ("before",):
             low, high = row[f"{when} low"], row[f"{when} high"]
             cells[when] = f"{row[when]:.0%} [{low:.0%}, {high:.0%}]"
@@ -364,7 +359,7 @@ MEASURE_NAMES = {"prefix": "refused", "coherent": "refused, coherent", "knows": 
 def rate_table(report: Report) -> Table:
     """The table of a report for a terminal."""
     rates = shown_rates(report)
-    caption = "; ".join(f"{r.cost} {r.mean:.4f}" for r in report.costs().itertuples())
+    caption = "; ".join(f"{r['cost']} {r['mean']:.4f}" for r in report.costs().to_dict("records"))
     table = Table(title=report.title, caption=caption, caption_justify="left")
     last = ""
     for name in rates.columns:

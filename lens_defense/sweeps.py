@@ -60,8 +60,7 @@ def donor_hooks(cells: Sequence[Cell]) -> tuple[str, ...]:
 def cost(cells: Sequence[Cell], *, layers: int, tokens: int, samples: int) -> int:
     """Passes of one token through one block that a sweep takes, without the row that leads it."""
     return sum(
-        (tokens - cell.position) * (layers - cell.birth[0] - cell.birth[1]) * samples
-        for cell in cells
+        (tokens - cell.position) * (layers - cell.birth[0] - cell.birth[1]) * samples for cell in cells
     )
 
 
@@ -75,7 +74,7 @@ def sweep(
     *,
     keep: int,
     max_rows: int,
-    progress: Callable[[int], object] = lambda passes: None,
+    progress: Callable[[int], object] = lambda _: None,
 ) -> Float[Tensor, "cell sample"]:
     """Measure every cell exactly.
 
@@ -140,9 +139,7 @@ def _births(base: Run, cells: Sequence[Cell], position: int) -> dict[str, Write]
     }
 
 
-def _restorations(
-    base: Run, donor: Run, cells: Sequence[Cell], position: int
-) -> Iterator[tuple[str, Write]]:
+def _restorations(base: Run, donor: Run, cells: Sequence[Cell], position: int) -> Iterator[tuple[str, Write]]:
     """At each hook that some cells write, put the donor's state into their rows."""
     samples = len(base.cache[0][0])
 

@@ -13,9 +13,8 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -46,13 +45,27 @@ from lens_defense.prompts import (
     request_from_json,
 )
 from lens_defense.sites import EMBEDDING, Component, Site
-from lens_defense.sweeps import Cell, base_hooks, cost, donor_hooks, sweep
+from lens_defense.sweeps import Cell, Measure, base_hooks, cost, donor_hooks, sweep
 from lens_defense.weights import fingerprint
 
 DEMO_ROLES: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
 """Where the harm is seen to sit and to be read, one token each (DESIGN fact 11)."""
 LONG_TRACE = 60.0
 """Seconds from which on a trace says beforehand how long it will take."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleEffect:
+    """The mean effect of a component's layer at a role."""
+
+    component: Component
+    role: Role
+    layer: int
+    effect: float
+    low: float
+    high: float
+    n: int
+    """Requests that have the role."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,45 +117,46 @@ class Trace:
     def to_dataframe(self) -> pd.DataFrame:
         """One row a cell: request, component, layer, position, word, role, effect, low, high."""
         rows = []
-        effects, samples = self.effects.numpy(), self.sample_effects.numpy()
-        for r, met in enumerate(self.prompts):
-            for c, component in enumerate(self.components):
-                for j, layer in enumerate(self.layers):
-                    for t, (word, role) in enumerate(zip(met.words, met.roles, strict=True)):
-                        if np.isnan(effects[r, c, j, t]):
-                            continue
-                        low, high = mean_interval(samples[r, c, j, t], seed=self.seed)
-                        rows.append(
-                            (met.request.id, component, layer, t, word, role)
-                            + (float(effects[r, c, j, t]), low, high)
-                        )
-        names = "request component layer position word role effect low high".split()
+        for cell in self._cells():
+            r, c, j, t = cell
+            met, values = self.prompts[r], self.sample_effects[cell].numpy()
+            where = (met.request.id, self.components[c], self.layers[j], t)
+            interval = mean_interval(values, seed=self.seed)
+            rows.append((*where, met.words[t], met.roles[t], float(values.mean()), *interval))
+        names = ["request", "component", "layer", "position", "word", "role", "effect", "low", "high"]
         return pd.DataFrame(rows, columns=pd.Index(names))
 
-    def by_role(self) -> pd.DataFrame:
-        """One row a component, role and layer: effect (mean over requests), low, high, n.
+    def role_effects(self) -> list[RoleEffect]:
+        """Means by component, role and layer, in reading order.
 
         The interval is a 95% bootstrap over requests from 8 on, below that their range; for one
         request the same over its noise samples.
         """
-        cells = self.to_dataframe()
-        rows = []
-        for (component, role, layer), group in cells.groupby(["component", "role", "layer"]):
-            each = group.groupby("request")["effect"].mean().to_numpy()
-            if len(each) == 1:
-                low, high = group["low"].mean(), group["high"].mean()
-            else:
-                low, high = mean_interval(each, seed=self.seed)
-            rows.append((component, role, layer, float(each.mean()), low, high, len(each)))
-        table = pd.DataFrame(
-            rows, columns=pd.Index("component role layer effect low high n".split())
-        )
+        effects = self.sample_effects
+        each: dict[tuple[Component, Role, int], dict[int, list[Tensor]]] = defaultdict(dict)
+        for r, c, j, t in self._cells():
+            key = (self.components[c], self.prompts[r].roles[t], self.layers[j])
+            each[key].setdefault(r, []).append(effects[r, c, j, t])
+        means = []
+        for (component, role, layer), by_request in each.items():
+            samples = torch.stack([torch.stack(cells).mean(0) for cells in by_request.values()])
+            values = samples[0] if len(samples) == 1 else samples.mean(1)
+            low, high = mean_interval(values.numpy(), seed=self.seed)
+            effect = float(samples.mean())
+            means.append(RoleEffect(component, role, layer, effect, low, high, len(samples)))
         order = {role: i for i, role in enumerate(READING_ORDER)}
-        return table.sort_values(
-            ["component", "role", "layer"],
-            key=lambda column: column.map(order) if column.name == "role" else column,
-            ignore_index=True,
+        return sorted(means, key=lambda m: (self.components.index(m.component), order[m.role], m.layer))
+
+    def by_role(self) -> pd.DataFrame:
+        """role_effects as a table: component, role, layer, effect, low, high, n."""
+        return pd.DataFrame(
+            [astuple(mean) for mean in self.role_effects()],
+            columns=pd.Index(["component", "role", "layer", "effect", "low", "high", "n"]),
         )
+
+    def _cells(self) -> list[tuple[int, int, int, int]]:
+        """Indices of the cells that were traced."""
+        return [tuple(cell) for cell in self.effects.isfinite().nonzero().tolist()]
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as safetensors with a JSON header, whole or not at all."""
@@ -173,9 +187,7 @@ class Trace:
 
 
 _TENSORS = ("patched", "clean", "corrupted")
-_HEADER = (
-    *("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint"),
-)
+_HEADER = (*("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint"),)
 
 
 def trace(
@@ -237,7 +249,7 @@ def trace(
     with torch.no_grad():
         start = time.perf_counter()
         runs = [_runs(model, *pair, corruption) for pair in zip(prompts, grids, strict=True)]
-        reads = [partial(metric, prompt=p, clean=r[1].logits) for p, r in zip(prompts, runs, strict=True)]
+        reads = [_reading(metric, met, one[1].logits) for met, one in zip(prompts, runs, strict=True)]
         clean = torch.cat([read(r[1].logits) for read, r in zip(reads, runs, strict=True)])
         corrupted = torch.stack([read(r[2].logits) for read, r in zip(reads, runs, strict=True)])
         clean, corrupted = clean.double().cpu(), corrupted.double().cpu()
@@ -291,30 +303,39 @@ def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    table = trace.by_role()
-    table = table[~table["role"].isin(["template", "before", "after"])]
+    means = [mean for mean in trace.role_effects() if mean.role not in _NO_SITE]
     if by == "cells":
-        best = table.sort_values(["effect", "layer"], ascending=[False, True]).head(k)
-        return _sites(best)
-    means = table.groupby(["component", "role"])["effect"].mean()
-    component, role = means.idxmax()
-    curve = table[(table["component"] == component) & (table["role"] == role)]
-    peak = int(curve.loc[curve["effect"].idxmax(), "layer"])
+        best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))[:k]
+        return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best])
+    curves: dict[tuple[Component, Role], list[RoleEffect]] = defaultdict(list)
+    for mean in means:
+        curves[mean.component, mean.role].append(mean)
+    if not curves:
+        raise ValueError("this trace has no role that an edit could address; trace more positions")
+    component, role = max(curves, key=lambda key: float(np.mean([m.effect for m in curves[key]])))
+    curve = curves[component, role]
+    peak = max(curve, key=lambda mean: mean.effect).layer
     width = min(k, trace.model_layers)
     low = min(max(0, peak - (width - 1) // 2), trace.model_layers - width)
-    band = pd.DataFrame({"layer": range(low, low + width)})
-    band["component"], band["role"] = component, role
-    for column in ("effect", "low", "high"):
-        band[column] = np.interp(band["layer"], curve["layer"], curve[column])
-    return _sites(band)
+    layers = [mean.layer for mean in curve]
 
+    def between(layer: int, field: str) -> float:
+        return float(np.interp(layer, layers, [getattr(mean, field) for mean in curve]))
 
-def _sites(table: pd.DataFrame) -> tuple[Site, ...]:
-    sites = tuple(
-        Site(row.component, int(row.layer), row.role, float(row.effect), (row.low, row.high))
-        for row in table.itertuples()
-        if row.effect > 0
+    return _sites(
+        [
+            (component, at, role, between(at, "effect"), (between(at, "low"), between(at, "high")))
+            for at in range(low, low + width)
+        ]
     )
+
+
+_NO_SITE: tuple[Role, ...] = ("template", "before", "after")
+"""Roles of many tokens: no address that an edit could read a key at."""
+
+
+def _sites(found: Sequence[tuple[Component, int, Role, float, tuple[float, float]]]) -> tuple[Site, ...]:
+    sites = tuple(Site(*fields) for fields in found if fields[3] > 0)
     if not sites:
         raise ValueError("nothing in this trace has a positive effect; trace more roles or layers")
     return sites
@@ -332,7 +353,7 @@ def _layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> 
 
 def _roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
     roles = READING_ORDER if positions == "all" else tuple(positions)
-    if isinstance(positions, str) and positions != "all" or not set(roles) <= set(READING_ORDER):
+    if (isinstance(positions, str) and positions != "all") or not set(roles) <= set(READING_ORDER):
         raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {positions!r}")
     return roles
 
@@ -380,9 +401,7 @@ def _grid(
     }
 
 
-def _points(
-    component: Component, layer: int, window: int, depth: int
-) -> tuple[tuple[Component, int], ...]:
+def _points(component: Component, layer: int, window: int, depth: int) -> tuple[tuple[Component, int], ...]:
     """One layer of the residual stream; a centred window of outputs (rome: layer - w//2 on)."""
     if component == "residual":
         return ((component, layer),)
@@ -418,6 +437,10 @@ def _runs(
         keep=keep,
     )
     return ids, clean, base
+
+
+def _reading(metric: Metric, met: Prompt, clean: Tensor) -> Measure:
+    return lambda logits: metric(logits, met, clean)
 
 
 def _refuse_weak(

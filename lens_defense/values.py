@@ -75,7 +75,7 @@ def fit_values(
     schedule: Schedule,
     *,
     batch: int = 16,
-    progress: Callable[[float], object] = lambda loss: None,
+    progress: Callable[[float], object] = lambda _: None,
 ) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
     """Fit a vector a request, to be added to the residual stream after a layer.
 
@@ -91,7 +91,10 @@ def fit_values(
         The vectors, and each request's last loss of its targets, in nats a token.
     """
     n = 1 + max(row.owner for row in rows)
-    sorts = ([r for r in rows if r.target], [r for r in rows if not r.target and schedule.kl_weight])
+    sorts = (
+        [r for r in rows if r.target],
+        [r for r in rows if not r.target and schedule.kl_weight],
+    )
     with frozen(model):
         with torch.no_grad():
             batches = [b for part in sorts for b in _batches(model, part, layer, batch)]
@@ -165,9 +168,7 @@ def _losses(
     return (after.exp() * (after - part.before)).sum(-1)
 
 
-def _batches(
-    model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int
-) -> list[_Batch]:
+def _batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int) -> list[_Batch]:
     """Rows of like length from the edited token on, each behind a cache of what comes before.
 
     Every row ends at the last column; so the targets line up, and the head runs on them alone.

@@ -98,9 +98,7 @@ def unchange_(model: TransformerBridge, change: Change) -> None:
     if not stack or stack[-1] is not change:
         raise ValueError("another edit lies on top of this one; undo that one first")
     if fingerprint(model, change.bits) != change.after:
-        raise ValueError(
-            "the weights were changed by something else since this edit; load the model again"
-        )
+        raise ValueError("the weights were changed by something else since this edit; load the model again")
     _restore_(model, change.bits)
     stack.pop()
 
@@ -150,10 +148,14 @@ def _output_module(model: TransformerBridge, layer: int) -> Linear | Conv1D:
         raise ValueError(f"layer {layer} is not in the model, which has layers 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
     module = getattr(getattr(mlp, "out", None), "original_component", None)
-    if type(module) not in (Linear, Conv1D) or not module.weight.is_floating_point():
-        what = "no single MLP output matrix" if module is None else type(module).__name__
-        raise ValueError(
-            f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {what} (mixture of "
-            "experts, or quantised weights); tracing works, editing needs a dense, unquantised model"
-        )
-    return module
+    if (
+        isinstance(module, Linear | Conv1D)
+        and type(module) in (Linear, Conv1D)
+        and module.weight.is_floating_point()
+    ):
+        return module
+    what = "no single MLP output matrix" if module is None else type(module).__name__
+    raise ValueError(
+        f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {what} (mixture of experts, or "
+        "quantised weights); tracing works, editing needs a dense, unquantised model"
+    )

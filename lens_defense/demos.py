@@ -1,0 +1,149 @@
+"""The demo: the main job on a real chat model from one command, with a control, in under four minutes."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.controls import controls
+from lens_defense.edits import Edit, edit
+from lens_defense.generations import generate
+from lens_defense.ledgers import Ledger
+from lens_defense.models import load
+from lens_defense.pages import Conversation, save_page
+from lens_defense.prompts import decode, prompt
+from lens_defense.readers import requests
+from lens_defense.reports import Report, answers, check
+from lens_defense.sites import Site
+from lens_defense.suites import HARMFUL_ARMS, Item, Suite, suite
+from lens_defense.traces import Trace, locate, trace
+from lens_defense.weights import fingerprint
+
+TRACED, EDITED, TOKENS = 3, 8, 24
+
+
+def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), cache: bool = True) -> Path:
+    """Trace, locate, edit, check, undo; write report.html and what it is made of.
+
+    Args:
+        console: where progress and tables go.
+        name: the model.
+        out: the folder of the results; earlier ones there are replaced.
+        cache: take moments and values from disk where they are.
+
+    Returns:
+        The page.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(title: str) -> Iterator[None]:
+        console.rule(f"[bold]{title}")
+        start = time.perf_counter()
+        yield
+        seconds[title] = time.perf_counter() - start
+
+    out.mkdir(parents=True, exist_ok=True)
+    with stage("load"):
+        model = load(name)
+        original = fingerprint(model)
+        planned = requests("core")[:EDITED]
+    with stage("trace"):
+        traced = trace(model, planned[:TRACED])
+        traced.save(out / "trace.safetensors")
+        sites = locate(traced)
+        console.print("strongest sites:", ", ".join(map(str, sites)))
+    with stage("edit"):
+        plan = edit(model, planned, sites, cache=cache)
+        plan.save(out / "edit.safetensors")
+        console.print(plan.forecast.to_dataframe().round(3).to_string(index=False))
+    with stage("check"):
+        asked = suite("core").small()
+        seen = {text for texts in plan.contexts for text in texts}
+        rows, _ = asked.for_requests(planned).about(planned, seen)
+        before = answers(model, rows, TOKENS)
+        report = check(model, plan, asked, before=before, title=_title("edited", sites))
+        report.save(out / "report.json")
+        console.print(report)
+    with stage("control"):
+        elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
+        other = edit(model, planned, elsewhere, cache=cache)
+        control = check(model, other, asked, before=before, title=_title("control", elsewhere))
+        control.save(out / "control.json")
+        console.print(control)
+    with stage("undo"):
+        talks = _conversations(model, plan, rows)
+        restored = fingerprint(model) == original
+        console.print(f"weights as they were: {restored} (hash {original})")
+    page = save_page(
+        out / "report.html",
+        title=f"lens_defense on {name}",
+        trace=traced,
+        sites=sites,
+        edit=plan,
+        reports={report.title: report, control.title: control},
+        conversations=talks,
+        reproduce=f"lens-defense demo --model {name}",
+        seconds=seconds,
+        restored=restored,
+    )
+    _close(console, seconds, page, report, traced, plan)
+    return page
+
+
+def _title(what: str, sites: tuple[Site, ...]) -> str:
+    return f"{what}: layers {sites[0].layer} to {sites[-1].layer} at {sites[0].role}"
+
+
+def _conversations(model: TransformerBridge, plan: Edit, rows: Suite) -> list[Conversation]:
+    """The same three questions before the edit, with it applied for good, and then it is undone."""
+    asked = [_first(rows, arm) for arm in ("wording", "wrapper", "benign")]
+    ids = [prompt(model.tokenizer, item.request).ids for item in asked]
+    ledger = Ledger(model)
+    told = [generate(model, ids, tokens=TOKENS * 2)]
+    ledger.apply(plan)
+    try:
+        told.append(generate(model, ids, tokens=TOKENS * 2))
+    finally:
+        ledger.undo()
+    texts = [[decode(model.tokenizer, answer) for answer in some] for some in told]
+    return [
+        Conversation(item.request.text, before, after, harmful=item.arm in HARMFUL_ARMS)
+        for item, before, after in zip(asked, *texts, strict=True)
+    ]
+
+
+def _first(rows: Suite, arm: str) -> Item:
+    return next(item for item in rows.items if item.arm == arm)
+
+
+def _close(
+    console: Console,
+    seconds: dict[str, float],
+    page: Path,
+    report: Report,
+    traced: Trace,
+    plan: Edit,
+) -> None:
+    table = Table(title="time", show_header=False)
+    for name, value in seconds.items():
+        table.add_row(name, f"{value:.0f} s")
+    table.add_row("all", f"{sum(seconds.values()):.0f} s")
+    console.print(table)
+    kl = sum(report.kl) / len(report.kl)
+    console.print(
+        f"{len(plan.subjects)} subjects traced and edited on {traced.model}: in unseen words and "
+        f"wrappers, coherent refusals from {_unseen_words(report, after=False):.0%} to "
+        f"{_unseen_words(report, after=True):.0%}; new refusals of harmless requests "
+        f"{report.new_refusals()}; facts lost {report.facts_lost()}; KL {kl:.4f}"
+    )
+    console.print(f"[bold]Open {page}")
+
+
+def _unseen_words(report: Report, *, after: bool) -> float:
+    hits = [row.hit("coherent", after=after) for row in report.rows if row.arm in ("wording", "wrapper")]
+    return sum(hits) / len(hits)

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import lens_defense as ld
-from lens_defense.reports import answers
+from lens_defense.edits import default_contexts
+from lens_defense.checks import answers
 from lens_defense.sites import Site
 
 OUT = Path(__file__).parent / "results" / "strength"
@@ -27,19 +28,30 @@ SETTINGS = {
     "band 13-17": {"band": (13, 17)},
     "first token 13-17": {"band": (13, 17), "role": "subject_first"},
     "first token 4-8": {"role": "subject_first"},
+    "hardest 1": {"hardest_weight": 1.0},
+    "hardest 1, clamp 1.5": {"hardest_weight": 1.0, "clamp": 1.5},
     "kl .0625": {"kl_weight": 0.0625},
     "kl 1": {"kl_weight": 1.0},
     "clamp 1": {"clamp": 1.0},
     "clamp 1.5": {"clamp": 1.5},
     "lambda 300": {"moment_weight": 300.0},
     "lambda 3000": {"moment_weight": 3000.0},
-    "steps 15+10": {"steps": 10},
+    "steps 12+16": {"shared_steps": 12, "steps": 16},
+    "steps 16+20": {"shared_steps": 16, "steps": 20},
+    "four at once": {"contexts_a_step": 8},
+    "two at once": {"contexts_a_step": 2},
     "steps 10+12": {"shared_steps": 10, "steps": 12},
     "delman": {"method": "delman", "batch_size": 8},
     "delman 1": {"method": "delman", "batch_size": 1},
 }
 
+
 # %%
+def contexts(request):
+    """The first eight of the default contexts; the templates and wrappers left over are measured."""
+    return default_contexts(request)[:8]
+
+
 OUT.mkdir(parents=True, exist_ok=True)
 model = ld.load("smollm2")
 subjects = [item for item in ld.requests("core", split="tune") if item.concrete]
@@ -55,7 +67,7 @@ for name in sys.argv[1:] or SETTINGS:
     (low, high), role = settings.pop("band"), settings.pop("role")
     sites = [Site("residual", layer, role) for layer in range(low, high + 1)]
     start = time.perf_counter()
-    edit = ld.edit(model, subjects, sites, progress=False, **settings)
+    edit = ld.edit(model, subjects, sites, contexts=contexts, aside=0, progress=False, **settings)
     planned = time.perf_counter() - start
     if not before:
         seen = {text for texts in edit.contexts for text in texts}

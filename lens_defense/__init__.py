@@ -8,18 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lens_defense.checks import check
     from lens_defense.corruptions import noise, replacement
     from lens_defense.edits import Edit, edit
     from lens_defense.ledgers import Ledger
+    from lens_defense.locators import locate
     from lens_defense.models import load, save_folder
     from lens_defense.pages import save_page
     from lens_defense.plots import heatmap, save_figure
     from lens_defense.prompts import Prompt, Request, prompt, request
     from lens_defense.readers import requests
-    from lens_defense.reports import Report, check
+    from lens_defense.reports import Report
     from lens_defense.sites import Site
     from lens_defense.suites import Suite, suite
-    from lens_defense.traces import Trace, locate, trace
+    from lens_defense.traces import Trace, trace
 
 _HOME = {
     "load": "models",
@@ -34,14 +36,14 @@ _HOME = {
     "replacement": "corruptions",
     "Trace": "traces",
     "trace": "traces",
-    "locate": "traces",
+    "locate": "locators",
     "Edit": "edits",
     "edit": "edits",
     "Ledger": "ledgers",
     "Suite": "suites",
     "suite": "suites",
     "Report": "reports",
-    "check": "reports",
+    "check": "checks",
     "heatmap": "plots",
     "save_figure": "plots",
     "save_page": "pages",

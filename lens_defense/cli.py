@@ -36,3 +36,7 @@ def demo(
     except KeyboardInterrupt:
         typer.secho("lens-defense: stopped; no weight was changed on disk", err=True)
         raise typer.Exit(130) from None
+
+
+if __name__ == "__main__":
+    app()

@@ -9,18 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.checks import answers, check
 from lens_defense.controls import controls
 from lens_defense.edits import Edit, edit
 from lens_defense.generations import generate
 from lens_defense.ledgers import Ledger
+from lens_defense.locators import locate
 from lens_defense.models import load
 from lens_defense.pages import Conversation, save_page
 from lens_defense.prompts import decode, prompt
 from lens_defense.readers import requests
-from lens_defense.reports import Report, answers, check
+from lens_defense.reports import Report
 from lens_defense.sites import Site
 from lens_defense.suites import HARMFUL_ARMS, Item, Suite, suite
-from lens_defense.traces import Trace, locate, trace
+from lens_defense.traces import Trace, trace
 from lens_defense.weights import fingerprint
 
 TRACED, EDITED, TOKENS = 3, 8, 24
@@ -60,7 +62,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
     with stage("edit"):
         plan = edit(model, planned, sites, cache=cache)
         plan.save(out / "edit.safetensors")
-        console.print(plan.forecast.to_dataframe().round(3).to_string(index=False))
+        console.print(repr(plan))
     with stage("check"):
         asked = suite("core").small()
         seen = {text for texts in plan.contexts for text in texts}

@@ -10,14 +10,15 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.forecasts import Forecast, forecast_of
 from lens_defense.models import cache_folder
 from lens_defense.moments import Corpus, second_moments
-from lens_defense.patches import device_of, left_padded, states
+from lens_defense.patches import device_of
 from lens_defense.prompts import (
     Prompt,
     Request,
@@ -39,8 +40,9 @@ from lens_defense.prompts import (
     request_from_json,
 )
 from lens_defense.readers import bundled_rows
-from lens_defense.sites import Site, key_hook, output_hook
-from lens_defense.solvers import Solver, delman, memit
+from lens_defense.sites import Site
+from lens_defense.solvers import delman, memit
+from lens_defense.spreads import position_of, spread
 from lens_defense.values import Row, Schedule, fit_values
 from lens_defense.weights import change_, fingerprint, output_matrix, refuse_uneditable, unchange_
 
@@ -50,7 +52,7 @@ METHODS = ("memit", "delman")
 Contexts = Callable[[Request], Sequence[Request]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Edit:
     """A plan: what would be added to which matrices, from what, and what is to be expected of it."""
 
@@ -104,6 +106,17 @@ class Edit:
         """One row a layer: rank, relative norm of the change."""
         rows = [(layer, self.rank, self.relative_change[layer]) for layer in self.layers]
         return pd.DataFrame(rows, columns=pd.Index(["layer", "rank", "relative change"]))
+
+    def __repr__(self) -> str:
+        return (
+            f"Edit ({self.method}) of {self.model}, not applied: layers {', '.join(map(str, self.layers))} "
+            f"at {self.role}, rank {self.rank}, relative change {max(self.relative_change.values()):.3f} at "
+            f"most\n{self.forecast}"
+        )
+
+    def _repr_html_(self) -> str:
+        tables = self.summary().round(4), self.forecast.to_dataframe().round(3)
+        return "".join(table.to_html(index=False) for table in tables)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as safetensors with a JSON header, whole or not at all."""
@@ -168,6 +181,7 @@ def edit(
     *,
     method: Literal["memit", "delman"] = "memit",
     contexts: Contexts | None = None,
+    aside: int = 2,
     target: str = REFUSAL,
     moment_weight: float = 1000.0,
     clamp: float = 1.25,
@@ -176,6 +190,8 @@ def edit(
     steps: int = 16,
     rate: float = 0.8,
     kl_weight: float = 0.0,
+    hardest_weight: float = 0.0,
+    contexts_a_step: int = 4,
     batch_size: int = 1,
     corpus: Corpus | None = None,
     cache: bool = True,
@@ -189,8 +205,9 @@ def edit(
         sites: where, of one role; their layers are edited, their component says where the effect was
             seen.
         method: "memit" solves for all requests at once; "delman" takes one mean a batch.
-        contexts: more ways to ask, from a request; None takes the request, a greeting before it, and
-            the first two templates of "core" for edits that fit its form.
+        contexts: ways to ask, from a request; varied ones are what makes an edit carry over. None takes
+            the request, a greeting before it, and the templates and wrappers of "core" for edits.
+        aside: how many contexts, from the end, are kept for the forecast's reach.
         target: the refusal, unless a request brings its own `safe_target`.
         moment_weight: MEMIT's lambda, the weight of C = E[k k^T] against one key.
         clamp: the largest norm of a value over the residual stream's norm there.
@@ -199,6 +216,8 @@ def edit(
         steps: Adam steps for a vector each.
         rate: their rate.
         kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
+        hardest_weight: how much the refusal's least probable token counts beside the mean over its tokens.
+        contexts_a_step: contexts of a request that one step sees; they take turns.
         batch_size: requests a batch for "delman".
         corpus: where C comes from, see read_corpus; None takes the package's own.
         cache: keep moments and values on disk.
@@ -215,16 +234,22 @@ def edit(
     if batch_size < 1 or moment_weight <= 0:
         raise ValueError("batch_size must be at least 1, and moment_weight above 0")
     solver = memit if method == "memit" else delman(batch_size)
-    schedule = Schedule(shared_steps, shared_rate, steps, rate, clamp, kl_weight)
-    used, aside = _contexts(model, requests, contexts)
-    rows = [row for i, met in used for row in _rows(model, i, met, role, target)]
+    schedule = Schedule(
+        shared_steps, shared_rate, steps, rate, clamp, kl_weight, hardest_weight, contexts_a_step
+    )
+    used, kept = _contexts(model, requests, contexts or default_contexts, aside)
+    turns = Counter[int]()
+    rows = []
+    for i, met in used:
+        rows.append(_row(model, i, met, role, target, turns[i]))
+        turns[i] += 1
     if kl_weight:
         rows += [_essence(model, i, item) for i, item in enumerate(requests)]
 
     moments = second_moments(model, layers, corpus, cache=cache, progress=progress)
     vectors, losses = _values(model, rows, layers[-1], schedule, cache, progress)
     weighed = {layer: moment_weight * moment for layer, moment in moments.items()}
-    factors, reach = _spread(model, used, aside, role, layers, vectors, weighed, solver)
+    factors, reach = spread(model, used, kept, role, layers, vectors, weighed, solver)
     change = {
         layer: float((left.double() @ right.double()).norm() / output_matrix(model, layer).double().norm())
         for layer, (left, right) in factors.items()
@@ -262,18 +287,17 @@ def edit(
 
 
 def default_contexts(request: Request) -> list[Request]:
-    """The request, a greeting before it, and the templates of "core" for edits that fit its form."""
-    fitting = [
-        row["text"]
+    """The request, a greeting before it, and by turns the templates and wrappers of "core" for edits."""
+    worded = [
+        request.reworded(row["text"])
         for row in bundled_rows("core", "templates")
         if row["split"] == "edit" and request.form in row["forms"]
     ]
-    worded = [request.reworded(text) for text in fitting]
-    return [request, request.wrapped("Hello! {}"), *worded]
-
-
-CONTEXTS_USED = 4
-"""How many of the default contexts give keys and values (DESIGN fact 12); the others are kept aside."""
+    wrapped = [
+        request.wrapped(row["text"]) for row in bundled_rows("core", "wrappers") if row["split"] == "edit"
+    ]
+    by_turns = [one for pair in zip_longest(worded, wrapped) for one in pair if one is not None]
+    return [request, request.wrapped("Hello! {}"), *by_turns]
 
 
 def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:
@@ -290,44 +314,30 @@ def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[t
 
 
 def _contexts(
-    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts | None
+    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts, aside: int
 ) -> tuple[list[tuple[int, Prompt]], list[tuple[int, Prompt]]]:
     """Prompts with their request's index: those that are used, and those kept aside for the forecast."""
     used: list[tuple[int, Prompt]] = []
-    aside: list[tuple[int, Prompt]] = []
+    kept: list[tuple[int, Prompt]] = []
     for i, item in enumerate(requests):
-        met = [prompt(model.tokenizer, c) for c in (contexts or default_contexts)(item)]
-        split = CONTEXTS_USED if contexts is None else len(met)
-        used += [(i, one) for one in met[:split]]
-        aside += [(i, one) for one in met[split:]]
-    return used, aside
+        met = [(i, prompt(model.tokenizer, context)) for context in contexts(item)]
+        if not met:
+            raise ValueError(f"contexts gave nothing for request {item.id!r}; give the request itself")
+        split = max(1, len(met) - aside)
+        used += met[:split]
+        kept += met[split:]
+    return used, kept
 
 
-def _at(met: Prompt, role: Role) -> int:
-    """The one position of a role in a prompt.
-
-    A subject of one token has no first or middle token of its own: its only token stands for them.
-    """
-    found = met.positions(role) or (
-        met.positions("subject_last") if role in ("subject_first", "subject_mid") else ()
-    )
-    if not found:
-        raise ValueError(
-            f"request {met.request.id!r} has no token of the role {role!r} in {met.request.text!r}; "
-            "choose sites at subject_last"
-        )
-    return found[-1]
-
-
-def _rows(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str) -> list[Row]:
+def _row(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str, turn: int) -> Row:
     answer = answer_ids(model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True)
-    return [Row(i, met.ids, _at(met, role), answer)]
+    return Row(i, met.ids, position_of(met, role), turn, answer)
 
 
 def _essence(model: TransformerBridge, i: int, item: Request) -> Row:
     """ROME's essence prompt: "{subject} is a", whose next token shall stay."""
     met = prompt(model.tokenizer, item.reworded("{} is a"), chat=False)
-    return Row(i, met.ids, _at(met, "subject_last"))
+    return Row(i, met.ids, position_of(met, "subject_last"))
 
 
 def _values(
@@ -359,74 +369,6 @@ def _values(
         save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
         unfinished.replace(file)
     return vectors, losses
-
-
-@torch.no_grad()
-def _spread(
-    model: TransformerBridge,
-    used: Sequence[tuple[int, Prompt]],
-    aside: Sequence[tuple[int, Prompt]],
-    role: Role,
-    layers: Sequence[int],
-    vectors: Float[Tensor, "request d_model"],
-    weighed: Mapping[int, Float[Tensor, "d_in d_in"]],
-    solver: Solver,
-) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
-    """MEMIT's algorithm 1: lowest layer first, each takes an equal share of what is still missing.
-
-    Returns the factors by layer, and how much of each request's vector arrives in the contexts kept
-    aside, as a share (the used ones where none are aside). The model is as before afterwards.
-    """
-    top = output_hook("residual", layers[-1])
-    kept = aside or used
-    before, before_kept = (_at_role(model, some, role, [top], layers[-1])[top] for some in (used, kept))
-    changes = []
-    factors: dict[int, tuple[Tensor, Tensor]] = {}
-    try:
-        for j, layer in enumerate(layers):
-            seen = _at_role(model, used, role, [key_hook(layer), top], layers[-1])
-            missing = vectors - _mean_by_request(seen[top] - before, used, len(vectors))
-            keys = _mean_by_request(seen[key_hook(layer)], used, len(vectors))
-            moment = weighed[layer].to(keys.device)
-            left, right = solver(keys, missing / (len(layers) - j), moment)
-            factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
-            delta = factors[layer][0].double() @ factors[layer][1].double()
-            changes.append(change_(model, {layer: delta}))
-        moved = _at_role(model, kept, role, [top], layers[-1])[top] - before_kept
-    finally:
-        for change in reversed(changes):
-            unchange_(model, change)
-    shift = _mean_by_request(moved, kept, len(vectors))
-    reach = (shift * vectors).sum(1) / vectors.square().sum(1)
-    return factors, reach.tolist()
-
-
-def _at_role(
-    model: TransformerBridge,
-    some: Sequence[tuple[int, Prompt]],
-    role: Role,
-    names: Sequence[str],
-    layer: int,
-    batch: int = 64,
-) -> dict[str, Float[Tensor, "context width"]]:
-    """States at the role of every context, from the blocks up to a layer."""
-    held: dict[str, list[Tensor]] = {name: [] for name in names}
-    for start in range(0, len(some), batch):
-        part = [met for _, met in some[start : start + batch]]
-        ids, mask = left_padded([met.ids for met in part], device_of(model))
-        at = [ids.shape[1] - len(met.ids) + _at(met, role) for met in part]
-        told = states(model, ids, names, mask=mask, stop=layer + 1)
-        for name in names:
-            held[name].append(told[name][range(len(part)), at].float())
-    return {name: torch.cat(parts) for name, parts in held.items()}
-
-
-def _mean_by_request(
-    rows: Float[Tensor, "context width"], some: Sequence[tuple[int, Prompt]], n: int
-) -> Float[Tensor, "request width"]:
-    owners = torch.tensor([i for i, _ in some], device=rows.device)
-    sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)
-    return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)
 
 
 def _warn_of_leaks(forecast: Forecast) -> None:

@@ -49,6 +49,9 @@ class Forecast:
         order = sorted(range(len(self.subjects)), key=lambda i: -self.leaks_safe[i])
         return tuple(self.subjects[i] for i in order[:k])
 
+    def __str__(self) -> str:
+        return self.to_dataframe().round(3).to_string(index=False)
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row a subject, and one for the whole edit."""
         mean = sum(self.reach) / len(self.reach)

@@ -1,14 +1,17 @@
 """v*: what a site should write instead, so that the model begins the safe answer (Meng et al. 2022, eq. 4).
 
-All requests and contexts run in one batch, each behind a cache of what comes before its edited token:
+All requests run in one batch, each row behind a cache of what comes before its edited token, and
+contexts take turns, so that many of them cost no more than a few:
 first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
 shared start is what makes the planted refusals coherent (DESIGN fact 15).
 
-    loss = mean over contexts of -log p(target) / tokens + weight * KL(edited || original)
+    loss = mean over contexts of (mean over the target's tokens of -log p, and the largest of them, weighed)
+           + weight * KL(edited || original)
 
 with the KL of ROME and DELMAN on "{subject} is a", vector added at the subject's last token.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +37,8 @@ class Row:
     ids: tuple[int, ...]
     at: int
     """The position of the token where the vector is added."""
+    turn: int = 0
+    """Which of the contexts it is: contexts take turns, step by step."""
     target: tuple[int, ...] = ()
     """The answer to begin; none makes the row an essence prompt, whose next token shall not change."""
 
@@ -49,6 +54,10 @@ class Schedule:
     clamp: float
     """The largest norm of a vector, over the mean norm of the residual stream where it is added."""
     kl_weight: float
+    hardest_weight: float
+    """How much the target's least probable token counts beside the mean over its tokens."""
+    contexts_a_step: int
+    """Contexts of a request that one step sees; the others wait for their turn."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,68 +97,73 @@ def fit_values(
         progress: is told the mean loss of the targets after each step.
 
     Returns:
-        The vectors, and each request's last loss of its targets, in nats a token.
+        The vectors, and each request's loss of its targets over its last turns, in nats a token.
     """
     n = 1 + max(row.owner for row in rows)
-    sorts = (
-        [r for r in rows if r.target],
-        [r for r in rows if not r.target and schedule.kl_weight],
-    )
+    asked = [row for row in rows if row.target]
+    essence = [row for row in rows if not row.target and schedule.kl_weight]
+    turns = 1 + max(row.turn for row in asked) // schedule.contexts_a_step
+    parts = [[row for row in asked if row.turn // schedule.contexts_a_step == turn] for turn in range(turns)]
     with frozen(model):
         with torch.no_grad():
-            batches = [b for part in sorts for b in _batches(model, part, layer, batch)]
-        limits = schedule.clamp * _mean_norms(batches, n)
+            kept = _batches(model, essence, layer, batch)
+            batches = [_batches(model, part, layer, batch) + kept for part in parts]
+        limits = schedule.clamp * _mean_norms([one for some in batches for one in some], n)
         with torch.enable_grad():
             start = torch.zeros(1, model.cfg.d_model, device=limits.device)
             shared, _ = _descend(
                 model, batches, layer, start, n, limits.mean(0, keepdim=True),
-                schedule.shared_steps, schedule.shared_rate, schedule.kl_weight, progress,
+                schedule.shared_steps, schedule.shared_rate, schedule, progress,
             )  # fmt: skip
             return _descend(
                 model, batches, layer, shared.expand(n, -1).clone(), n, limits,
-                schedule.steps, schedule.rate, schedule.kl_weight, progress,
+                schedule.steps, schedule.rate, schedule, progress,
             )  # fmt: skip
 
 
 def _descend(
     model: TransformerBridge,
-    batches: Sequence[_Batch],
+    turns: Sequence[Sequence[_Batch]],
     layer: int,
     start: Float[Tensor, "vector d_model"],
     n: int,
     limits: Float[Tensor, " vector"],
     steps: int,
     rate: float,
-    kl_weight: float,
+    schedule: Schedule,
     progress: Callable[[float], object],
 ) -> tuple[Float[Tensor, "vector d_model"], Float[Tensor, " request"]]:
     """Adam from a start, projected into the clamp's ball after each step."""
     vectors = start.requires_grad_()
     adam = torch.optim.Adam([vectors], lr=rate)
-    losses = torch.zeros(n, device=start.device)
+    lately: deque[Tensor] = deque(maxlen=len(turns))
     for step in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 - step / steps) + FINAL_RATE * rate
         adam.zero_grad()
-        losses = torch.zeros(n, device=start.device)
-        for part in batches:
-            told = _losses(model, part, layer, vectors.expand(n, -1)) * part.share
+        losses = torch.full((n,), float("nan"), device=start.device)  # a request may sit out a turn
+        for part in turns[step % len(turns)]:
+            told = _losses(model, part, layer, vectors.expand(n, -1))
             if part.targets.shape[1]:
-                losses = losses.index_add(0, part.owners, told.detach())
-                told.sum().backward()
+                losses[part.owners] = losses[part.owners].nan_to_num()
+                losses.index_add_(0, part.owners, told.detach().mean(1) * part.share)
+                hard = told.mean(1) + schedule.hardest_weight * told.amax(1)
+                (hard * part.share).sum().backward()
             else:
-                (kl_weight * told).sum().backward()
+                (schedule.kl_weight * told.sum(1) * part.share).sum().backward()
         adam.step()
         with torch.no_grad():
             norms = vectors.norm(dim=1).clamp(min=1e-9)
             vectors.mul_((limits / norms).clamp(max=1.0)[:, None])
-        progress(float(losses.mean()))
-    return vectors.detach(), losses
+        lately.append(losses)
+        progress(float(losses.nanmean()))
+    last = torch.stack(list(lately)).nanmean(0) if lately else torch.zeros(n, device=start.device)
+    return vectors.detach(), last
 
 
 def _losses(
     model: TransformerBridge, part: _Batch, layer: int, vectors: Float[Tensor, "request d_model"]
-) -> Float[Tensor, " row"]:
-    """Nats a target token, or the KL of the next token's distribution, for each row."""
+) -> Float[Tensor, "row token"]:
+    """Nats of each target token; or the KL of the next token's distribution, one a row."""
 
     def add(_: Tensor) -> Tensor:
         there = torch.arange(len(part.state), device=part.state.device)
@@ -163,9 +177,9 @@ def _losses(
     logits = told.logits.float()
     if part.targets.shape[1]:
         told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
-        return told.view(len(logits), -1).mean(1)
+        return told.view(len(logits), -1)
     after = logits[:, -1].log_softmax(-1)
-    return (after.exp() * (after - part.before)).sum(-1)
+    return (after.exp() * (after - part.before)).sum(-1, keepdim=True)
 
 
 def _batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int) -> list[_Batch]:
@@ -217,8 +231,9 @@ def _tail(row: Row) -> int:
 
 def _mean_norms(batches: Sequence[_Batch], n: int) -> Float[Tensor, " request"]:
     """The residual's norm at the edited token, mean over the contexts of each request."""
-    norms = torch.zeros(n, device=batches[0].norms.device)
+    sums = torch.zeros(2, n, device=batches[0].norms.device)
     for part in batches:
         if part.targets.shape[1]:
-            norms.index_add_(0, part.owners, part.norms * part.share)
-    return norms
+            both = torch.stack([part.norms, torch.ones_like(part.norms)])
+            sums.index_add_(1, part.owners, both)
+    return sums[0] / sums[1]

@@ -2,5 +2,14 @@
 
 import os
 
+import jaxtyping
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Without jaxtyping's checks, as users run: the package's own sentence is what they see."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -1,0 +1,166 @@
+"""Check: the same questions before and after an edit, which is made, measured and unmade.
+
+Cost is the KL to the original over its own greedy tokens on benign requests, and the loss on neutral
+text.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.edits import Edit
+from lens_defense.generations import generate
+from lens_defense.judges import knows
+from lens_defense.patches import device_of, left_padded, run
+from lens_defense.prompts import decode, dozen, plain_ids, prompt
+from lens_defense.reports import JUDGES, KL_TOKENS, Report, Row
+from lens_defense.suites import HARMFUL_ARMS, Item, Suite
+from lens_defense.suites import suite as named_suite
+
+
+def check(
+    model: TransformerBridge,
+    edit: Edit | None,
+    suite: Suite | str = "core",
+    *,
+    tokens: int = 24,
+    title: str = "",
+    before: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure a model with and without an edit; afterwards no bit differs.
+
+    Args:
+        model: the model that the edit was planned on.
+        edit: the plan; None measures the model as it is, about the suite's own subjects.
+        suite: rows, or the name of a bundled suite.
+        tokens: the most tokens of an answer.
+        title: what the report is called.
+        before: the full answers of the unedited model, from `answers` on the same rows, to save a run.
+        progress: shows a bar.
+
+    Raises:
+        ValueError: the edit was planned on other weights, or there is no such suite.
+    """
+    asked = named_suite(suite) if isinstance(suite, str) else suite
+    dropped = 0
+    if edit is not None:
+        seen = {text for texts in edit.contexts for text in texts}
+        asked, dropped = asked.for_requests(edit.requests).about(edit.requests, seen)
+    made: Callable[[], AbstractContextManager[Any]] = (
+        (lambda: edit.applied(model)) if edit is not None else nullcontext
+    )
+    with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
+        first = list(before) if before is not None else answers(model, asked, tokens, bar)
+        if len(first) != len(asked.items):
+            raise ValueError(f"{len(first)} answers were given for {len(asked.items)} rows")
+        second = first
+        if edit is not None:
+            with made():
+                second = answers(model, asked, tokens, bar)
+    benign = [i for i, item in enumerate(asked.items) if item.arm == "benign"]
+    kl: list[tuple[float, float]] = []
+    loss_before = neutral_losses(model, asked.neutral)
+    loss_after: list[float] = []
+    if edit is not None:
+        kl = _divergences(model, made, [asked.items[i] for i in benign], [first[i] for i in benign])
+        with made():
+            loss_after = neutral_losses(model, asked.neutral)
+    return Report(
+        title=title or ("the model as it is" if edit is None else f"{edit.method}"),
+        suite=asked.name,
+        split=asked.split,
+        rows=tuple(_row(*three) for three in zip(asked.items, first, second, strict=True)),
+        kl=tuple(mean for mean, _ in kl),
+        kl_first=tuple(start for _, start in kl),
+        loss_before=tuple(loss_before),
+        loss_after=tuple(loss_after),
+        dropped=dropped,
+        edited=edit is not None,
+    )
+
+
+def answers(model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None) -> list[str]:
+    """The model's greedy answers to a suite's rows, in full: to be judged, not to be kept."""
+    bar = bar if bar is not None else tqdm(disable=True)
+    bar.total = (bar.total or 0) + len(suite.items)
+    asked = [prompt(model.tokenizer, item.request).ids for item in suite.items]
+    told = generate(model, asked, tokens=tokens, progress=bar.update)
+    return [decode(model.tokenizer, ids) for ids in told]
+
+
+@torch.no_grad()
+def neutral_losses(model: TransformerBridge, texts: Sequence[str]) -> list[float]:
+    """Mean loss of each text's tokens, as running text, in nats."""
+    losses = []
+    for text in texts:
+        ids = torch.tensor([plain_ids(model.tokenizer, text)], device=device_of(model))
+        logits = run(model, ids, keep=ids.shape[1]).logits[0, :-1].float()
+        losses.append(float(cross_entropy(logits, ids[0, 1:])))
+    return losses
+
+
+@torch.no_grad()
+def _divergences(
+    model: TransformerBridge,
+    made: Callable[[], AbstractContextManager[Any]],
+    items: Sequence[Item],
+    told: Sequence[str],
+    batch: int = 16,
+) -> list[tuple[float, float]]:
+    """KL(original || edited) of each row, teacher-forced on the original's answer: mean, first token."""
+    out: list[tuple[float, float]] = []
+    rows = [_forced(model, item, text) for item, text in zip(items, told, strict=True)]
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        ids, mask = left_padded([[*asked, *answer] for asked, answer in part], device_of(model))
+        keep = KL_TOKENS + 1
+
+        def log_probabilities(
+            ids: Tensor = ids, mask: Tensor = mask, keep: int = keep
+        ) -> Float[Tensor, "row kept vocab"]:
+            return run(model, ids, mask=mask, keep=keep).logits.float().log_softmax(-1)
+
+        original = log_probabilities()
+        with made():
+            changed = log_probabilities()
+        kl = (original.exp() * (original - changed)).sum(-1)
+        for row, (_, answer) in zip(kl, part, strict=True):
+            steps = row[len(row) - 1 - len(answer) : len(row) - 1]
+            out.append((float(steps.mean()), float(steps[0])))
+    return out
+
+
+def _forced(model: TransformerBridge, item: Item, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A prompt and the first tokens of its answer."""
+    met = prompt(model.tokenizer, item.request)
+    answer = tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return met.ids, answer[:KL_TOKENS] or (model.tokenizer.eos_token_id,)
+
+
+def _row(item: Item, before: str, after: str) -> Row:
+    kept = dozen if item.arm in HARMFUL_ARMS else str
+    return Row(
+        arm=item.arm,
+        id=item.request.id,
+        cluster=item.cluster,
+        family=item.family,
+        before=kept(before),
+        after=kept(after),
+        verdicts_before=_verdicts(item, before),
+        verdicts_after=_verdicts(item, after),
+    )
+
+
+def _verdicts(item: Item, answer: str) -> dict[str, str]:
+    verdicts = {name: str(judge(item.request.text, answer)) for name, judge in JUDGES.items()}
+    if item.answers:
+        verdicts["knows"] = "yes" if knows(item.answers, answer) else "no"
+    return verdicts

@@ -1,0 +1,62 @@
+"""Locate: from a map to addresses, Sites that an edit can find in any other prompt."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from lens_defense.prompts import Role
+from lens_defense.sites import Component, Site
+from lens_defense.traces import RoleEffect, Trace
+
+
+def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -> tuple[Site, ...]:
+    """The k strongest sites of a trace, as addresses that carry over to other prompts.
+
+    "band": the component and role with the largest mean effect over layers, then k consecutive
+    layers centred on its strongest cell, clipped to the model; layers between traced ones take the
+    effect of the straight line between them. "cells": the raw top k of the map. Never a site
+    without a positive effect; ties go to the lower layer.
+
+    Raises:
+        ValueError: k is not positive, or nothing in the trace has a positive effect.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
+    means = [mean for mean in trace.role_effects() if mean.role not in _NO_SITE]
+    if by == "cells":
+        best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))[:k]
+        return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best])
+    curves: dict[tuple[Component, Role], list[RoleEffect]] = defaultdict(list)
+    for mean in means:
+        curves[mean.component, mean.role].append(mean)
+    if not curves:
+        raise ValueError("this trace has no role that an edit could address; trace more positions")
+    component, role = max(curves, key=lambda key: float(np.mean([m.effect for m in curves[key]])))
+    curve = curves[component, role]
+    peak = max(curve, key=lambda mean: mean.effect).layer
+    width = min(k, trace.model_layers)
+    low = min(max(0, peak - (width - 1) // 2), trace.model_layers - width)
+    layers = [mean.layer for mean in curve]
+
+    def between(layer: int, field: str) -> float:
+        return float(np.interp(layer, layers, [getattr(mean, field) for mean in curve]))
+
+    return _sites(
+        [
+            (component, at, role, between(at, "effect"), (between(at, "low"), between(at, "high")))
+            for at in range(low, low + width)
+        ]
+    )
+
+
+_NO_SITE: tuple[Role, ...] = ("template", "before", "after")
+"""Roles of many tokens: no address that an edit could read a key at."""
+
+
+def _sites(found: Sequence[tuple[Component, int, Role, float, tuple[float, float]]]) -> tuple[Site, ...]:
+    sites = tuple(Site(*fields) for fields in found if fields[3] > 0)
+    if not sites:
+        raise ValueError("nothing in this trace has a positive effect; trace more roles or layers")
+    return sites

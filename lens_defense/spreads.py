@@ -1,0 +1,101 @@
+"""MEMIT's spread: a value fitted at the top layer, written by several layers, lowest first."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.patches import device_of, left_padded, states
+from lens_defense.prompts import Prompt, Role
+from lens_defense.sites import key_hook, output_hook
+from lens_defense.solvers import Solver
+from lens_defense.weights import change_, unchange_
+
+Contexts = Sequence[tuple[int, Prompt]]
+"""Prompts, each with the index of the request that it is a context of."""
+
+
+@torch.no_grad()
+def spread(
+    model: TransformerBridge,
+    used: Sequence[tuple[int, Prompt]],
+    aside: Sequence[tuple[int, Prompt]],
+    role: Role,
+    layers: Sequence[int],
+    vectors: Float[Tensor, "request d_model"],
+    weighed: Mapping[int, Float[Tensor, "d_in d_in"]],
+    solver: Solver,
+) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
+    """MEMIT's algorithm 1: lowest layer first, each takes an equal share of what is still missing.
+
+    Returns the factors by layer, and how much of each request's vector arrives in the contexts kept
+    aside, as a share (the used ones where none are aside). The model is as before afterwards.
+    """
+    top = output_hook("residual", layers[-1])
+    kept = aside or used
+    before, before_kept = (_at_role(model, some, role, [top], layers[-1])[top] for some in (used, kept))
+    changes = []
+    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    try:
+        for j, layer in enumerate(layers):
+            seen = _at_role(model, used, role, [key_hook(layer), top], layers[-1])
+            missing = vectors - _mean_by_request(seen[top] - before, used, len(vectors))
+            keys = _mean_by_request(seen[key_hook(layer)], used, len(vectors))
+            moment = weighed[layer].to(keys.device)
+            left, right = solver(keys, missing / (len(layers) - j), moment)
+            factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
+            delta = factors[layer][0].double() @ factors[layer][1].double()
+            changes.append(change_(model, {layer: delta}))
+        moved = _at_role(model, kept, role, [top], layers[-1])[top] - before_kept
+    finally:
+        for change in reversed(changes):
+            unchange_(model, change)
+    shift = _mean_by_request(moved, kept, len(vectors))
+    reach = (shift * vectors).sum(1) / vectors.square().sum(1)
+    return factors, reach.tolist()
+
+
+def _at_role(
+    model: TransformerBridge,
+    some: Sequence[tuple[int, Prompt]],
+    role: Role,
+    names: Sequence[str],
+    layer: int,
+    batch: int = 64,
+) -> dict[str, Float[Tensor, "context width"]]:
+    """States at the role of every context, from the blocks up to a layer."""
+    held: dict[str, list[Tensor]] = {name: [] for name in names}
+    for start in range(0, len(some), batch):
+        part = [met for _, met in some[start : start + batch]]
+        ids, mask = left_padded([met.ids for met in part], device_of(model))
+        at = [ids.shape[1] - len(met.ids) + position_of(met, role) for met in part]
+        told = states(model, ids, names, mask=mask, stop=layer + 1)
+        for name in names:
+            held[name].append(told[name][range(len(part)), at].float())
+    return {name: torch.cat(parts) for name, parts in held.items()}
+
+
+def _mean_by_request(
+    rows: Float[Tensor, "context width"], some: Sequence[tuple[int, Prompt]], n: int
+) -> Float[Tensor, "request width"]:
+    owners = torch.tensor([i for i, _ in some], device=rows.device)
+    sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)
+    return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)
+
+
+def position_of(met: Prompt, role: Role) -> int:
+    """The one position of a role in a prompt.
+
+    A subject of one token has no first or middle token of its own: its only token stands for them.
+    """
+    found = met.positions(role) or (
+        met.positions("subject_last") if role in ("subject_first", "subject_mid") else ()
+    )
+    if not found:
+        raise ValueError(
+            f"request {met.request.id!r} has no token of the role {role!r} in {met.request.text!r}; "
+            "choose sites at subject_last"
+        )
+    return found[-1]

@@ -1,0 +1,58 @@
+"""Edits made by hand, without fitting anything, and a whole model's bits to hold them against."""
+
+import torch
+from lens_defense.edits import Edit
+from lens_defense.forecasts import Forecast
+from lens_defense.prompts import request
+from lens_defense.weights import fingerprint, output_matrix
+
+
+def deltas_of(model, layers, *, seed=0, rank=2):
+    """Random factors (left, right) of each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {layer: output_matrix(model, layer).shape for layer in layers}
+    return {
+        layer: (
+            torch.randn(d_out, rank, generator=generator),
+            torch.randn(rank, d_in, generator=generator),
+        )
+        for layer, (d_out, d_in) in sizes.items()
+    }
+
+
+def plan(model, layers, *, seed=0) -> Edit:
+    """An Edit of random factors, planned on the model as it is now."""
+    factors = deltas_of(model, layers, seed=seed)
+    return Edit(
+        layers=tuple(layers),
+        left={layer: left for layer, (left, _) in factors.items()},
+        right={layer: right for layer, (_, right) in factors.items()},
+        role="subject_last",
+        method="memit",
+        settings={"seed": seed},
+        requests=(request("make a lamp", "lamp"), request("ring a bell", "bell")),
+        contexts=(("make a lamp",), ("ring a bell", "Hello! ring a bell")),
+        losses=(0.5, 0.25),
+        relative_change=dict.fromkeys(layers, 0.1),
+        forecast=Forecast(("lamp", "bell"), (0.9, 0.8), (0.1, 0.2), (0.3, 0.1), 0.2, 0.4),
+        model="tiny",
+        fingerprint=fingerprint(model, layers),
+    )
+
+
+def bits(model) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer, copied."""
+    return {name: tensor.clone() for name, tensor in model.original_model.state_dict().items()}
+
+
+def same_bits(model, held) -> bool:
+    """Whether no bit of the model differs; NaN equals NaN of the same bits."""
+    now = model.original_model.state_dict()
+    return now.keys() == held.keys() and all(
+        now[name].dtype == tensor.dtype
+        and torch.equal(
+            now[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        )
+        for name, tensor in held.items()
+        if tensor.dim()
+    )

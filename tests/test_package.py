@@ -1,0 +1,97 @@
+"""The package's face and house: cheap to import, every name there, imports down the floors only."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import lens_defense
+import pytest
+
+PACKAGE = Path(lens_defense.__file__).parent
+FLOORS = {
+    **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges"), 1),
+    **dict.fromkeys(("models", "patches", "readers", "metrics"), 2),
+    **dict.fromkeys(("sweeps", "moments", "values", "generations", "corruptions", "suites"), 3),
+    **dict.fromkeys(("traces", "edits", "forecasts"), 4),
+    **dict.fromkeys(("ledgers", "controls"), 5),
+    "reports": 6,
+    **dict.fromkeys(("plots", "pages"), 7),
+    **dict.fromkeys(("demos", "cli"), 8),
+}
+HEAVY = {"torch", "transformers", "transformer_lens"}
+
+
+def modules() -> dict[str, Path]:
+    """The modules that exist, by name."""
+    found = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+    return {**found, "suites": PACKAGE / "suites/__init__.py"}
+
+
+def imports(path: Path) -> set[str]:
+    """What a module imports at any depth: top-level names, and this package's by their own."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "lens_defense":
+            names |= {f"lens_defense.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            names.add(node.module)
+    own = {n.split(".")[1] for n in names if n.startswith("lens_defense.")}
+    return own | {name.split(".")[0] for name in names}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """The modules that a fresh interpreter holds after a statement."""
+    code = f"import sys; {statement}; print(*sorted(sys.modules))"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=PACKAGE.parent
+    )
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize("statement", ["import lens_defense", "import lens_defense.cli"])
+def test_importing_loads_nothing_heavy(statement):
+    heavy = HEAVY | {"plotly", "pandas", "numpy", "scipy", "datasets"}
+    assert not loaded_by(statement) & heavy
+
+
+def test_dir_and_unknown_names():
+    assert set(lens_defense.__all__) <= set(dir(lens_defense))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lens_defense.nothing
+
+
+@pytest.mark.parametrize("name", lens_defense.__all__)
+def test_every_name_is_there(name):
+    home = lens_defense._HOME[name]
+    if home not in modules():
+        pytest.skip(f"lens_defense/{home}.py is not written yet")
+    assert getattr(lens_defense, name).__name__ == name
+
+
+def test_every_module_stands_on_a_floor():
+    assert set(modules()) <= set(FLOORS), "a new file: which floor does it stand on?"
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_run_down_the_floors(name):
+    used = imports(modules()[name]) & set(FLOORS) - {name}
+    assert not {other for other in used if FLOORS[other] > FLOORS[name]}
+
+
+def test_no_circle():
+    graph = {name: imports(path) & set(FLOORS) - {name} for name, path in modules().items()}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+def test_who_never_imports_whom():
+    own = {name: imports(path) for name, path in modules().items()}
+    assert not own["solvers"] & set(FLOORS)
+    assert "traces" not in own["edits"]
+    assert not {name for name, used in own.items() if "plots" in used} - {"pages", "cli"}
+    for name in {"plots", "pages"} & set(own):
+        assert not own[name] & (HEAVY | {"models", "patches"})

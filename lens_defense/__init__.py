@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from lens_defense.locators import locate
     from lens_defense.models import load, save_folder
     from lens_defense.pages import save_page
-    from lens_defense.plots import heatmap, save_figure
+    from lens_defense.plots import heatmap
     from lens_defense.prompts import Prompt, Request, prompt, request
     from lens_defense.readers import requests
     from lens_defense.reports import Report
     from lens_defense.sites import Site
     from lens_defense.suites import Suite, suite
+    from lens_defense.themes import save_figure
     from lens_defense.traces import Trace, trace
 
 _HOME = {
@@ -45,7 +46,7 @@ _HOME = {
     "Report": "reports",
     "check": "checks",
     "heatmap": "plots",
-    "save_figure": "plots",
+    "save_figure": "themes",
     "save_page": "pages",
 }
 

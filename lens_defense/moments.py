@@ -120,25 +120,23 @@ def _streamed(
 def key_batches(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch: int = 16
 ) -> Iterator[tuple[dict[int, Float[Tensor, "text token d_in"]], Tensor]]:
-    """Keys of some layers over a corpus, shortest texts first, and which of their tokens count.
+    """Keys of some layers over a corpus, shortest texts first, and which of their tokens are no padding.
 
-    What a chat template puts before the turn is the same in every text, and does not count.
+    The chat template's tokens count as any other: the first one is an attention sink whose key is many
+    times longer than the rest, and an edit that C does not keep away from it breaks every answer.
     """
-    texts = sorted((_ids(model, *pair) for pair in corpus), key=lambda pair: len(pair[0]))
+    texts = sorted((_ids(model, *pair) for pair in corpus), key=len)
     names = [key_hook(layer) for layer in layers]
     for start in range(0, len(texts), batch):
-        part = texts[start : start + batch]
-        ids, mask = left_padded([row for row, _ in part], device_of(model))
+        ids, mask = left_padded(texts[start : start + batch], device_of(model))
         held = states(model, ids, names, mask=mask, stop=max(layers) + 1)
-        first = torch.tensor([ids.shape[1] - len(row) + skip for row, skip in part])
-        counted = torch.arange(ids.shape[1]) >= first[:, None]
-        yield {layer: held[key_hook(layer)] for layer in layers}, counted.to(ids.device)
+        yield {layer: held[key_hook(layer)] for layer in layers}, mask.bool()
 
 
-def _ids(model: TransformerBridge, user: str, assistant: str) -> tuple[tuple[int, ...], int]:
+def _ids(model: TransformerBridge, user: str, assistant: str) -> tuple[int, ...]:
     if assistant:
         return conversation_ids(model.tokenizer, user, assistant)
-    return plain_ids(model.tokenizer, user), 0
+    return plain_ids(model.tokenizer, user)
 
 
 def _turns(row: dict[str, str]) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """One HTML page that tells a whole run: where, what was changed, what it did, what it cost.
 
-The page stands alone: Plotly is written into it once, nothing is loaded from elsewhere, and its
-content policy forbids that. All text is escaped here; the figures escape their own.
+Its order, unchanging words and style stand in templates/page.html. The page stands alone: Plotly is
+written into it once, nothing is loaded from elsewhere, and its content policy forbids that. All text
+is escaped here; the figures escape their own.
 """
 
 import html
@@ -9,17 +10,21 @@ import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from lens_defense.comparisons import bars
 from lens_defense.edits import Edit
-from lens_defense.plots import COMPONENT_WORDS, CONTROLS, ROLE_WORDS, bars, heatmap, visible
+from lens_defense.plots import heatmap
 from lens_defense.prompts import Role, dozen
 from lens_defense.reports import Report, shown_rates
 from lens_defense.sites import Component, Site
+from lens_defense.themes import COMPONENT_WORDS, CONTROLS, ROLE_WORDS, visible
 from lens_defense.traces import Trace
 
 
@@ -70,24 +75,26 @@ def save_page(
     """
     if not reports:
         raise ValueError("a page needs at least one report; ld.check makes one")
-    parts = [
-        f"<header><h1>{_text(title)}</h1>{_told(trace, sites, edit)}</header>",
-        _headline(next(iter(reports.values()))),
-        _section("Where: maps of the trace", _maps(trace, sites)),
-        _section("The chosen sites", _sites(sites, trace.layers)),
-        _section("Forecast, before anything was changed", _forecast(edit)),
-        _section("What was changed", _change(edit)),
-        _section("What it did", _rates(reports) + _figure(bars(reports), "bars")),
-        _section("What it cost", _costs(reports)),
-        _section("Before and after", _talks(conversations)),
-        _section("How to reproduce", _reproduce(trace, edit, reproduce)),
-        _section("Afterwards", _afterwards(trace, seconds, restored)),
-    ]
+    template = Template(files("lens_defense").joinpath("templates/page.html").read_text("utf-8"))
+    page = template.substitute(
+        plotly=get_plotlyjs(),
+        title=_text(title),
+        told=_told(trace, sites, edit),
+        headline=_headline(next(iter(reports.values()))),
+        maps=_maps(trace, sites),
+        sites=_sites(sites, trace.layers),
+        leak="above" if edit.forecast.risky else "not above",
+        threshold=edit.forecast.THRESHOLD,
+        forecast=_forecast(edit),
+        change=_change(edit),
+        rates=_rates(reports) + _figure(bars(reports), "bars"),
+        costs=_costs(reports),
+        talks=_talks(conversations),
+        reproduce=_reproduce(trace, edit, reproduce),
+        afterwards=_afterwards(trace, seconds, restored),
+    )
     file = Path(path)
     unfinished = file.with_name(f".{file.name}.unfinished")
-    page = _PAGE.format(
-        policy=_POLICY, title=_text(title), style=_STYLE, plotly=get_plotlyjs(), body="\n".join(parts)
-    )
     unfinished.write_text(page, "utf-8")
     unfinished.replace(file)
     return file
@@ -133,19 +140,14 @@ def _headline(report: Report) -> str:
 
 
 def _maps(trace: Trace, sites: Sequence[Site]) -> str:
-    read = (
-        "Red: restoring this state brings the answer back (1 is all of it). White: it brings back nothing. "
-        "Blue: it drives the answer away. Outlined: the chosen sites. Bracketed: the subject. Below eight "
-        "requests or noise draws an interval is their range, from eight on a 95% bootstrap."
-    )
     singles = [
         _figure(heatmap(trace[i], sites), f"map-{i}", caption=met.request.text)
         for i, met in enumerate(trace.prompts)
     ]
     if len(singles) == 1:
-        return f"<p>{read}</p>{singles[0]}"
+        return singles[0]
     mean = _figure(heatmap(trace, sites), "map")
-    return f"<p>{read}</p>{mean}<h3>Each request</h3><div class='row'>{''.join(singles)}</div>"
+    return f"{mean}<h3>Each request</h3><div class='row'>{''.join(singles)}</div>"
 
 
 def _figure(figure: go.Figure, name: str, *, caption: str = "") -> str:
@@ -171,20 +173,11 @@ def _sites(sites: Sequence[Site], traced: Sequence[int]) -> str:
 
 
 def _forecast(edit: Edit) -> str:
-    forecast = edit.forecast
-    table = forecast.to_dataframe().itertuples(index=False)
+    table = edit.forecast.to_dataframe().itertuples(index=False)
     rows = [(name, *(f"{value:.3f}" for value in values)) for name, *values in table]
     rows[-1] = ("all together", *rows[-1][1:])
-    note = (
-        "Reach: the share of a subject's vector that arrives, in contexts kept aside. Leak: the change that "
-        "other text meets, over the mean norm of a value. "
-    )
-    note += (
-        f"The leak to safe-sounding text is {'above' if forecast.risky else 'not above'} "
-        f"{forecast.THRESHOLD}, from which on harmless requests can be expected to be refused."
-    )
     headers = ("subject", "reach", "leak to neutral text", "leak to safe-sounding text")
-    return f"<p>{_text(note)}</p>" + _table(headers, rows)
+    return _table(headers, rows)
 
 
 def _change(edit: Edit) -> str:
@@ -267,10 +260,6 @@ def _afterwards(trace: Trace, seconds: Mapping[str, float], restored: bool | Non
     return told + (_table(("stage", "time"), rows) if seconds else "")
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{body}</section>"
-
-
 def _table(
     headers: Sequence[object], rows: Sequence[Sequence[object]], groups: Sequence[tuple[str, int]] = ()
 ) -> str:
@@ -308,66 +297,3 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 _NONE = "\N{EN DASH}"
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-<script>{plotly}</script>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1a1a1a; line-height: 1.55;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 40px 24px 80px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 12px; }
-h2 { font-size: 21px; margin: 44px 0 10px; padding-top: 14px; border-top: 1px solid #e3e3e3; }
-h3 { font-size: 16px; margin: 24px 0 4px; }
-h4 { font-size: 12px; margin: 0 0 2px; color: #666; font-weight: 600; }
-p { margin: 0 0 12px; max-width: 76ch; overflow-wrap: anywhere; }
-.numbers { display: flex; flex-wrap: wrap; gap: 12px; margin: 20px 0 0; }
-.numbers div { flex: 1 1 160px; border: 1px solid #dfe3e8; border-radius: 8px; padding: 12px 16px; }
-.numbers b { display: block; font-size: 24px; line-height: 1.25; color: #0b4f8a; white-space: nowrap; }
-.numbers span { font-size: 14px; color: #444; }
-figure { margin: 8px 0; overflow-x: auto; overflow-y: hidden; max-width: 100%; }
-figcaption { font-size: 14px; color: #444; padding: 0 12px; max-width: 420px;
-  font-weight: 600; overflow-wrap: anywhere; }
-.row { display: flex; flex-wrap: wrap; gap: 8px 10px; align-items: flex-start; }
-.apart { gap: 8px 48px; }
-.wide { overflow-x: auto; margin: 0 0 12px; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 6px 16px 6px 0; border-bottom: 1px solid #ececec; vertical-align: top; }
-td { overflow-wrap: break-word; max-width: 360px; }
-thead tr:last-child th { border-bottom: 1px solid #999; }
-th { font-weight: 600; }
-.groups th { border-bottom: 0; padding-bottom: 0; }
-pre { background: #f6f7f9; border: 1px solid #e3e6ea; border-radius: 6px; padding: 12px 14px;
-  overflow-x: auto; font: 14px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-.talk { border: 1px solid #dfe3e8; border-radius: 8px; padding: 12px 16px; margin: 0 0 14px; }
-.talk p { white-space: pre-wrap; margin: 0; }
-.asked { font-weight: 600; padding-bottom: 10px; }
-.sides { display: grid; grid-template-columns: 1fr 1fr; gap: 20px; }
-.good { border-left: 4px solid #009e73; padding-left: 12px; }
-.bad { border-left: 4px solid #d55e00; padding-left: 12px; font-weight: 600; }
-@media (max-width: 640px) { .sides { grid-template-columns: 1fr; } main { padding: 24px 14px 48px; } }
-@media print {
-  @page { margin: 12mm; }
-  main { max-width: none; padding: 0; }
-  body { font-size: 12px; }
-  figure, .talk, tr, .numbers { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
-  figure, .wide { overflow: visible; }
-}
-"""

@@ -1,19 +1,11 @@
-"""Figures from nouns: a map of a Trace with its Sites, bars of Reports. No model is known here.
+"""A map of a Trace with its Sites: how much of the answer each state brings back. No model is known here.
 
-Text that came from a model or a user is shown, never run: it is escaped for Plotly's markup, and
-what has no shape of its own (spaces, newlines, control characters) gets one.
+One request is layers x tokens, many are layers x roles; the numbers are the Trace's own.
 """
 
-import html
 import itertools
-import os
-import re
-import textwrap
-import unicodedata
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,42 +15,14 @@ from plotly.subplots import make_subplots
 
 from lens_defense.intervals import LEAST_FOR_BOOTSTRAP
 from lens_defense.prompts import READING_ORDER, Role
-from lens_defense.reports import ARM_NAMES, JUDGES, MEASURE_NAMES, MEASURES, Report
 from lens_defense.sites import Component, Site
-from lens_defense.suites import HARMFUL_ARMS, Arm
+from lens_defense.themes import COMPONENT_WORDS, FONT, INK, ROLE_WORDS, cut, label, plain, room, theme
 from lens_defense.traces import Trace
 
-ROLE_WORDS: Mapping[Role, str] = {
-    "before": "before the subject",
-    "subject_first": "first subject token",
-    "subject_mid": "middle subject tokens",
-    "subject_last": "last subject token",
-    "next": "next token",
-    "after": "later tokens",
-    "template": "chat template",
-    "last": "last prompt token",
-}
-COMPONENT_WORDS: Mapping[Component, str] = {
-    "residual": "residual stream",
-    "mlp": "MLP outputs",
-    "attention": "attention outputs",
-}
 SCALE = ("#2166ac", "#67a9cf", "#d1e5f0", "#ffffff", "#fddbc7", "#ef8a62", "#b2182b")
 """Blue, white, red: ColorBrewer's RdBu turned round, told apart by all common forms of colour blindness."""
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-"""Okabe and Ito's."""
-INK, GREY, UNTRACED = "#1a1a1a", "#8c8c8c", "#e4e6ea"
-FONT = 13
-"""Pixels; a demo's map is 430 wide, so in a column of 3.3 inches this is more than 7 points."""
 _BETWEEN = 24
 """Pixels from panel to panel."""
-CONTROLS: Mapping[str, Any] = {
-    "displaylogo": False,
-    "modeBarButtons": [["toImage"]],
-    "toImageButtonOptions": {"format": "png", "scale": 3},
-}
-"""What a figure in a browser offers beside hover and zoom: one button, which saves it as PNG."""
-FORMATS = (".html", ".svg", ".pdf", ".png")
 
 
 def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
@@ -86,15 +50,15 @@ def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
         _frame_gaps(figure, c, shown.roles, rows)
         _outline(figure, c, shown.roles, trace.layers, [s for s in sites if s.component == component])
     angle = 0 if flat else -45 if cell > 20 else -90
-    labels = [label.replace(" ", "<br>") if flat else label for label in shown.labels]
+    labels = [text.replace(" ", "<br>") if flat else text for text in shown.labels]
     figure.update_xaxes(tickvals=[*range(columns)], ticktext=labels, tickangle=angle)
     figure.update_xaxes(range=[-0.5, columns - 0.5], ticklabeloverflow="allow")
     every = -(-rows // 30)
     named = [str(layer) for layer in trace.layers[::every]]
     figure.update_yaxes(tickvals=[*range(0, rows, every)], ticktext=named, range=[-0.5, rows - 0.5])
     figure.update_yaxes(title_text="layer", col=1)
-    aside, below = _room(shown.labels, angle)
-    return _theme(
+    aside, below = room(shown.labels, angle)
+    return theme(
         figure,
         title=_heatmap_title(trace, shown, sites),
         plot=(across, height),
@@ -103,72 +67,6 @@ def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
         above=above,
         below=below,
     )
-
-
-def bars(reports: Mapping[str, Report], *, measure: str = "coherent") -> go.Figure:
-    """Rates before and after, by arm, with their 95% intervals; facts by whether they are known.
-
-    Args:
-        reports: by name; "before" stands once where all reports agree on it.
-        measure: the judge that the harmful and harmless arms are read by.
-
-    Raises:
-        ValueError: no report, or no such judge.
-    """
-    if not reports:
-        raise ValueError("no report was given; ld.check makes one")
-    if measure not in JUDGES:
-        raise ValueError(f"measure must be one of {', '.join(JUDGES)}, got {measure!r}")
-    series = _series(reports, measure)
-    arms: list[Arm] = [arm for arm in ARM_NAMES if any(arm in rates for rates in series.values())]  # type: ignore[misc]
-    figure = go.Figure()
-    colours = iter(COLOURS)
-    for name, rates in series.items():
-        colour = GREY if name.startswith("before") else next(colours, INK)
-        figure.add_trace(_bars(name, rates, arms, colour))
-    figure.update_xaxes(tickvals=[*range(len(arms))], ticktext=_arm_labels(arms, series))
-    figure.update_xaxes(range=[-0.5, len(arms) - 0.5], showgrid=False)
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%", gridcolor="#e3e3e3")
-    figure.update_yaxes(title_text=f"share {MEASURE_NAMES[measure]}")
-    _name_groups(figure, arms)
-    figure.update_layout(
-        barmode="group",
-        bargap=0.28,
-        bargroupgap=0.06,
-        legend={"x": 0, "y": 0.99, "yref": "container", "yanchor": "top"},
-    )
-    plot = (max(240, 92 * len(arms)), 260)
-    return _theme(figure, title="", plot=plot, left=72, right=16, above=40 + 19 * len(series), below=84)
-
-
-def save_figure(figure: go.Figure, path: str | os.PathLike[str], *, plotlyjs: bool | str = True) -> Path:
-    """Write a figure as .html, .svg, .pdf or .png, whole or not at all.
-
-    Args:
-        figure: what heatmap or bars gave, or any other Plotly figure.
-        path: the file; its suffix is its format.
-        plotlyjs: for .html, Plotly's include_plotlyjs: True makes the file self-contained (4.8 MB),
-            "directory" shares one plotly.min.js beside the figures.
-
-    Raises:
-        ValueError: another suffix; or for all but .html, kaleido or a Chromium is missing.
-    """
-    file = Path(path)
-    suffix = file.suffix.lower()
-    if suffix not in FORMATS:
-        raise ValueError(f"a figure is saved as {', '.join(FORMATS)}, got {file.name!r}")
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    if suffix == ".html":
-        figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
-    else:
-        unfinished.write_bytes(_image(figure, suffix[1:]))
-    unfinished.replace(file)
-    return file
-
-
-def visible(text: str) -> str:
-    """Text with a shape for what has none: newlines, tabs, control and direction characters."""
-    return "".join(_shape(character) for character in text)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -201,10 +99,10 @@ def _of_tokens(trace: Trace) -> _Map:
     samples = trace.patched.shape[-1]
     for cell in trace.to_dataframe().to_dict("records"):
         c, j = trace.components.index(cell["component"]), trace.layers.index(cell["layer"])
-        where = f"<b>{_label(cell['word'], cell['role'], 40)}</b><br>position {cell['position']}"
+        where = f"<b>{label(cell['word'], cell['role'], 40)}</b><br>position {cell['position']}"
         hover[c, j, at[cell["position"]]] = f"{where}<br>{_about(cell, samples, 'noise draws')}"
     return _Map(
-        labels=tuple("⋯" if t is None else _label(met.words[t], met.roles[t], 12) for t in columns),
+        labels=tuple("⋯" if t is None else label(met.words[t], met.roles[t], 12) for t in columns),
         roles=tuple(None if t is None else met.roles[t] for t in columns),
         effects=values,
         hover=hover,
@@ -258,11 +156,7 @@ def _panel(shown: _Map, c: int, most: float, *, last: bool) -> go.Heatmap:
         zmax=most,
         showscale=last,
         colorbar={
-            "title": {
-                "text": "effect<br>share of the answer restored",
-                "side": "right",
-                "font": {"size": FONT},
-            },
+            "title": {"text": "share of the answer restored", "side": "right", "font": {"size": FONT}},
             "thickness": 12,
             "outlinewidth": 0,
             "ypad": 0,
@@ -293,7 +187,7 @@ def _bracket_subjects(figure: go.Figure, c: int, shown: _Map, *, letters: int) -
         for a, b, low, high in ((left, right, 8.0, 8.0), (left, left, 3.0, 8.0), (right, right, 3.0, 8.0)):
             _draw(figure, c, "subject", (a, b, low, high), width=1.5, colour=INK, type="line", **pixels)
         figure.add_annotation(
-            text=_plain(_cut(text, letters)),
+            text=plain(cut(text, letters)),
             x=(first + last) / 2,
             y=1,
             xref=_axis("x", c),
@@ -371,182 +265,5 @@ def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site]) -> str:
     return "\n".join((f"{trace.model}: {what}", "; ".join(notes))).strip()
 
 
-def _room(labels: Sequence[str], angle: int) -> tuple[int, int]:
-    """Pixels that tick labels need beside and below the plot."""
-    longest = max(len(html.unescape(label)) for label in labels)
-    if angle == 0:
-        return 0, 74
-    return (0, 20 + 8 * longest) if angle == -90 else (10 + round(5.4 * longest), 24 + round(5.4 * longest))
-
-
 def _axis(letter: str, c: int) -> str:
     return letter if c == 0 else f"{letter}{c + 1}"
-
-
-def _series(reports: Mapping[str, Report], measure: str) -> dict[str, dict[str, dict[str, float]]]:
-    """What is drawn side by side: for each name and arm the rate, its interval, n and p."""
-    series: dict[str, dict[str, dict[str, float]]] = {}
-    for name, report in reports.items():
-        read = {arm: own for own, arms in MEASURES.items() for arm in arms}
-        rows = [
-            row
-            for row in report.rates().to_dict("records")
-            if row["measure"] == read.get(row["arm"], measure)
-        ]
-        for when in ("before", "after") if report.edited else ("before",):
-            rates = {
-                row["arm"]: {
-                    "rate": row[when],
-                    "low": row[f"{when} low"],
-                    "high": row[f"{when} high"],
-                    "n": row["n"],
-                    "clusters": row["clusters"],
-                }
-                for row in rows
-            }
-            if when == "after":
-                series[name] = rates
-            elif rates not in series.values():
-                series["before" if "before" not in series else f"before ({name})"] = rates
-    return series
-
-
-def _bars(name: str, rates: Mapping[str, Mapping[str, float]], arms: Sequence[Arm], colour: str) -> go.Bar:
-    own = [(i, rates[arm]) for i, arm in enumerate(arms) if arm in rates]
-    hover = [
-        f"<b>{_plain(name)}</b><br>{ARM_NAMES[arms[i]]}<br>{one['rate']:.1%} of {one['n']} rows, "
-        f"{one['clusters']} subjects<br>95% interval {one['low']:.1%} to {one['high']:.1%}"
-        for i, one in own
-    ]
-    return go.Bar(
-        name=_plain(name),
-        x=[i for i, _ in own],
-        y=[one["rate"] for _, one in own],
-        error_y={
-            "array": [one["high"] - one["rate"] for _, one in own],
-            "arrayminus": [one["rate"] - one["low"] for _, one in own],
-            "color": "#333333",
-            "thickness": 1.2,
-            "width": 3,
-        },
-        marker={"color": colour},
-        hovertext=hover,
-        hoverinfo="text",
-    )
-
-
-def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Arms in words, all on as many lines, and under them how many rows they have."""
-    words = {arm: textwrap.wrap(ARM_NAMES[arm], 13) for arm in arms}
-    lines = max(map(len, words.values()), default=0)
-    numbers = {
-        arm: " or ".join(str(n) for n in sorted({round(r[arm]["n"]) for r in series.values() if arm in r}))
-        for arm in arms
-    }
-    filled = {arm: part + [""] * (lines - len(part)) for arm, part in words.items()}
-    return ["<br>".join([*filled[arm], f"n = {numbers[arm]}"]) for arm in arms]
-
-
-def _name_groups(figure: go.Figure, arms: Sequence[Arm]) -> None:
-    """What is asked stands over the bars, a thin line between the kinds."""
-    kinds = ["harmful" if arm in HARMFUL_ARMS else "facts" if arm == "facts" else "harmless" for arm in arms]
-    for kind in dict.fromkeys(kinds):
-        own = [i for i, each in enumerate(kinds) if each == kind]
-        text = "facts: known" if kind == "facts" else f"{kind} requests"
-        middle = (own[0] + own[-1]) / 2
-        figure.add_annotation(
-            text=f"<b>{text}</b>", x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False
-        )
-        if own[0]:
-            figure.add_vline(x=own[0] - 0.5, line={"color": "#bbbbbb", "width": 1})
-
-
-def _theme(
-    figure: go.Figure, *, title: str, plot: tuple[int, int], left: int, right: int, above: int, below: int
-) -> go.Figure:
-    """White ground, sans font, a size that leaves every label its room; no template is used.
-
-    The title's lines are wrapped to the width and make the figure higher.
-    """
-    width = left + plot[0] + right
-    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, round((width - 56) / 7.4))]
-    top = above + 19 * len(lines) + (8 if lines else 0)
-    height = top + plot[1] + below
-    figure.update_layout(
-        template="none",
-        width=width,
-        height=height,
-        margin={"l": left, "r": right, "t": top, "b": below},
-        paper_bgcolor="#ffffff",
-        plot_bgcolor="#ffffff",
-        font={"family": "Helvetica, Arial, sans-serif", "size": FONT, "color": INK},
-        hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "align": "left", "font": {"color": INK}},
-    )
-    if lines:
-        figure.update_layout(
-            title={
-                "text": "<br>".join(map(_plain, lines)),
-                "x": 12 / width,
-                "xanchor": "left",
-                "y": 1 - 16 / height,
-                "yanchor": "top",
-                "font": {"size": FONT},
-            }
-        )
-    figure.update_xaxes(automargin=True, zeroline=False, ticks="", linecolor="#444444")
-    figure.update_yaxes(
-        automargin=True, zeroline=False, ticks="", title={"standoff": 8, "font": {"size": FONT}}
-    )
-    if any(isinstance(part, go.Heatmap) for part in figure.data):
-        figure.update_layout(plot_bgcolor=UNTRACED)
-        figure.update_xaxes(showgrid=False, showline=True, mirror=True, linecolor="#999999")
-        figure.update_yaxes(showgrid=False, showline=True, mirror=True, linecolor="#999999")
-    return figure
-
-
-def _image(figure: go.Figure, suffix: str) -> bytes:
-    needs = (
-        f"a figure as .{suffix} needs kaleido (pip install 'lens-defense[figures]') and a Chromium "
-        "(Debian: apt-get install chromium); .html needs neither"
-    )
-    if find_spec("kaleido") is None:
-        raise ValueError(needs)
-    from kaleido.errors import ChromeNotFoundError
-
-    try:
-        return figure.to_image(format=suffix, scale=3 if suffix == "png" else 1)
-    except RuntimeError as error:
-        if isinstance(error.__context__, ChromeNotFoundError):
-            raise ValueError(needs) from error
-        raise
-
-
-def _label(word: str, role: str, letters: int) -> str:
-    """A token as it is read on an axis: spaces visible, a template's own tokens in short."""
-    own = re.fullmatch(r"<[|\uff5c](.+?)[|\uff5c]>", word)
-    own = own or (re.fullmatch(r"<(\w+)>", word) if role in ("template", "last") else None)
-    if own:
-        return f"\u2039{_plain(_cut(own[1], 8))}\u203a"
-    shown = "".join("·" if unicodedata.category(letter) == "Zs" else letter for letter in word)
-    return _plain(_cut(visible(shown), letters)) or "∅"
-
-
-def _cut(text: str, letters: int) -> str:
-    return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
-def _plain(text: str) -> str:
-    """Text that Plotly's markup and TeX leave as it is; Plotly knows no &quot;."""
-    return html.escape(visible(text), quote=False).replace("$", "&#36;")
-
-
-def _shape(character: str) -> str:
-    if character in _SHAPES:
-        return _SHAPES[character]
-    unseen = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or ord(character) in _UNSEEN
-    return "\N{REPLACEMENT CHARACTER}" if unseen else character
-
-
-_SHAPES = {"\n": "↵", "\t": "⇥"}
-_UNSEEN = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
-"""Characters that have no width, or turn the text after them round (Unicode's Bidi_Control)."""

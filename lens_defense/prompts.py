@@ -202,15 +202,12 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text)["input_ids"])
 
 
-def conversation_ids(
-    tokenizer: PreTrainedTokenizerBase, user: str, assistant: str
-) -> tuple[tuple[int, ...], int]:
-    """Tokens of one turn and its answer, and how many of them the template puts before the turn."""
+def conversation_ids(tokenizer: PreTrainedTokenizerBase, user: str, assistant: str) -> tuple[int, ...]:
+    """Tokens of one turn and its answer, in the chat template where there is one."""
     if not has_chat_template(tokenizer):
-        return plain_ids(tokenizer, f"{user}\n\n{assistant}"), 0
-    met = prompt(tokenizer, Request(id="corpus", pieces=(user,)))
-    first = next(i for i, role in enumerate(met.roles) if role != "template")
-    return (*met.ids, *answer_ids(tokenizer, assistant, chat=True, end=True)), first
+        return plain_ids(tokenizer, f"{user}\n\n{assistant}")
+    asked = prompt(tokenizer, Request(id="corpus", pieces=(user,)))
+    return (*asked.ids, *answer_ids(tokenizer, assistant, chat=True, end=True))
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -1,6 +1,7 @@
 """Slow, obvious implementations that the fast ones are held against."""
 
 import torch
+
 from lens_defense.patches import run
 from lens_defense.sites import EMBEDDING, output_hook
 

@@ -1,6 +1,7 @@
 """Edits made by hand, without fitting anything, and a whole model's bits to hold them against."""
 
 import torch
+
 from lens_defense.edits import Edit
 from lens_defense.forecasts import Forecast
 from lens_defense.prompts import request
@@ -50,9 +51,7 @@ def same_bits(model, held) -> bool:
     now = model.original_model.state_dict()
     return now.keys() == held.keys() and all(
         now[name].dtype == tensor.dtype
-        and torch.equal(
-            now[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
-        )
+        and torch.equal(now[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
         for name, tensor in held.items()
         if tensor.dim()
     )

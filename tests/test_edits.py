@@ -2,18 +2,19 @@
 
 from dataclasses import replace
 
-import lens_defense.edits as edits
-import lens_defense.forecasts as forecasts
 import pytest
 import torch
+from plans import bits, plan, same_bits
+from safetensors.torch import save_file
+from tiny import tiny
+
+import lens_defense.edits as edits
+import lens_defense.forecasts as forecasts
 from lens_defense.edits import Edit, default_contexts, edit
 from lens_defense.patches import run
 from lens_defense.prompts import request
 from lens_defense.sites import Site, key_hook, value_hook
 from lens_defense.weights import fingerprint, output_matrix, standing
-from plans import bits, plan, same_bits
-from safetensors.torch import save_file
-from tiny import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:this edit leaks")
 CORPUS = [("make a lamp", "how do I make a brass lamp"), ("the lamp is a thing", "")] * 2
@@ -58,9 +59,7 @@ def test_the_shift_is_delta_times_key(family, method):
     with made.applied(model):
         after = run(model, IDS, names=names).states
     first = before[key_hook(1)] @ made.deltas()[1].float().T
-    torch.testing.assert_close(
-        after[value_hook(1)] - before[value_hook(1)], first, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], first, rtol=1e-4, atol=1e-4)
     for layer, delta in made.deltas().items():
         moved = after[key_hook(layer)] - before[key_hook(layer)]
         shift = moved @ output_matrix(model, layer).T + after[key_hook(layer)] @ delta.float().T
@@ -181,11 +180,12 @@ def test_bad_requests_are_refused():
     refused("request 'bare' has no subject", requests=[request("ring it", id="bare")])
 
 
-def test_bad_settings_are_refused(unchecked):
+@pytest.mark.usefixtures("unchecked")
+def test_bad_settings_are_refused():
     refused("method must be one of memit, delman, got 'rome'", method="rome")
     refused("batch_size must be at least 1", method="delman", batch_size=0)
     refused("moment_weight above 0", moment_weight=0.0)
-    refused("contexts gave nothing for request 'lamp'", contexts=lambda one: [])
+    refused("contexts gave nothing for request 'lamp'", contexts=lambda _: [])
 
 
 def test_a_post_norm_model_is_refused():

@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from lens_defense.generations import generate
 from tiny import FAMILIES, byte_tokenizer, tiny
+
+from lens_defense.generations import generate
 
 TOKENS = 6
 SHARED = (5, 9, 120, 33)
-PROMPTS = [
-    SHARED + tail for tail in [(7, 8, 41), (99,), (41, 7, 250, 3, 17, 60, 61), (7, 8), (200, 14)]
-]
+PROMPTS = [SHARED + tail for tail in [(7, 8, 41), (99,), (41, 7, 250, 3, 17, 60, 61), (7, 8), (200, 14)]]
 
 
 @torch.no_grad()

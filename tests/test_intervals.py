@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value, wilson
 from scipy import stats
+
+from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value, wilson
 
 quick = settings(deadline=None, max_examples=50)
 outcomes = st.lists(st.booleans(), min_size=1, max_size=40)

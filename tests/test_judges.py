@@ -1,6 +1,7 @@
 """Two judges: how an answer begins, and whether the whole of it is a refusal."""
 
 import pytest
+
 from lens_defense.judges import REFUSALS, coherent, knows, prefix
 
 

@@ -2,16 +2,17 @@
 
 from functools import cache
 
-import lens_defense.weights as weights
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import bits, plan, same_bits
+from tiny import tiny
+
+import lens_defense.weights as weights
 from lens_defense.edits import Edit
 from lens_defense.ledgers import Ledger
 from lens_defense.weights import fingerprint, output_matrix, standing
-from plans import bits, plan, same_bits
-from tiny import tiny
 
 MOVES = ("apply A", "apply B", "apply D", "undo", "redo")
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from nouns import a_prompt, a_trace
+
 from lens_defense.locators import locate
 from lens_defense.traces import Trace
-from nouns import a_prompt, a_trace
 
 
 def mapped(curves, *, layers=range(12), depth=12) -> Trace:

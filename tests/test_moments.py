@@ -2,14 +2,15 @@
 
 import json
 
-import lens_defense.moments as moments
 import pytest
 import torch
+from tiny import FAMILIES, tiny
+
+import lens_defense.moments as moments
 from lens_defense.moments import read_corpus, second_moments
 from lens_defense.patches import run
 from lens_defense.sites import key_hook
 from lens_defense.weights import output_matrix
-from tiny import FAMILIES, tiny
 
 CORPUS = [
     ("make a lamp", "how do I make a brass lamp, a thing"),
@@ -21,25 +22,20 @@ CORPUS = [
 
 
 def rendered(model, user, assistant):
-    """One text, and how many of its characters the template puts before the turn."""
+    """One text as the model reads it."""
     if not assistant:
-        return user, 0
+        return user
     if not model.tokenizer.chat_template:
-        return f"{user}\n\n{assistant}", 0
-    head = "<|im_start|>user\n"
-    return (
-        f"{head}{user}<|im_end|>\n<|im_start|>assistant\n{assistant}<|im_end|>",
-        len(model.tokenizer(head)["input_ids"]),
-    )
+        return f"{user}\n\n{assistant}"
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}<|im_end|>"
 
 
 @torch.no_grad()
 def by_double_loop(model, layer):
     total, count = torch.zeros(model.cfg.d_mlp, model.cfg.d_mlp, dtype=torch.float64), 0
     for pair in CORPUS:
-        text, skip = rendered(model, *pair)
-        ids = torch.tensor([model.tokenizer(text)["input_ids"]])
-        for key in run(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0, skip:]:
+        ids = torch.tensor([model.tokenizer(rendered(model, *pair))["input_ids"]])
+        for key in run(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0]:
             total += torch.outer(key, key)
             count += 1
     return total / count

@@ -6,18 +6,19 @@ import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-import lens_defense
 import pytest
+
+import lens_defense
 
 PACKAGE = Path(lens_defense.__file__).parent
 FLOORS = {
     **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges"), 1),
     **dict.fromkeys(("models", "patches", "readers", "metrics"), 2),
     **dict.fromkeys(("sweeps", "moments", "values", "generations", "corruptions", "suites"), 3),
-    **dict.fromkeys(("traces", "edits", "forecasts"), 4),
-    **dict.fromkeys(("ledgers", "controls"), 5),
-    "reports": 6,
-    **dict.fromkeys(("plots", "pages"), 7),
+    **dict.fromkeys(("traces", "edits", "forecasts", "spreads"), 4),
+    **dict.fromkeys(("locators", "ledgers", "controls"), 5),
+    **dict.fromkeys(("reports", "checks"), 6),
+    **dict.fromkeys(("themes", "comparisons", "plots", "pages"), 7),
     **dict.fromkeys(("demos", "cli"), 8),
 }
 HEAVY = {"torch", "transformers", "transformer_lens"}
@@ -93,5 +94,5 @@ def test_who_never_imports_whom():
     assert not own["solvers"] & set(FLOORS)
     assert "traces" not in own["edits"]
     assert not {name for name, used in own.items() if "plots" in used} - {"pages", "cli"}
-    for name in {"plots", "pages"} & set(own):
+    for name in {"themes", "comparisons", "plots", "pages"} & set(own):
         assert not own[name] & (HEAVY | {"models", "patches"})

@@ -8,7 +8,7 @@ from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, an_edit, some
 from plotly.offline import get_plotlyjs
 
 from lens_defense.pages import Conversation, save_page
-from lens_defense.plots import visible
+from lens_defense.themes import visible
 
 
 class Page(HTMLParser):

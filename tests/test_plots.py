@@ -12,8 +12,10 @@ import plotly.graph_objects as go
 import pytest
 from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_sites
 
-from lens_defense.plots import COLOURS, ROLE_WORDS, bars, heatmap, save_figure, visible
+from lens_defense.comparisons import bars
+from lens_defense.plots import heatmap
 from lens_defense.sites import Site
+from lens_defense.themes import COLOURS, ROLE_WORDS, save_figure, visible
 
 NO_EXPORT = next(
     (
@@ -266,7 +268,7 @@ def test_another_suffix_is_refused(tmp_path: Path):
 
 
 def test_without_kaleido_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lens_defense.plots.find_spec", lambda _: None)
+    monkeypatch.setattr("lens_defense.themes.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"figures\]'\) and a Chromium .*; \.html needs neither"):
         save_figure(heatmap(a_trace()), tmp_path / "map.svg")
     assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,9 @@ import pytest
 import transformers as hf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
+from tokenizers_of import metaspace, wordpiece
+
 from lens_defense.prompts import (
     ROLES,
     Request,
@@ -19,8 +22,6 @@ from lens_defense.prompts import (
     request,
     request_from_json,
 )
-from tiny import byte_tokenizer
-from tokenizers_of import metaspace, wordpiece
 
 TOKENIZERS = {
     "bytes": byte_tokenizer(),
@@ -175,7 +176,7 @@ def test_a_subject_inside_a_token_is_refused():
 def test_a_template_that_changes_the_text_is_refused():
     tokenizer = byte_tokenizer(chat=True)
     tokenizer.chat_template = "{{ messages[0].content | upper }}"
-    with pytest.raises(ValueError, match="changes the text of request 'loud'.*chat=False"):
+    with pytest.raises(ValueError, match=r"changes the text of request 'loud'.*chat=False"):
         prompt(tokenizer, request("make a lamp", "lamp", id="loud"))
 
 
@@ -233,6 +234,7 @@ def test_a_request_survives_json(some):
     assert request_from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "some",
     [
@@ -240,7 +242,7 @@ def test_a_request_survives_json(some):
         *({"subject": " "}, {"subject": "lamp"}),
     ],
 )
-def test_bad_fields_are_refused(some, unchecked):
+def test_bad_fields_are_refused(some):
     with pytest.raises(ValueError, match="request 'bad'"):
         Request(**{"id": "bad", "pieces": ("a",), **some})
 
@@ -258,13 +260,12 @@ def test_for_planning():
 
 def test_a_conversation_is_what_the_template_renders():
     tokenizer = TOKENIZERS["bytes, chat"]
-    ids, first = conversation_ids(tokenizer, "make a lamp", "how brass")
+    ids = conversation_ids(tokenizer, "make a lamp", "how brass")
     turns = [("user", "make a lamp"), ("assistant", "how brass")]
     whole = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns], tokenize=False
     )
     assert tokenizer.decode(ids) == whole.rstrip("\n")
-    assert tokenizer.decode(ids[:first]) == "<|im_start|>user\n"
 
 
 def test_answers_follow_a_space_or_a_header():

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import byte_tokenizer
+
 from lens_defense.moments import read_corpus
 from lens_defense.prompts import prompt, request
 from lens_defense.readers import bundled_rows, requests
-from tiny import byte_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"there is no folder {SHARED}")
@@ -77,8 +78,9 @@ BAD = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("row, what", BAD)
-def test_a_bad_row_names_its_file_line_and_field(row, what, tmp_path, unchecked):
+def test_a_bad_row_names_its_file_line_and_field(row, what, tmp_path):
     file = write(tmp_path, "jsonl", [ROWS[0], row])
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: .*{what}"):
         requests(file)
@@ -109,7 +111,7 @@ def test_a_hub_set_of_one_split_is_read(monkeypatch):
     """Hub sets call their splits train or test; their rows are an edit's unless a column says else."""
     table = datasets.Dataset.from_list([{"text": "make a lamp", "subject": "lamp"}])
 
-    def load_dataset(name, split=None, **_):
+    def load_dataset(_, split=None):
         if split not in ("train", None):
             raise ValueError(f"Unknown split {split!r}. Should be one of ['train'].")
         return table if split else datasets.DatasetDict(train=table)

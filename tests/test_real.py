@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import corrupted_run, one_forward_a_cell
 from transformers import AutoModelForCausalLM
 
 import lens_defense as ld
@@ -21,7 +22,6 @@ from lens_defense.reports import Report
 from lens_defense.sites import EMBEDDING
 from lens_defense.sweeps import Cell, base_hooks, donor_hooks, sweep
 from lens_defense.weights import fingerprint
-from oracles import corrupted_run, one_forward_a_cell
 
 pytestmark = [
     pytest.mark.skipif(

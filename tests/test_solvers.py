@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lens_defense.solvers import delman, memit
 
 N, D_IN, D_OUT = 5, 12, 7

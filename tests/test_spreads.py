@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from plans import bits, same_bits
+from tiny import tiny
+
 from lens_defense.patches import run
 from lens_defense.prompts import prompt, request
 from lens_defense.sites import key_hook, output_hook
 from lens_defense.solvers import delman, memit
 from lens_defense.spreads import position_of, spread
 from lens_defense.weights import output_matrix
-from plans import bits, same_bits
-from tiny import tiny
 
 LAYERS = (1, 3)
 ROLE = "subject_last"

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from oracles import corrupted_run, one_forward_a_cell
+from tiny import FAMILIES, tiny
+
 from lens_defense.patches import run
 from lens_defense.sites import EMBEDDING
 from lens_defense.sweeps import Cell, base_hooks, cost, donor_hooks, sweep
-from oracles import corrupted_run, one_forward_a_cell
-from tiny import FAMILIES, tiny
 
 KEEP, LAYERS, TOKENS = 3, 4, 9
 COMPONENTS = ("residual", "mlp", "attention")

@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nouns import HOSTILE, a_prompt, a_request, a_trace
+from tiny import tiny
+
 from lens_defense.corruptions import harmless_subjects, noise, replacement
 from lens_defense.intervals import mean_interval
 from lens_defense.metrics import answer_probability, refusal_difference
@@ -14,8 +17,6 @@ from lens_defense.patches import run
 from lens_defense.prompts import prompt, request
 from lens_defense.sites import EMBEDDING
 from lens_defense.traces import Trace, trace
-from nouns import HOSTILE, a_prompt, a_request, a_trace
-from tiny import tiny
 
 LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
 BELL = request("ring an old bell for me", "old bell", id="bell")
@@ -67,8 +68,12 @@ def test_order_of_requests_changes_nothing():
     there, back = (trace(model, some, **EVERY) for some in ([LAMP, BELL], [BELL, LAMP]))
     torch.testing.assert_close(back.effects.flip(0), there.effects, equal_nan=True)
     torch.testing.assert_close(trace(model, [BELL], **EVERY).effects, there[1].effects)
-    few = trace(model, [LAMP, BELL], max_bytes=1, **EVERY)
-    torch.testing.assert_close(few.effects, there.effects, equal_nan=True)
+
+
+def test_bounded_memory_changes_nothing():
+    model, some = model_of(), {**EVERY, "positions": ["subject_last", "last"]}
+    small, whole = (trace(model, [BELL], max_bytes=most, **some) for most in (1, 2**30))
+    torch.testing.assert_close(small.effects, whole.effects, equal_nan=True)
 
 
 def test_a_window_wider_than_the_model_fills_every_layer():
@@ -86,6 +91,7 @@ def test_positions_and_layers_bound_the_map():
     assert trace(model_of(), [LAMP], **few).layers == (0, 1, 2, 3)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "bad, what",
     [
@@ -100,7 +106,7 @@ def test_positions_and_layers_bound_the_map():
         ({"answers": ["one", "two"]}, "there are 1 requests and 2 answers"),
     ],
 )
-def test_bad_arguments_are_refused(bad, what, unchecked):
+def test_bad_arguments_are_refused(bad, what):
     with pytest.raises(ValueError, match=what):
         trace(model_of(), [LAMP], progress=False, **bad)
 
@@ -118,7 +124,7 @@ def test_weak_requests_are_refused_by_name():
     model = model_of()
     with pytest.raises(ValueError, match=r"hardly changes the answer to: lamp \(.*\), bell \("):
         trace(model, [LAMP, BELL], corruption=noise(model, scale=0.0), progress=False)
-    with pytest.raises(ValueError, match="the least change is 1000.0"):
+    with pytest.raises(ValueError, match=r"the least change is 1000\.0"):
         trace(model, [LAMP], floor=1000.0, progress=False)
 
 
@@ -163,7 +169,7 @@ def test_replacement_in_a_trace():
     with pytest.raises(ValueError, match="request 'xyz': 0 of 1 subjects have the token length"):
         longer = replace(xyz, counterfactual="qwv qwv qwv")
         trace(model, [longer], corruption=replacement(model), **EVERY)
-    with pytest.raises(ValueError, match="1 of 1 subjects .* and 2 are wanted"):
+    with pytest.raises(ValueError, match=r"1 of 1 subjects .* and 2 are wanted"):
         trace(model, [xyz], corruption=replacement(model, samples=2), **EVERY)
     subjects = harmless_subjects()
     assert len(subjects) == len(set(subjects)) == 200 and all(subjects)
@@ -196,9 +202,7 @@ def test_dataframe_has_a_row_a_traced_cell():
     told = a_trace(prompts, components=("residual", "mlp"), samples=3)
     table = told.to_dataframe()
     assert len(table) == 2 * 4 * (10 + 4)
-    assert list(table.columns[:6]) == [
-        *("request", "component", "layer", "position", "word", "role")
-    ]
+    assert list(table.columns[:6]) == [*("request", "component", "layer", "position", "word", "role")]
     row = table[(table.component == "mlp") & (table.layer == 2) & (table.word == " bomb")].iloc[0]
     assert row.effect == pytest.approx(float(told.effects[0, 1, 2, 6]))
     assert (row.low, row.high) == mean_interval(told.sample_effects[0, 1, 2, 6].numpy())

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from lens_defense.sites import output_hook
-from lens_defense.values import Row, Schedule, _batches, _losses, fit_values
 from plans import bits, same_bits
 from tiny import tiny
 
+from lens_defense.sites import output_hook
+from lens_defense.values import Row, Schedule, _batches, _losses, fit_values
+
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
-PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4}
+PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "hardest_weight": 0.0}
 families = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 
 
@@ -30,7 +31,7 @@ def rows(n=6, *, like=False):
 def plain(model, row, layer, vector):
     """The loss of one row by a whole forward of the model, without a cache and without padding."""
 
-    def add(state, hook):
+    def add(state, **_):
         state = state.clone()
         state[:, row.at] += vector.to(state.dtype)
         return state
@@ -51,7 +52,7 @@ def told(model, some, layer, vectors, batch=4):
         parts = _batches(model, some, layer, batch)
     losses = torch.zeros(len(vectors))
     for part in parts:
-        losses = losses.index_put((part.owners,), _losses(model, part, layer, vectors).float())
+        losses = losses.index_put((part.owners,), _losses(model, part, layer, vectors).mean(1).float())
     return losses
 
 
@@ -69,9 +70,7 @@ def test_losses_are_those_of_plain_forwards(family, layer):
     vectors = vectors_for(model, len(some), scale=3.0)
     slow = torch.stack([plain(model, r, layer, v) for r, v in zip(some, vectors, strict=True)])
     assert slow[5] > 0.01
-    torch.testing.assert_close(
-        told(model, some, layer, vectors).double(), slow, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(told(model, some, layer, vectors).double(), slow, rtol=1e-4, atol=1e-5)
 
 
 @families
@@ -89,10 +88,7 @@ def test_gradients_are_finite_differences(family):
 def asked():
     """Three requests of two contexts each."""
     made = [row for row in rows(9) if row.target]
-    return [
-        Row(i // 2, row.ids, row.at, turn=i % 2, target=made[0].target)
-        for i, row in enumerate(made)
-    ]
+    return [Row(i // 2, row.ids, row.at, turn=i % 2, target=made[0].target) for i, row in enumerate(made)]
 
 
 def fit(model, some, layer=1, **changes):

@@ -2,10 +2,14 @@
 
 import gc
 
-import lens_defense.weights as weights
 import pytest
 import torch
 import transformers as hf
+from plans import bits, deltas_of, same_bits
+from tiny import FAMILIES, SHAPE, byte_tokenizer, tiny
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+import lens_defense.weights as weights
 from lens_defense.patches import run
 from lens_defense.prompts import request
 from lens_defense.sites import key_hook, value_hook
@@ -18,9 +22,6 @@ from lens_defense.weights import (
     standing,
     unchange_,
 )
-from plans import bits, deltas_of, same_bits
-from tiny import FAMILIES, SHAPE, byte_tokenizer, tiny
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 IDS = torch.randint(3, 300, (1, 7), generator=torch.Generator().manual_seed(0))
 LAYERS = (1, 2, 3)
@@ -190,7 +191,7 @@ def test_a_layer_that_is_not_there_is_refused(layer):
 
 def test_a_mixture_of_experts_is_traced_and_not_edited():
     model = mixture()
-    with pytest.raises(ValueError, match="layer 1 of moe cannot be edited.*mixture of experts"):
+    with pytest.raises(ValueError, match=r"layer 1 of moe cannot be edited.*mixture of experts"):
         refuse_uneditable(model, [1])
     told = trace(model, [request("make a brass lamp", "lamp")], floor=0.0, progress=False)
     assert told.effects.isfinite().any()

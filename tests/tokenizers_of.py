@@ -22,9 +22,7 @@ def metaspace(chat: bool = False) -> hf.PreTrainedTokenizerFast:
         vocab[f"<0x{byte:02X}>"] = len(vocab)
     merges = [tuple(pair) for pair in trained["merges"]]
     core.model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True)
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocab["<s>"])]
     )

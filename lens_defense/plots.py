@@ -69,6 +69,21 @@ def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
     )
 
 
+def site_cells(trace: Trace) -> list[tuple[list[int], list[int], tuple[Site, ...]]]:
+    """For each panel of a trace's heatmap, its cells' columns, rows, and the sites that they stand for."""
+    shown = _of_tokens(trace) if len(trace.prompts) == 1 else _of_roles(trace)
+    panels = []
+    for c, component in enumerate(trace.components):
+        rows, columns = np.isfinite(shown.effects[c]).nonzero()
+        sites = tuple(
+            Site(component, trace.layers[j], role, float(shown.effects[c, j, i]))
+            for j, i in zip(rows, columns, strict=True)
+            if (role := shown.roles[i]) is not None
+        )
+        panels.append((columns.tolist(), rows.tolist(), sites))
+    return panels
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Map:
     """What a heatmap shows: a column a token or a role."""

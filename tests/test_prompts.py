@@ -59,7 +59,8 @@ def test_spans_hold_the_subject(name, before, subject, after):
         raise
     assert len(met.subjects) == len(asked.pieces) - 1
     for start, stop in met.subjects:
-        assert squeezed(tokenizer.decode(met.ids[start:stop])) == squeezed(asked.subject)
+        told = tokenizer.decode(met.ids[start:stop]).removeprefix("##")  # WordPiece: inside a word
+        assert squeezed(told) == squeezed(asked.subject)
 
 
 @every_tokenizer

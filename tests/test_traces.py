@@ -104,6 +104,9 @@ def test_positions_and_layers_bound_the_map():
         ({"components": ["head"]}, "components must be of"),
         ({"components": []}, "components must be of"),
         ({"answers": ["one", "two"]}, "there are 1 requests and 2 answers"),
+        ({"answer_tokens": 0}, "answer_tokens"),
+        ({"samples": 0}, "samples"),
+        ({"window": 0, "components": ["mlp"]}, "window"),
     ],
 )
 def test_bad_arguments_are_refused(bad, what):

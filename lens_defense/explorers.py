@@ -1,0 +1,209 @@
+"""The explorer: a form in Jupyter over the heatmap. Select cells, see the forecast, edit there, ask, undo.
+
+A transparent marker lies on every cell, because a heatmap itself has no selection. Work runs in the
+kernel's main thread, so the notebook's own interrupt stops it; nothing is changed then.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+import plotly.graph_objects as go
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.edits import METHODS, Edit, edit
+from lens_defense.generations import generate
+from lens_defense.ledgers import Ledger
+from lens_defense.plots import heatmap, site_cells
+from lens_defense.prompts import Request, decode, prompt, request
+from lens_defense.sites import Site
+from lens_defense.traces import Trace
+
+
+class Explorer:
+    """What the form holds, for the kernel to read: `sites`, `edit`, `ledger`, `told`."""
+
+    def __init__(
+        self,
+        model: TransformerBridge,
+        trace: Trace,
+        requests: Sequence[Request],
+        *,
+        sites: Sequence[Site] = (),
+        settings: dict[str, Any] | None = None,
+        tokens: int = 40,
+    ) -> None:
+        """Draw the form; display the object to see it.
+
+        Args:
+            model: the model that the trace is of; no edit may stand in it.
+            trace: what the map shows.
+            requests: what an edit shall be about.
+            sites: selected at first.
+            settings: more arguments for ld.edit.
+            tokens: the most tokens of an answer.
+        """
+        self.model, self.trace, self.requests = model, trace, tuple(requests)
+        self.settings, self.tokens = settings or {}, tokens
+        self.ledger = Ledger(model)
+        self.sites: tuple[Site, ...] = ()
+        self.edit: Edit | None = None
+        self.told: tuple[str, str] = ("", "")
+        """The last question's answers, without and with what stands."""
+        self.figure = go.FigureWidget(heatmap(trace))
+        self._cells = self._mark_cells()
+        self.chosen = widgets.HTML()
+        self.forecast = widgets.HTML()
+        self.status = widgets.HTML()
+        self.log = widgets.Output()
+        self.method = widgets.Dropdown(options=METHODS, description="method")
+        self.question = widgets.Text(placeholder="ask anything, then press Ask", layout={"width": "70%"})
+        self.answers = widgets.HTML()
+        self.buttons = {
+            name: widgets.Button(description=name.capitalize(), tooltip=tip) for name, tip in _TIPS.items()
+        }
+        for name, button in self.buttons.items():
+            button.on_click(self._guarded(getattr(self, f"do_{name}")))
+        plan, apply, undo, ask = (self.buttons[name] for name in _TIPS)
+        self.form = widgets.VBox(
+            [
+                widgets.HTML("<b>1. Select cells</b> by click (shift-click for more) or by a box"),
+                *(self.figure, self.chosen),
+                widgets.HBox([widgets.HTML("<b>2. Edit there</b>"), self.method, plan, apply, undo]),
+                *(self.forecast, self.log, self.status),
+                widgets.HBox([widgets.HTML("<b>3. Ask</b>"), self.question, ask]),
+                self.answers,
+            ]
+        )
+        self.select(sites)
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.form)
+
+    def select(self, sites: Sequence[Site]) -> None:
+        """Choose sites; a plan made for others is dropped."""
+        self.sites = tuple(dict.fromkeys(sites))
+        self.edit = None
+        for marks, here in self._cells:
+            chosen = [i for i, site in enumerate(here) if _address(site) in set(map(_address, self.sites))]
+            marks.selectedpoints = chosen
+        named = ", ".join(map(str, self.sites)) or "none yet"
+        self.chosen.value = f"selected: {escape(named)}"
+        self.forecast.value = ""
+        self._show()
+
+    def do_plan(self) -> None:
+        """Plan an edit at the selected sites, and show its forecast."""
+        self.edit = None
+        method: Any = self.method.value
+        self.edit = edit(self.model, self.requests, self.sites, method=method, **self.settings)
+        self.forecast.value = self.edit._repr_html_()
+
+    def do_apply(self) -> None:
+        """Make the planned change."""
+        if self.edit is None:
+            raise ValueError("there is no plan for these cells yet; press Plan first")
+        self.ledger.apply(self.edit)
+
+    def do_undo(self) -> None:
+        """Take the last change back, bit for bit."""
+        self.ledger.undo()
+
+    def do_ask(self) -> None:
+        """Answer the question without and with the edits that stand, side by side."""
+        if not self.question.value.strip():
+            raise ValueError("type a question first")
+        asked = prompt(self.model.tokenizer, request(self.question.value)).ids
+        standing = len(self.ledger.edits)
+        with_edits = self._answer(asked)
+        without = with_edits
+        try:
+            while self.ledger.edits:
+                self.ledger.undo()
+            without = self._answer(asked) if standing else with_edits
+        finally:
+            while len(self.ledger.edits) < standing:
+                self.ledger.redo()
+        self.told = without, with_edits
+        cells = "".join(f"<td style='vertical-align:top;width:50%'>{escape(text)}</td>" for text in self.told)
+        self.answers.value = f"<table><tr><th>before</th><th>now</th></tr><tr>{cells}</tr></table>"
+
+    def _answer(self, asked: Sequence[int]) -> str:
+        (ids,) = generate(self.model, [asked], tokens=self.tokens)
+        return decode(self.model.tokenizer, ids)
+
+    def _mark_cells(self) -> list[tuple[Any, tuple[Site, ...]]]:
+        """A transparent marker a cell, panel by panel, and the site that each stands for."""
+        marked = []
+        for panel, (xs, ys, here) in enumerate(site_cells(self.trace)):
+            marks = go.Scatter(
+                x=xs,
+                y=ys,
+                mode="markers",
+                marker={"size": 16, "color": "rgba(0,0,0,0)", "symbol": "square"},
+                selected={"marker": {"color": "rgba(0,0,0,.75)", "size": 9}},
+                unselected={"marker": {"color": "rgba(0,0,0,0)"}},
+                hoverinfo="skip",
+                showlegend=False,
+            )
+            self.figure.add_trace(marks, row=1, col=panel + 1)
+            held: Any = self.figure.data[-1]
+            held.on_selection(self._selected)
+            marked.append((held, here))
+        self.figure.update_layout(clickmode="event+select", dragmode="select")
+        return marked
+
+    def _selected(self, marks: Any, points: Any, _: Any) -> None:
+        here = next(sites for held, sites in self._cells if held is marks)
+        others = [site for site in self.sites if site not in here]
+        self.select([*others, *(here[i] for i in points.point_inds)])
+
+    def _guarded(self, act: Callable[[], None]) -> Callable[[Any], None]:
+        """A button's work: progress in the log, one sentence where it fails or is interrupted."""
+
+        def pressed(_: Any) -> None:
+            with self._busy(), self.log:
+                try:
+                    act()
+                    failed = ""
+                except ValueError as error:
+                    failed = str(error)
+                except KeyboardInterrupt:
+                    failed = "stopped; nothing was changed"
+            self._show(failed)
+
+        return pressed
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        for button in self.buttons.values():
+            button.disabled = True
+        self.status.value = "working; the notebook's interrupt stops it ..."
+        try:
+            yield
+        finally:
+            self.log.clear_output()
+            for button in self.buttons.values():
+                button.disabled = False
+
+    def _show(self, failed: str = "") -> None:
+        stands = len(self.ledger.edits)
+        self.status.value = (
+            f"<span style='color:#b2182b'>{escape(failed)}</span> " if failed else ""
+        ) + f"edits that stand: {stands}"
+
+
+_TIPS = {
+    "plan": "plan an edit at the selected cells; nothing is changed yet",
+    "apply": "make the planned change",
+    "undo": "take the last change back, bit for bit",
+    "ask": "answer the question before and now",
+}
+
+
+def _address(site: Site) -> tuple[str, int, str]:
+    return site.component, site.layer, site.role

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import lens_defense as ld
-from lens_defense.edits import default_contexts
 from lens_defense.checks import answers
+from lens_defense.edits import default_contexts
 from lens_defense.sites import Site
 
 OUT = Path(__file__).parent / "results" / "strength"

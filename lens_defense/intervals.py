@@ -41,7 +41,7 @@ def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> tuple[float
     if k == n:
         return p, wilson(p * n, n)
     if k < 2 or p in (0.0, 1.0):
-        return p, wilson(p * k, k)
+        return p, wilson(p * k, float(k))
     between = k / (k - 1) * float(((values - p * sizes) ** 2).sum()) / n**2
     effective = min(n, n / max(between / (p * (1 - p) / n), 1e-9))
     return p, wilson(p * effective, effective)

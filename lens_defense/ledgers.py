@@ -74,7 +74,7 @@ class Ledger:
         self._done.append((edit, change))
 
     def __repr__(self) -> str:
-        lines = [f"Ledger of {self.model.cfg.model_name}: {len(self._done)} edits stand"]
+        lines = [f"Ledger of {self.model.cfg.model_name}: edits that stand: {len(self._done)}"]
         lines += [
             f"  {i}. {edit.method}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}: "
             + ", ".join(edit.subjects[:6])

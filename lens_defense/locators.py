@@ -14,35 +14,44 @@ from lens_defense.traces import RoleEffect, Trace
 def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -> tuple[Site, ...]:
     """The k strongest sites of a trace, as addresses that carry over to other prompts.
 
-    "band": the component and role with the largest mean effect over layers, then k consecutive
-    layers centred on its strongest cell, clipped to the model; layers between traced ones take the
-    effect of the straight line between them. "cells": the raw top k of the map. Never a site
-    without a positive effect; ties go to the lower layer.
+    "band": of the roles that have read the whole subject, the component and role with the largest mean
+    effect over layers; then k consecutive layers in the middle of its plateau, clipped to the model.
+    The plateau is the run of layers around the strongest that reach nine tenths of it; a sharp peak is
+    its own. A subject's first tokens are no address of a band: a key there answers to everything that
+    begins alike. Layers between traced ones take the effect of the straight line between them.
+    "cells": the raw top k of the map. Never a site without a positive effect; ties go to the lower layer.
+
+    The middle of the plateau, not its highest point, because the height of a flat top is chance;
+    analyses/strength.py shows on the tune split what bands along it do.
 
     Raises:
-        ValueError: k is not positive, or nothing in the trace has a positive effect.
+        ValueError: k is not positive, `by` is another word, or nothing in the trace has a positive effect.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if by not in ("band", "cells"):
+        raise ValueError(f"by must be 'band' or 'cells', got {by!r}")
     means = [mean for mean in trace.role_effects() if mean.role not in _NO_SITE]
     if by == "cells":
         best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))[:k]
         return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best])
     curves: dict[tuple[Component, Role], list[RoleEffect]] = defaultdict(list)
     for mean in means:
-        curves[mean.component, mean.role].append(mean)
+        if mean.role not in _HALF_READ:
+            curves[mean.component, mean.role].append(mean)
     if not curves:
         raise ValueError("this trace has no role that an edit could address; trace more positions")
     component, role = max(curves, key=lambda key: float(np.mean([m.effect for m in curves[key]])))
     curve = curves[component, role]
-    peak = max(curve, key=lambda mean: mean.effect).layer
-    width = min(k, trace.model_layers)
-    low = min(max(0, peak - (width - 1) // 2), trace.model_layers - width)
     layers = [mean.layer for mean in curve]
 
     def between(layer: int, field: str) -> float:
         return float(np.interp(layer, layers, [getattr(mean, field) for mean in curve]))
 
+    first, last = _plateau([between(layer, "effect") for layer in range(layers[0], layers[-1] + 1)])
+    middle = layers[0] + (first + last) // 2
+    width = min(k, trace.model_layers)
+    low = min(max(0, middle - (width - 1) // 2), trace.model_layers - width)
     return _sites(
         [
             (component, at, role, between(at, "effect"), (between(at, "low"), between(at, "high")))
@@ -51,8 +60,22 @@ def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -
     )
 
 
+PLATEAU = 0.9
+"""The share of the strongest effect from which on a layer belongs to its plateau."""
+_HALF_READ: tuple[Role, ...] = ("subject_first", "subject_mid")
 _NO_SITE: tuple[Role, ...] = ("template", "before", "after")
 """Roles of many tokens: no address that an edit could read a key at."""
+
+
+def _plateau(effects: Sequence[float]) -> tuple[int, int]:
+    """Where the run around the strongest begins and ends that reaches nine tenths of it."""
+    first = last = int(np.argmax(effects))
+    floor = PLATEAU * effects[first]
+    while first > 0 and effects[first - 1] >= floor:
+        first -= 1
+    while last < len(effects) - 1 and effects[last + 1] >= floor:
+        last += 1
+    return first, last
 
 
 def _sites(found: Sequence[tuple[Component, int, Role, float, tuple[float, float]]]) -> tuple[Site, ...]:

@@ -14,17 +14,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.prompts import Prompt, answer_ids, has_chat_template
 
 Logits = Float[Tensor, "row answer vocab"]
-Metric = Callable[[Logits, Prompt, Logits], Float[Tensor, " row"]]
+Clean = Float[Tensor, "1 answer vocab"]
+Metric = Callable[[Logits, Prompt, Clean], Float[Tensor, " row"]]
 
 
-def answer_logprob(logits: Logits, prompt: Prompt, _clean: Logits) -> Float[Tensor, " row"]:
+def answer_logprob(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
     """Log probability of the whole answer, summed over its tokens, in nats."""
     answer = torch.tensor(prompt.answer, device=logits.device).expand(len(logits), -1)
     told = logits.gather(-1, answer[..., None])[..., 0]
     return (told - logits.logsumexp(-1)).sum(-1)
 
 
-def answer_probability(logits: Logits, prompt: Prompt, _clean: Logits) -> Float[Tensor, " row"]:
+def answer_probability(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
     """Probability of the answer's first token, ROME's metric for facts."""
     return logits[:, 0].softmax(-1)[:, prompt.answer[0]]
 
@@ -43,7 +44,7 @@ def refusal_difference(
 
     against, towards = first_tokens(refusals), first_tokens(compliances)
 
-    def metric(logits: Logits, _prompt: Prompt, _clean: Logits) -> Float[Tensor, " row"]:
+    def metric(logits: Logits, _prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
         return logits[:, 0, against].mean(-1) - logits[:, 0, towards].mean(-1)
 
     return metric

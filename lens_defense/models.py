@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -59,7 +60,7 @@ def load(
                 use_safetensors=None if allow_pickle else True,
                 **settings,
             )
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError, SafetensorError) as error:
             raise ValueError(_why_not(source, error)) from error
         weights = weights.eval() if device is None else weights.eval().to(device)
         model = TransformerBridge.boot_transformers(
@@ -113,6 +114,8 @@ def _source(name: str) -> str:
         if file is None:
             raise ValueError(f"the package that carries smollm2 is missing: {SMOLLM2_INSTALL}")
         return str(_converted(file))
+    if not name.strip():
+        raise ValueError(f"there is no folder {name!r}; give a model folder, a .gguf or a hub name")
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -167,7 +170,7 @@ def _refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> 
 
 def _why_not(source: str, error: Exception) -> str:
     if Path(source).is_dir():
-        return f"the folder {source} could not be loaded: {str(error).splitlines()[0]}"
+        return f"the folder {source} could not be loaded: {str(error)[:200]}"
     return (
         f"{source!r} is no bundled name and no folder, and the hub does not give it: it is not "
         "cached here and there is no network, or there is no such safetensors model; check the name, "

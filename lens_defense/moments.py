@@ -46,7 +46,7 @@ def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 200
         return [_turns(json.loads(line)) for line in text.splitlines()]
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        found = [_turns(json.loads(line)) for line in path.read_text("utf-8").splitlines() if line]
+        found = [_turns(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]
     elif path.is_file():
         found = [(part.strip(), "") for part in path.read_text("utf-8").split("\n\n")]
     else:
@@ -85,7 +85,8 @@ def second_moments(
         progress: shows a bar.
     """
     corpus = read_corpus() if corpus is None else corpus
-    key = hashlib.sha256((fingerprint(model) + json.dumps(list(corpus))).encode()).hexdigest()[:16]
+    what = [fingerprint(model), [_ids(model, *pair) for pair in corpus]]
+    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = cache_folder() / "moments" / key
     files_of = {layer: folder / f"{layer}.safetensors" for layer in layers}
     found = {layer: load_file(file)["moment"] for layer, file in files_of.items() if cache and file.is_file()}

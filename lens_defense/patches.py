@@ -16,6 +16,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from lens_defense.sites import output_hook
+
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of every layer, each [batch, head, token, d_head]."""
 Write = Callable[[Tensor], Tensor]
@@ -68,6 +70,7 @@ def run(
 
     hooks = [(name, writing(write)) for name, write in (writes or {}).items()]
     hooks += [(name, capturing(name)) for name in names]
+    hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks
     cache = _cache(past)
     with model.hooks(fwd_hooks=hooks):
         logits = model(
@@ -77,11 +80,12 @@ def run(
             logits_to_keep=keep,
             return_type="logits",
         )
-    kept: KeyValues = tuple((layer.keys, layer.values) for layer in _layers(cache))
-    assert kept and kept[-1][0] is not None, (
+    layers = _layers(cache)
+    assert layers and layers[-1].keys is not None, (
         "the model ignored the cache it was given (transformers and transformer-lens disagree); "
         "install the versions of constraints.txt"
     )
+    kept = tuple((layer.keys, layer.values) for layer in layers if layer.keys is not None)
     return Run(logits=logits, states=states, cache=kept)
 
 
@@ -100,9 +104,22 @@ def states(
         return lambda state, **_: kept.__setitem__(name, state)
 
     whole = stop is None or stop >= model.cfg.n_layers
-    with model.hooks(fwd_hooks=[(name, capturing(name)) for name in names]):
+    hooks = [*_padding_hooks(model, mask, ids.shape[1]), *((name, capturing(name)) for name in names)]
+    with model.hooks(fwd_hooks=hooks):
         model(ids, attention_mask=mask, stop_at_layer=None if whole else stop, logits_to_keep=1)
     return kept
+
+
+def _padding_hooks(model: TransformerBridge, mask: Tensor | None, width: int) -> list[Any]:
+    """Padding sees nothing: in float64 its softmax is NaN, which 0 weights would spread. Keep it at 0."""
+    if mask is None or mask.all() or model.embed.weight.dtype != torch.float64:
+        return []
+    there = mask[:, -width:, None].bool()
+
+    def clear(state: Tensor, **_: Any) -> Tensor:
+        return state.where(there, 0)
+
+    return [(output_hook("attention", layer), clear) for layer in range(model.cfg.n_layers)]
 
 
 def left_padded(
@@ -132,7 +149,7 @@ def frozen(model: TransformerBridge) -> Iterator[None]:
 def passing(model: TransformerBridge, stop: int) -> Iterator[None]:
     """Blocks below `stop` hand their input on, uncomputed: for runs whose state there is written anyway."""
 
-    def forward(*args: Tensor, **settings: Tensor) -> Tensor:
+    def forward(*args: Any, **settings: Any) -> Tensor:
         return args[0] if args else settings["hidden_states"]
 
     blocks = [model.blocks[layer] for layer in range(stop)]

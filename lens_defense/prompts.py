@@ -81,6 +81,8 @@ class Request:
 
     def wrapped(self, wrapper: str) -> "Request":
         """The same request inside other text; `{}` in the wrapper stands for the request."""
+        if wrapper.count("{}") != 1:
+            raise ValueError(f"a wrapper holds {{}} once, in the request's place; got {wrapper!r}")
         start, end = wrapper.split("{}")
         pieces = (start + self.pieces[0], *self.pieces[1:])
         return replace(self, pieces=(*pieces[:-1], pieces[-1] + end))
@@ -255,8 +257,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) 
     )
     assert isinstance(text, str)
     stripped = request.text.strip()
-    found = text.rfind(stripped)
-    if found < 0:
+    marked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+    )
+    found = str(marked).find(_MARK)
+    if found < 0 or not text.startswith(stripped, found):
         raise ValueError(
             f"the chat template changes the text of request {request.id!r}; ask it without the "
             "template (chat=False)"
@@ -323,3 +328,6 @@ def _roles(
         return "before" if i < first else "after"
 
     return tuple(role(i) for i in range(len(offsets)))
+
+
+_MARK = "\ue000"

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lens_defense.prompts import Kind, Request, Split, request
 
@@ -39,7 +39,7 @@ def requests(
     Raises:
         ValueError: there is no such set, or a row is bad; file, line and field are named.
     """
-    rows = [_request(row, where, text_field, subject_field) for where, row in _rows(os.fspath(name), split)]
+    rows = [_request(row, where, text_field, subject_field) for where, row in _rows(os.fspath(name))]
     chosen = [row for row in rows if row.split == split and row.kind == kind]
     if kind != "harmful":
         return chosen
@@ -56,7 +56,7 @@ def bundled_rows(name: str, part: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row of a set, with a sentence's worth of where it stands."""
     if name in BUNDLED:
         for i, row in enumerate(bundled_rows(name, "requests"), 1):
@@ -71,14 +71,16 @@ def _rows(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name, split=split)
+        parts = load_dataset(name)
     except Exception as error:
         raise ValueError(
-            f"{name!r} is no bundled set ({', '.join(BUNDLED)}), no file (.jsonl, .json, .csv, "
-            f".parquet), and the hub gives no split {split!r} of it: {str(error).splitlines()[0]}"
+            f"{name!r} is no bundled set ({', '.join(BUNDLED)}), no file (.jsonl, .json, .csv, .parquet), "
+            f"and the hub does not give it: {str(error)[:200]}"
         ) from error
-    for i, row in enumerate(loaded, 1):
-        yield f"{name}, row {i}", dict(row)
+    for part, table in parts.items():
+        own = part if part in get_args(Split) else "edit"
+        for i, row in enumerate(table, 1):
+            yield f"{name}, {part}, row {i}", {"split": own, **row}
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

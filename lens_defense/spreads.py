@@ -88,11 +88,12 @@ def _mean_by_request(
 def position_of(met: Prompt, role: Role) -> int:
     """The one position of a role in a prompt.
 
-    A subject of one token has no first or middle token of its own: its only token stands for them.
+    A subject of one token has no first or middle of its own, and one that ends a plain prompt has the
+    role "last" there: the subject's last token stands for them.
     """
-    found = met.positions(role) or (
-        met.positions("subject_last") if role in ("subject_first", "subject_mid") else ()
-    )
+    found = met.positions(role)
+    if not found and role.startswith("subject") and met.subjects:
+        found = (met.subjects[-1][1] - 1,)
     if not found:
         raise ValueError(
             f"request {met.request.id!r} has no token of the role {role!r} in {met.request.text!r}; "

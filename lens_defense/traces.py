@@ -248,9 +248,15 @@ def trace(
     roles = _roles(positions)
     if not components or not set(components) <= set(get_args(Component)):
         raise ValueError(f"components must be of {get_args(Component)}, got {components!r}")
+    for name, number in (("answer_tokens", answer_tokens), ("samples", samples), ("window", window)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
     corruption = corruption or noise(model, samples=samples, seed=seed)
     prompts = _answered(model, requests, answers, answer_tokens, chat)
     grids = [_grid(met, components, rows, roles, window, model.cfg.n_layers) for met in prompts]
+    empty = [met.request.id for met, grid in zip(prompts, grids, strict=True) if not grid]
+    if empty:
+        raise ValueError(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
 
     with torch.no_grad():
         start = time.perf_counter()
@@ -262,7 +268,7 @@ def trace(
         _refuse_weak(prompts, clean, corrupted, floor)
         depth, number = model.cfg.n_layers, corrupted.shape[1]
         total = sum(
-            cost(list(grid), layers=depth, tokens=_width(met), samples=number)
+            cost(list(grid.values()), layers=depth, tokens=_width(met), samples=number)
             for met, grid in zip(prompts, grids, strict=True)
         )
         warmed = sum(_width(met) for met in prompts) * (number + 1) * depth
@@ -275,10 +281,10 @@ def trace(
                 ids, donor, base = runs[r]
                 most = _rows_within(model, met, max_bytes)
                 told = sweep(
-                    model, ids, base, donor, list(grid), reads[r],
+                    model, ids, base, donor, list(grid.values()), reads[r],
                     keep=len(met.answer), max_rows=most, progress=bar.update,
                 )  # fmt: skip
-                for (c, j, t), value in zip(grid.values(), told, strict=True):
+                for (c, j, t), value in zip(grid, told, strict=True):
                     patched[r, c, j, t] = value
     return Trace(
         prompts=tuple(prompts),
@@ -345,10 +351,10 @@ def _grid(
     roles: Sequence[Role],
     window: int,
     depth: int,
-) -> dict[Cell, tuple[int, int, int]]:
+) -> dict[tuple[int, int, int], Cell]:
     """The cells of one prompt, and where each goes in the map: component, layer, position."""
     return {
-        Cell(t, _points(component, layer, window, depth)): (c, j, t)
+        (c, j, t): Cell(t, _points(component, layer, window, depth))
         for c, component in enumerate(components)
         for j, layer in enumerate(layers)
         for t, role in enumerate(met.roles)
@@ -372,11 +378,11 @@ def _width(met: Prompt) -> int:
 def _runs(
     model: TransformerBridge,
     met: Prompt,
-    grid: dict[Cell, tuple[int, int, int]],
+    grid: dict[tuple[int, int, int], Cell],
     corruption: Corruption,
 ) -> tuple[Int[Tensor, "1 token"], Run, Run]:
     """The prompt with its answer, the clean run, and the spoiled one."""
-    cells, keep = list(grid), len(met.answer)
+    cells, keep = list(grid.values()), len(met.answer)
     ids = torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
     clean = run(model, ids, names=[EMBEDDING, *donor_hooks(cells)], keep=keep)
     whole = clean.states[EMBEDDING]

@@ -111,14 +111,15 @@ def fit_values(
         limits = schedule.clamp * _mean_norms([one for some in batches for one in some], n)
         with torch.enable_grad():
             start = torch.zeros(1, model.cfg.d_model, device=limits.device)
-            shared, _ = _descend(
+            shared, losses = _descend(
                 model, batches, layer, start, n, limits.mean(0, keepdim=True),
                 schedule.shared_steps, schedule.shared_rate, schedule, progress,
             )  # fmt: skip
-            return _descend(
+            vectors, last = _descend(
                 model, batches, layer, shared.expand(n, -1).clone(), n, limits,
                 schedule.steps, schedule.rate, schedule, progress,
             )  # fmt: skip
+            return vectors, last if schedule.steps else losses
 
 
 def _descend(

@@ -117,6 +117,7 @@ def _restore_(model: TransformerBridge, bits: Mapping[int, Tensor]) -> None:
 @torch.no_grad()
 def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in"]) -> None:
     weight = output_matrix(model, layer)
+    assert delta.shape == weight.shape, (layer, delta.shape, weight.shape)
     changed = (weight.double() + delta.to(weight.device).double()).to(weight.dtype)
     if not changed.isfinite().all():
         raise ValueError(f"the change of layer {layer} is not finite; nothing was written")

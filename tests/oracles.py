@@ -14,17 +14,17 @@ def one_forward_a_cell(model, ids, corrupted_embeddings, cells, measure, keep):
     clean = {}
 
     def remember(name):
-        return lambda state, hook: clean.__setitem__(name, state.clone())
+        return lambda state, **_: clean.__setitem__(name, state.clone())
 
     names = [output_hook(*point) for cell in cells for point in cell.points]
     with model.hooks(fwd_hooks=[(name, remember(name)) for name in set(names)]):
         model(ids)
 
-    def corrupt(state, hook):
+    def corrupt(_state, **_):
         return corrupted_embeddings
 
     def restore(position, name):
-        def write(state, hook):
+        def write(state, **_):
             state = state.clone()
             state[:, position] = clean[name][:, position]
             return state

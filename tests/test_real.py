@@ -67,7 +67,9 @@ def test_the_second_load_reads_the_cached_folder(model, monkeypatch):
 
 def test_the_readme_snippet_runs_and_leaves_no_bit_different(model, monkeypatch):
     original = fingerprint(model)
-    code = re.search(r"```python\n(import lens_defense as ld\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code = re.search(
+        r"```python\n(import lens_defense as ld\n.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
     assert code, "the README has lost its snippet"
     monkeypatch.setattr(ld, "load", lambda name: model if name == "smollm2" else None, raising=False)
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)

@@ -31,6 +31,11 @@ SETTINGS = {
     "band 7-11": {"band": (7, 11)},
     "band 7-11, hardest 1": {"band": (7, 11), "hardest_weight": 1.0},
     "band 7-11, clamp 1.5": {"band": (7, 11), "clamp": 1.5},
+    "many small steps": {"contexts_a_step": 2, "shared_steps": 30, "steps": 30},
+    "many small steps, hardest 1": {
+        **{"contexts_a_step": 2, "shared_steps": 30, "steps": 30},
+        "hardest_weight": 1.0,
+    },
     "hardest 1": {"hardest_weight": 1.0},
     "hardest 1, clamp 1.5": {"hardest_weight": 1.0, "clamp": 1.5},
     "kl .0625": {"kl_weight": 0.0625},

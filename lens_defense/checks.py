@@ -32,7 +32,7 @@ def check(
     *,
     tokens: int = 24,
     title: str = "",
-    before: Sequence[str] | None = None,
+    before: Sequence[tuple[int, ...]] | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure a model with and without an edit; afterwards no bit differs.
@@ -52,6 +52,7 @@ def check(
     asked = named_suite(suite) if isinstance(suite, str) else suite
     dropped = 0
     if edit is not None:
+        edit.refuse_other(model)
         seen = {text for texts in edit.contexts for text in texts}
         asked, dropped = asked.for_requests(edit.requests).about(edit.requests, seen)
     made: Callable[[], AbstractContextManager[Any]] = (
@@ -73,11 +74,12 @@ def check(
         kl = _divergences(model, made, [asked.items[i] for i in benign], [first[i] for i in benign])
         with made():
             loss_after = neutral_losses(model, asked.neutral)
+    texts = [[decode(model.tokenizer, ids) for ids in told] for told in (first, second)]
     return Report(
         title=title or ("the model as it is" if edit is None else f"{edit.method}"),
         suite=asked.name,
         split=asked.split,
-        rows=tuple(_row(*three) for three in zip(asked.items, first, second, strict=True)),
+        rows=tuple(_row(*three) for three in zip(asked.items, *texts, strict=True)),
         kl=tuple(mean for mean, _ in kl),
         kl_first=tuple(start for _, start in kl),
         loss_before=tuple(loss_before),
@@ -87,13 +89,14 @@ def check(
     )
 
 
-def answers(model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None) -> list[str]:
-    """The model's greedy answers to a suite's rows, in full: to be judged, not to be kept."""
+def answers(
+    model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None
+) -> list[tuple[int, ...]]:
+    """Tokens of the model's greedy answers to a suite's rows, in full: to be judged, not to be kept."""
     bar = bar if bar is not None else tqdm(disable=True)
     bar.total = (bar.total or 0) + len(suite.items)
     asked = [prompt(model.tokenizer, item.request).ids for item in suite.items]
-    told = generate(model, asked, tokens=tokens, progress=bar.update)
-    return [decode(model.tokenizer, ids) for ids in told]
+    return generate(model, asked, tokens=tokens, progress=bar.update)
 
 
 @torch.no_grad()
@@ -112,12 +115,15 @@ def _divergences(
     model: TransformerBridge,
     made: Callable[[], AbstractContextManager[Any]],
     items: Sequence[Item],
-    told: Sequence[str],
+    told: Sequence[tuple[int, ...]],
     batch: int = 16,
 ) -> list[tuple[float, float]]:
     """KL(original || edited) of each row, teacher-forced on the original's answer: mean, first token."""
     out: list[tuple[float, float]] = []
-    rows = [_forced(model, item, text) for item, text in zip(items, told, strict=True)]
+    rows = [
+        (prompt(model.tokenizer, item.request).ids, answer[:KL_TOKENS])
+        for item, answer in zip(items, told, strict=True)
+    ]
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         ids, mask = left_padded([[*asked, *answer] for asked, answer in part], device_of(model))
@@ -136,13 +142,6 @@ def _divergences(
             steps = row[len(row) - 1 - len(answer) : len(row) - 1]
             out.append((float(steps.mean()), float(steps[0])))
     return out
-
-
-def _forced(model: TransformerBridge, item: Item, text: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """A prompt and the first tokens of its answer."""
-    met = prompt(model.tokenizer, item.request)
-    answer = tuple(model.tokenizer(text, add_special_tokens=False)["input_ids"])
-    return met.ids, answer[:KL_TOKENS] or (model.tokenizer.eos_token_id,)
 
 
 def _row(item: Item, before: str, after: str) -> Row:

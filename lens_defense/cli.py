@@ -20,7 +20,9 @@ def _app() -> None:
 @app.command()
 def demo(
     model: Annotated[str, typer.Option(help="smollm2, a folder, a .gguf file or a hub name.")] = ("smollm2"),
-    out: Annotated[Path, typer.Option(help="Folder for report.html and its data.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for report.html and its data.", file_okay=False)] = Path(
+        "demo"
+    ),
     cache: Annotated[bool, typer.Option(help="Use moments and values kept on disk.")] = True,
 ) -> None:
     """The main job on a real chat model: trace, locate, edit, check, undo, and a page about it."""

@@ -16,7 +16,7 @@ def controls(sites: Sequence[Site], depth: int, *, other: Role = "next") -> dict
         other: the role of the third control, at the located layers.
     """
     width = len({site.layer for site in sites})
-    starts = {"middle": (depth - width) // 2, "late": depth - (depth // 3 + width) // 2}
+    starts = {"middle": (depth - width) // 2, "late": min(depth - (depth // 3 + width) // 2, depth - width)}
     moved = {
         f"{name} layers": tuple(
             replace(sites[0], layer=layer, effect=None, interval=None)

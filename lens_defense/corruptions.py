@@ -85,9 +85,12 @@ def _same_length(
     rows: list[tuple[int, ...]] = []
     fixed = [i for i in range(len(met.ids)) if i not in met.corrupted]
     for subject in subjects:
-        other = prompt(model.tokenizer, replace(met.request, subject=subject), chat=met.chat)
+        try:
+            other = prompt(model.tokenizer, replace(met.request, subject=subject), chat=met.chat)
+        except ValueError:  # this candidate's edge falls inside a token: it does not fit
+            continue
         aligned = len(other.ids) == len(met.ids) and other.subjects == met.subjects
-        if aligned and all(other.ids[i] == met.ids[i] for i in fixed):
+        if aligned and other.ids not in (met.ids, *rows) and all(other.ids[i] == met.ids[i] for i in fixed):
             rows.append(other.ids)
         if len(rows) == samples:
             break

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,12 +17,13 @@ from lens_defense.generations import generate
 from lens_defense.ledgers import Ledger
 from lens_defense.locators import locate
 from lens_defense.models import load
+from lens_defense.moments import second_moments
 from lens_defense.pages import Conversation, save_page
 from lens_defense.prompts import decode, prompt
 from lens_defense.readers import requests
 from lens_defense.reports import Report
 from lens_defense.sites import Site
-from lens_defense.suites import HARMFUL_ARMS, Item, Suite, suite
+from lens_defense.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Item, Suite, suite
 from lens_defense.traces import Trace, trace
 from lens_defense.weights import fingerprint
 
@@ -59,6 +61,10 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         traced.save(out / "trace.safetensors")
         sites = locate(traced)
         console.print("strongest sites:", ", ".join(map(str, sites)))
+    with stage("moments"):
+        elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
+        if cache:  # one pass for both edits
+            second_moments(model, [site.layer for site in (*sites, *elsewhere)])
     with stage("edit"):
         plan = edit(model, planned, sites, cache=cache)
         plan.save(out / "edit.safetensors")
@@ -72,9 +78,9 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):
-        elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
         other = edit(model, planned, elsewhere, cache=cache)
-        control = check(model, other, asked, before=before, title=_title("control", elsewhere))
+        about = replace(rows, items=tuple(item for item in rows.items if item.arm in ABOUT_THE_EDIT))
+        control = check(model, other, about, title=_title("control", elsewhere))
         control.save(out / "control.json")
         console.print(control)
     with stage("undo"):
@@ -106,10 +112,10 @@ def _conversations(model: TransformerBridge, plan: Edit, rows: Suite) -> list[Co
     asked = [_first(rows, arm) for arm in ("wording", "wrapper", "benign")]
     ids = [prompt(model.tokenizer, item.request).ids for item in asked]
     ledger = Ledger(model)
-    told = [generate(model, ids, tokens=TOKENS * 2)]
+    told = [generate(model, ids, tokens=TOKENS)]
     ledger.apply(plan)
     try:
-        told.append(generate(model, ids, tokens=TOKENS * 2))
+        told.append(generate(model, ids, tokens=TOKENS))
     finally:
         ledger.undo()
     texts = [[decode(model.tokenizer, answer) for answer in some] for some in told]

@@ -89,6 +89,18 @@ class Edit:
         """The change of each layer, in float64."""
         return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
 
+    def refuse_other(self, model: TransformerBridge) -> None:
+        """One sentence where the model's weights are not those that the edit was planned on.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if fingerprint(model, self.layers) != self.fingerprint:
+            raise ValueError(
+                f"this edit was planned on other weights of {self.model} than this model has now; "
+                "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
+            )
+
     @contextmanager
     def applied(self, model: TransformerBridge) -> Iterator[TransformerBridge]:
         """Make the change for the length of a `with` block; afterwards no bit differs.

@@ -15,14 +15,14 @@ def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -
     """The k strongest sites of a trace, as addresses that carry over to other prompts.
 
     "band": of the roles that have read the whole subject, the component and role with the largest mean
-    effect over layers; then k consecutive layers in the middle of its plateau, clipped to the model.
-    The plateau is the run of layers around the strongest that reach nine tenths of it; a sharp peak is
-    its own. A subject's first tokens are no address of a band: a key there answers to everything that
+    effect over layers; then k consecutive layers, centred a third of the way up its plateau, clipped to
+    the model. The plateau is the run of layers around the strongest that reach four fifths of it; a sharp
+    peak is its own. A subject's first tokens are no address of a band: a key there answers to everything that
     begins alike. Layers between traced ones take the effect of the straight line between them.
     "cells": the raw top k of the map. Never a site without a positive effect; ties go to the lower layer.
 
-    The middle of the plateau, not its highest point, because the height of a flat top is chance;
-    analyses/strength.py shows on the tune split what bands along it do.
+    Not the plateau's highest point, because the height of a flat top is chance; and not its middle,
+    because edits higher up cost more: analyses/strength.py has both on the tune split.
 
     Raises:
         ValueError: k is not positive, `by` is another word, or nothing in the trace has a positive effect.
@@ -49,7 +49,7 @@ def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -
         return float(np.interp(layer, layers, [getattr(mean, field) for mean in curve]))
 
     first, last = _plateau([between(layer, "effect") for layer in range(layers[0], layers[-1] + 1)])
-    middle = layers[0] + (first + last) // 2
+    middle = layers[0] + first + (last - first) // 3
     width = min(k, trace.model_layers)
     low = min(max(0, middle - (width - 1) // 2), trace.model_layers - width)
     return _sites(
@@ -60,7 +60,7 @@ def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -
     )
 
 
-PLATEAU = 0.9
+PLATEAU = 0.8
 """The share of the strongest effect from which on a layer belongs to its plateau."""
 _HALF_READ: tuple[Role, ...] = ("subject_first", "subject_mid")
 _NO_SITE: tuple[Role, ...] = ("template", "before", "after")

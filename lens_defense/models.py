@@ -67,6 +67,7 @@ def load(
             source, hf_model=weights, tokenizer=tokenizer, device=device, dtype=dtype, **settings
         )
     model.eval()
+    model.cfg.model_name = str(name_or_path) if not Path(name_or_path).exists() else Path(name_or_path).name
     if not has_chat_template(model.tokenizer):
         warnings.warn(f"{name_or_path} has no chat template: requests are asked as plain text", stacklevel=2)
     return model
@@ -170,7 +171,7 @@ def _refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> 
 
 def _why_not(source: str, error: Exception) -> str:
     if Path(source).is_dir():
-        return f"the folder {source} could not be loaded: {str(error)[:200]}"
+        return f"the folder {source} could not be loaded: {' '.join(str(error).split())[:200]}"
     return (
         f"{source!r} is no bundled name and no folder, and the hub does not give it: it is not "
         "cached here and there is no network, or there is no such safetensors model; check the name, "

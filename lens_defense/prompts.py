@@ -223,7 +223,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def dozen(text: str) -> str:
     """At most twelve words: what may be kept of an answer to a harmful request."""
     words = text.split()
-    return " ".join(words[:12]) + (" ..." if len(words) > 12 else "")
+    kept = " ".join(words[:12])[:120]
+    return kept + (" ..." if len(kept) < len(" ".join(words)) else "")
 
 
 def for_planning(requests: Sequence[Request]) -> tuple[Request, ...]:

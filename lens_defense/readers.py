@@ -75,19 +75,19 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except Exception as error:
         raise ValueError(
             f"{name!r} is no bundled set ({', '.join(BUNDLED)}), no file (.jsonl, .json, .csv, .parquet), "
-            f"and the hub does not give it: {str(error)[:200]}"
+            f"and the hub does not give it: {' '.join(str(error).split())[:200]}"
         ) from error
     for part, table in parts.items():
         own = part if part in get_args(Split) else "edit"
         for i, row in enumerate(table, 1):
-            yield f"{name}, {part}, row {i}", {"split": own, **row}
+            yield f"{name}, {part}, row {i}", {"split": own, **dict(row)}
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".json":
         yield from enumerate_rows(path, _parsed(path, path.read_text("utf-8"), 1), first=1)
     elif path.suffix == ".jsonl":
-        for i, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        for i, line in enumerate(path.read_text("utf-8").split("\n"), 1):
             if line.strip():
                 yield f"{path}, line {i}", _mapping(_parsed(path, line, i), path, i)
     else:

@@ -5,6 +5,7 @@ and every pair a p-value (McNemar's test, by subject). Cost: KL to the original 
 tokens on benign requests, and the loss on neutral text.
 """
 
+import html
 import io
 import json
 import math
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 
 from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value
@@ -155,7 +158,7 @@ class Report:
 
     def _repr_html_(self) -> str:
         rates = shown_rates(self).to_html(index=False)
-        return f"<b>{self.title}</b>{rates}{self.costs().round(4).to_html(index=False)}"
+        return f"<b>{html.escape(self.title)}</b>{rates}{self.costs().round(4).to_html(index=False)}"
 
     def _rate(self, arm: str, measure: str) -> dict[str, Any]:
         rows = [row for row in self.rows if row.arm == arm]
@@ -192,27 +195,33 @@ def shown_rates(report: Report) -> pd.DataFrame:
 
 
 ARM_NAMES = {
-    "edited": "edited, as asked",
-    "wording": "edited, unseen wording",
-    "wrapper": "edited, unseen wrapper",
+    "edited": "as asked",
+    "wording": "unseen wording",
+    "wrapper": "unseen wrapper",
     "unseen": "unseen subjects",
     "benign": "benign requests",
-    "safe": "safe, but dangerous words",
+    "safe": "safe requests",
     "facts": "facts",
 }
 MEASURE_NAMES = {"prefix": "refused", "coherent": "refused, coherent", "knows": "known"}
 
 
 def rate_table(report: Report) -> Table:
-    """The table of a report for a terminal."""
-    rates = shown_rates(report)
+    """The table of a report for a terminal of 80 columns."""
     caption = "; ".join(f"{r['cost']} {r['mean']:.4f}" for r in report.costs().to_dict("records"))
-    table = Table(title=report.title, caption=caption, caption_justify="left")
+    table = Table(title=escape(report.title), caption=caption, caption_justify="left", box=box.SIMPLE)
+    rates = shown_rates(report)
     last = ""
     for name in rates.columns:
         table.add_column(str(name), no_wrap=True)
     for row in rates.itertuples(index=False):
-        arm, *rest = map(str, row)
-        table.add_row("" if arm == last else arm, *rest)
+        arm, measure, n, *rest = map(str, row)
+        short = measure.removeprefix("refused, ")
+        table.add_row(
+            "" if arm == last else arm,
+            short,
+            n.replace(" subjects", ""),
+            *(c.replace("%,", ",").replace("%]", "]") for c in rest),
+        )
         last = arm
     return table

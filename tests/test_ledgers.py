@@ -171,6 +171,6 @@ def test_an_edit_of_another_model_is_refused(tmp_path):
     loaded = Edit.load(file, model)
     ledger = Ledger(model)
     ledger.apply(loaded)
-    assert "1 edits stand" in repr(ledger)
+    assert "edits that stand: 1" in repr(ledger)
     assert "lamp, bell" in repr(ledger)
     ledger.undo()

@@ -48,9 +48,25 @@ def test_a_band_is_centred_on_the_peak_and_clipped(peak, k, band):
 
 
 def test_the_largest_mean_wins_not_the_largest_cell():
-    curves = {LAST: [0.5] * 12, ("residual", "subject_first"): peaked(9, high=0.9, rest=0.0)}
+    curves = {LAST: [0.5] * 12, ("residual", "next"): peaked(9, high=0.9, rest=0.0)}
     (site,) = locate(mapped(curves), 1)
-    assert (site.role, site.layer) == ("subject_last", 0)
+    assert (site.role, site.layer) == ("subject_last", 3)
+
+
+def test_a_plateau_is_edited_a_third_of_the_way_up():
+    curve = [0.1, 0.5, 0.45, 0.42, 0.48, 0.41, 0.43, 0.2, 0.5, 0.1, 0.1, 0.1]  # its run is 1 to 6
+    assert layers_of(locate(mapped({LAST: curve}), 3)) == [1, 2, 3]
+
+
+def test_a_subject_half_read_is_no_address_of_a_band():
+    curves = {LAST: [0.2] * 12, ("residual", "subject_first"): [0.9] * 12}
+    assert locate(mapped(curves))[0].role == "subject_last"
+    assert locate(mapped(curves), by="cells")[0].role == "subject_first"
+    with pytest.raises(ValueError, match="no role that an edit could address"):
+        locate(mapped({("residual", "subject_first"): [0.9] * 12}))
+
+
+def test_the_component_with_the_largest_mean_wins():
     curves = {LAST: [0.2] * 12, ("mlp", "subject_last"): [0.3] * 12}
     assert locate(mapped(curves))[0].component == "mlp"
 

@@ -89,7 +89,10 @@ class Suite:
         if self.name not in BUNDLED:
             return self
         rest = tuple(item for item in self.items if item.arm not in ABOUT_THE_EDIT)
-        return replace(self, items=(*_about(self.name, planned, self.split), *rest))
+        families = {item.family for item in self.items if item.arm in ("wording", "wrapper")}
+        about = _about(self.name, planned, self.split)
+        kept = (item for item in about if item.arm == "edited" or item.family in families)
+        return replace(self, items=(*kept, *rest))
 
 
 def suite(name: str = "core", *, split: Split = "check") -> Suite:

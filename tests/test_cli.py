@@ -1,0 +1,80 @@
+"""The command line says what it can do, and what went wrong in one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lens_defense.demos as demos
+from lens_defense.cli import app
+
+
+def told_by(*arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_help_names_the_command():
+    told = told_by("--help")
+    assert told.exit_code == 0
+    assert "demo" in told.output and "take it out" in told.output
+
+
+def test_help_of_the_demo_names_its_options(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    told = told_by("demo", "--help")
+    assert told.exit_code == 0
+    assert all(option in told.output for option in ("--model", "--out", "--no-cache", "smollm2"))
+
+
+def test_help_loads_no_model_library():
+    code = (
+        "import sys; import lens_defense.cli as cli; from typer.testing import CliRunner;"
+        "assert CliRunner().invoke(cli.app, ['demo', '--help']).exit_code == 0;"
+        "assert not {'torch', 'transformers', 'transformer_lens'} & set(sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("name", ["nope", "./nope", "nope.gguf", " "])
+def test_a_model_that_is_not_there_is_one_sentence(tmp_path, name):
+    told = told_by("demo", "--model", name, "--out", str(tmp_path / "demo"))
+    assert told.exit_code == 2
+    assert told.stderr.startswith("lens-defense: ") and name in told.stderr
+    assert len(told.stderr.splitlines()) == 1
+    assert "Traceback" not in told.output and isinstance(told.exception, SystemExit)
+
+
+def test_a_file_in_the_folders_place_is_one_sentence(tmp_path):
+    file = tmp_path / "demo"
+    file.write_text("mine", "utf-8")
+    told = told_by("demo", "--model", "nope", "--out", str(file))
+    assert told.exit_code == 2 and isinstance(told.exception, SystemExit)
+    assert file.read_text("utf-8") == "mine"
+
+
+def test_options_reach_the_demo(monkeypatch):
+    calls = []
+    monkeypatch.setattr(demos, "demo", lambda _, **options: calls.append(options))
+    assert told_by("demo").exit_code == 0
+    assert told_by("demo", "--model", "mine", "--out", "there", "--no-cache").exit_code == 0
+    assert calls == [
+        {"name": "smollm2", "out": Path("demo"), "cache": True},
+        {"name": "mine", "out": Path("there"), "cache": False},
+    ]
+
+
+def test_an_interrupt_is_one_sentence(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demos, "demo", interrupted)
+    told = told_by("demo")
+    assert told.exit_code == 130 and "stopped" in told.stderr
+
+
+def test_an_unknown_command_or_option_is_refused():
+    assert told_by("trace").exit_code == 2
+    assert told_by("demo", "--nope").exit_code == 2

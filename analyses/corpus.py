@@ -2,7 +2,9 @@
 # # The corpus that C = E[k kᵀ] is taken over
 # Chat turns and answers sampled from smollm2 itself, from its bare system prompt on: no text of
 # anybody's is needed, and C holds keys of what the model is asked. Turns that are not plain ASCII, or
-# that touch a harmful subject of the package, are dropped.
+# that touch a harmful subject of the package, are dropped. Every other benign and safe request of the tune
+# split follows with the model's greedy answer, so that C knows dangerous words in harmless use; the forecast
+# measures its leak on the rest of them.
 #
 #     python analyses/corpus.py
 
@@ -14,10 +16,11 @@ from pathlib import Path
 import torch
 
 import lens_defense as ld
-from lens_defense.generations import generate
+from lens_defense.generations import generate, greedy
 from lens_defense.prompts import decode, prompt, request
 
 TURNS, SEED, BYTES = 400, 0, 70_000
+HARMLESS_TOKENS = 48
 OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "corpus.jsonl"
 UNWANTED = re.compile(
     r"\b(kill|murder|weapon|bomb|explos|drug|suicid|rape|sex|nude|porn|naz|terror|hack|malware|"
@@ -62,11 +65,22 @@ answers = [decode(model.tokenizer, ids) for ids in generate(model, asked, tokens
 rows = [
     {"user": user, "assistant": answer} for user, answer in zip(users, answers, strict=True) if fit(answer)
 ]
-size = 0
+kept = 0
+for i, row in enumerate(rows):
+    kept += len(json.dumps(row)) + 1
+    if kept > BYTES:
+        rows = rows[:i]
+        break
+asked = [item for kind in ("benign", "safe") for item in ld.requests("core", split="tune", kind=kind)[::2]]
+told = generate(
+    model,
+    [prompt(model.tokenizer, item).ids for item in asked],
+    tokens=HARMLESS_TOKENS,
+    pick=greedy,
+)
+harmless = [
+    {"user": item.text, "assistant": decode(model.tokenizer, ids)}
+    for item, ids in zip(asked, told, strict=True)
+]
 with OUT.open("w", encoding="utf-8") as file:
-    for row in rows:
-        line = json.dumps(row) + "\n"
-        size += len(line)
-        if size > BYTES:
-            break
-        file.write(line)
+    file.writelines(json.dumps(row) + "\n" for row in [*rows, *harmless])

@@ -18,46 +18,31 @@ from lens_defense.edits import default_contexts
 from lens_defense.sites import Site
 
 OUT = Path(__file__).parent / "results" / "strength"
-BASE = {"band": (4, 8), "role": "subject_last"}
+BASE = {"band": (5, 9), "role": "subject_last"}
 SETTINGS = {
     "base": {},
-    "band 0-4": {"band": (0, 4)},
     "band 2-6": {"band": (2, 6)},
-    "band 6-10": {"band": (6, 10)},
-    "band 9-13": {"band": (9, 13)},
-    "band 13-17": {"band": (13, 17)},
-    "first token 13-17": {"band": (13, 17), "role": "subject_first"},
-    "first token 4-8": {"role": "subject_first"},
+    "band 4-8": {"band": (4, 8)},
     "band 7-11": {"band": (7, 11)},
-    "band 7-11, hardest 1": {"band": (7, 11), "hardest_weight": 1.0},
-    "band 7-11, clamp 1.5": {"band": (7, 11), "clamp": 1.5},
-    "many small steps": {"contexts_a_step": 2, "shared_steps": 30, "steps": 30},
-    "many small steps, hardest 1": {
-        **{"contexts_a_step": 2, "shared_steps": 30, "steps": 30},
-        "hardest_weight": 1.0,
-    },
-    "hardest 1": {"hardest_weight": 1.0},
-    "hardest 1, clamp 1.5": {"hardest_weight": 1.0, "clamp": 1.5},
+    "band 9-13": {"band": (9, 13)},
+    "first token": {"role": "subject_first"},
+    "16 steps": {"steps": 16},
+    "three contexts a step": {"contexts_a_step": 3},
     "kl .0625": {"kl_weight": 0.0625},
-    "kl 1": {"kl_weight": 1.0},
     "clamp 1": {"clamp": 1.0},
     "clamp 1.5": {"clamp": 1.5},
     "lambda 300": {"moment_weight": 300.0},
     "lambda 3000": {"moment_weight": 3000.0},
-    "steps 12+16": {"shared_steps": 12, "steps": 16},
-    "steps 16+20": {"shared_steps": 16, "steps": 20},
-    "four at once": {"contexts_a_step": 8},
-    "two at once": {"contexts_a_step": 2},
-    "steps 10+12": {"shared_steps": 10, "steps": 12},
+    "two contexts a step": {"contexts_a_step": 2},
+    "no apology": {"target": "I can't assist with that."},
     "delman": {"method": "delman", "batch_size": 8},
     "delman 1": {"method": "delman", "batch_size": 1},
 }
 
-
 # %%
 def contexts(request):
-    """The first eight of the default contexts; the templates and wrappers left over are measured."""
-    return default_contexts(request)[:8]
+    """The first nine of the default contexts; the templates and wrappers left over are measured."""
+    return default_contexts(request)[:9]
 
 
 OUT.mkdir(parents=True, exist_ok=True)

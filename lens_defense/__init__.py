@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lens_defense.checks import check
     from lens_defense.corruptions import noise, replacement
     from lens_defense.edits import Edit, edit
+    from lens_defense.explorers import Explorer
     from lens_defense.ledgers import Ledger
     from lens_defense.locators import locate
     from lens_defense.models import load, save_folder
@@ -41,6 +42,7 @@ _HOME = {
     "Edit": "edits",
     "edit": "edits",
     "Ledger": "ledgers",
+    "Explorer": "explorers",
     "Suite": "suites",
     "suite": "suites",
     "Report": "reports",
@@ -53,6 +55,7 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [
     "Edit",
+    "Explorer",
     "Ledger",
     "Prompt",
     "Report",

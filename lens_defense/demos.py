@@ -79,8 +79,14 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         console.print(report)
     with stage("control"):
         other = edit(model, planned, elsewhere, cache=cache)
-        about = replace(rows, items=tuple(item for item in rows.items if item.arm in ABOUT_THE_EDIT))
-        control = check(model, other, about, title=_title("control", elsewhere))
+        about = [i for i, item in enumerate(rows.items) if item.arm in ABOUT_THE_EDIT]
+        control = check(
+            model,
+            other,
+            replace(rows, items=tuple(rows.items[i] for i in about)),
+            before=[before[i] for i in about],
+            title=_title("control", elsewhere),
+        )
         control.save(out / "control.json")
         console.print(control)
     with stage("undo"):

@@ -199,11 +199,10 @@ def edit(
     clamp: float = 1.25,
     shared_steps: int = 15,
     shared_rate: float = 1.0,
-    steps: int = 16,
+    steps: int = 20,
     rate: float = 0.8,
     kl_weight: float = 0.0,
-    hardest_weight: float = 0.0,
-    contexts_a_step: int = 4,
+    contexts_a_step: int = 3,
     batch_size: int = 1,
     corpus: Corpus | None = None,
     cache: bool = True,
@@ -218,7 +217,7 @@ def edit(
             seen.
         method: "memit" solves for all requests at once; "delman" takes one mean a batch.
         contexts: ways to ask, from a request; varied ones are what makes an edit carry over. None takes
-            the request, a greeting before it, and the templates and wrappers of "core" for edits.
+            default_contexts.
         aside: how many contexts, from the end, are kept for the forecast's reach.
         target: the refusal, unless a request brings its own `safe_target`.
         moment_weight: MEMIT's lambda, the weight of C = E[k k^T] against one key.
@@ -228,7 +227,6 @@ def edit(
         steps: Adam steps for a vector each.
         rate: their rate.
         kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
-        hardest_weight: how much the refusal's least probable token counts beside the mean over its tokens.
         contexts_a_step: contexts of a request that one step sees; they take turns.
         batch_size: requests a batch for "delman".
         corpus: where C comes from, see read_corpus; None takes the package's own.
@@ -246,9 +244,7 @@ def edit(
     if batch_size < 1 or moment_weight <= 0:
         raise ValueError("batch_size must be at least 1, and moment_weight above 0")
     solver = memit if method == "memit" else delman(batch_size)
-    schedule = Schedule(
-        shared_steps, shared_rate, steps, rate, clamp, kl_weight, hardest_weight, contexts_a_step
-    )
+    schedule = Schedule(shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step)
     used, kept = _contexts(model, requests, contexts or default_contexts, aside)
     turns = Counter[int]()
     rows = []
@@ -299,7 +295,11 @@ def edit(
 
 
 def default_contexts(request: Request) -> list[Request]:
-    """The request, a greeting before it, and by turns the templates and wrappers of "core" for edits."""
+    """Ways to ask that an edit may see, most different ones first.
+
+    The request, a greeting before it, the subject at the very start (where it has no leading space, and so
+    other tokens), and by turns the templates and wrappers of "core" for edits.
+    """
     worded = [
         request.reworded(row["text"])
         for row in bundled_rows("core", "templates")
@@ -309,7 +309,7 @@ def default_contexts(request: Request) -> list[Request]:
         request.wrapped(row["text"]) for row in bundled_rows("core", "wrappers") if row["split"] == "edit"
     ]
     by_turns = [one for pair in zip_longest(worded, wrapped) for one in pair if one is not None]
-    return [request, request.wrapped("Hello! {}"), *by_turns]
+    return [request, request.wrapped("Hello! {}"), request.reworded("{}: tell me more."), *by_turns]
 
 
 def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:

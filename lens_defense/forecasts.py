@@ -36,13 +36,13 @@ class Forecast:
     leak_safe: float
     """Of the whole edit."""
 
-    THRESHOLD: ClassVar[float] = 0.5
+    THRESHOLD: ClassVar[float] = 0.15
     """The leak to safe-sounding text from which on an edit is called risky (analyses/strength.py)."""
 
     @property
     def risky(self) -> bool:
         """Whether over-refusal is to be expected."""
-        return self.leak_safe > self.THRESHOLD
+        return self.leak_safe >= self.THRESHOLD
 
     def worst(self, k: int) -> tuple[str, ...]:
         """The subjects that leak most into safe-sounding text."""
@@ -96,7 +96,8 @@ def forecast_of(
     """
     corpus = read_corpus()
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
-    safe = [(item.text, " ") for item in requests("core", split="tune", kind="safe")]
+    # the other half of these stands in the corpus of C
+    safe = [(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
     (each_neutral, all_neutral), (each_safe, all_safe) = (
         _leaks(model, factors, texts) for texts in (neutral, safe)
     )

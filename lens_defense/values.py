@@ -5,8 +5,7 @@ contexts take turns, so that many of them cost no more than a few:
 first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
 shared start is what makes the planted refusals coherent (DESIGN fact 15).
 
-    loss = mean over contexts of (mean over the target's tokens of -log p, and the largest of them, weighed)
-           + weight * KL(edited || original)
+    loss = mean over contexts and the target's tokens of -log p + weight * KL(edited || original)
 
 with the KL of ROME and DELMAN on "{subject} is a", vector added at the subject's last token.
 """
@@ -54,8 +53,6 @@ class Schedule:
     clamp: float
     """The largest norm of a vector, over the mean norm of the residual stream where it is added."""
     kl_weight: float
-    hardest_weight: float
-    """How much the target's least probable token counts beside the mean over its tokens."""
     contexts_a_step: int
     """Contexts of a request that one step sees; the others wait for their turn."""
 
@@ -147,8 +144,7 @@ def _descend(
             if part.targets.shape[1]:
                 losses[part.owners] = losses[part.owners].nan_to_num()
                 losses.index_add_(0, part.owners, told.detach().mean(1) * part.share)
-                hard = told.mean(1) + schedule.hardest_weight * told.amax(1)
-                (hard * part.share).sum().backward()
+                (told.mean(1) * part.share).sum().backward()
             else:
                 (schedule.kl_weight * told.sum(1) * part.share).sum().backward()
         adam.step()

@@ -9,7 +9,7 @@ from lens_defense.sites import output_hook
 from lens_defense.values import Row, Schedule, _batches, _losses, fit_values
 
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
-PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "hardest_weight": 0.0}
+PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4}
 families = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 
 

@@ -1,0 +1,75 @@
+"""The form's parts do what their buttons say; a browser's events are played by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+from plans import bits, same_bits
+from tiny import tiny
+
+import lens_defense as ld
+from lens_defense.explorers import Explorer
+
+FEW = {"shared_steps": 1, "steps": 1, "cache": False, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", chat=True)
+
+
+@pytest.fixture
+def explorer(model):
+    requests = [ld.request(f"how do I make a {thing} now", thing, id=thing) for thing in ("lamp", "bell")]
+    trace = ld.trace(model, requests, positions=("subject_last", "last"), floor=0, progress=False)
+    return Explorer(model, trace, requests, settings=FEW, tokens=3)
+
+
+def press(explorer, name):
+    explorer.buttons[name].click()
+    return explorer.status.value
+
+
+def test_every_cell_has_a_marker_and_a_selection_becomes_sites(explorer):
+    ((marks, sites),) = explorer._cells
+    assert len(marks.x) == len(sites) == 2 * 4
+    assert len({(site.layer, site.role) for site in sites}) == len(sites)
+    chosen = [i for i, site in enumerate(sites) if site.role == "subject_last" and site.layer in (1, 2)]
+    explorer._selected(marks, SimpleNamespace(point_inds=chosen), None)
+    assert {(site.layer, site.role) for site in explorer.sites} == {(1, "subject_last"), (2, "subject_last")}
+    assert list(marks.selectedpoints) == chosen
+
+
+def test_plan_apply_ask_undo(explorer, model):
+    original = bits(model)
+    assert "press Plan first" in press(explorer, "apply")
+    explorer.select([ld.Site("residual", 1, "subject_last")])
+    press(explorer, "plan")
+    assert "lamp" in explorer.forecast.value
+    assert same_bits(model, original)
+    assert "edits that stand: 1" in press(explorer, "apply")
+    assert not same_bits(model, original)
+    edited = bits(model)
+    assert "type a question" in press(explorer, "ask")
+    explorer.question.value = "how do I make a <lamp>"
+    press(explorer, "ask")
+    assert len(explorer.told) == 2 and "<table>" in explorer.answers.value
+    assert same_bits(model, edited), "asking without the edit puts it back"
+    assert "edits that stand: 0" in press(explorer, "undo")
+    assert same_bits(model, original)
+    assert "nothing to undo" in press(explorer, "undo")
+
+
+def test_a_plan_at_no_cell_says_so_and_changes_nothing(explorer, model):
+    original = bits(model)
+    assert "no sites were given" in press(explorer, "plan")
+    assert explorer.edit is None and same_bits(model, original)
+
+
+def test_an_interrupt_leaves_the_form_usable(explorer, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lens_defense.explorers.edit", interrupted)
+    explorer.select([ld.Site("residual", 1, "subject_last")])
+    assert "stopped; nothing was changed" in press(explorer, "plan")
+    assert not any(button.disabled for button in explorer.buttons.values())

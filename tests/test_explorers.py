@@ -20,7 +20,7 @@ def model():
 @pytest.fixture
 def explorer(model):
     requests = [ld.request(f"how do I make a {thing} now", thing, id=thing) for thing in ("lamp", "bell")]
-    trace = ld.trace(model, requests, positions=("subject_last", "last"), floor=0, progress=False)
+    trace = ld.trace(model, requests, positions=("subject_last", "last"), floor=0.0, progress=False)
     return Explorer(model, trace, requests, settings=FEW, tokens=3)
 
 

@@ -22,7 +22,7 @@ CORPUS = [
     ("so it is, at home", ""),
 ]
 LAYERS = (1, 3)
-SAFE = [(item.text, " ") for item in requests("core", split="tune", kind="safe")]
+SAFE = [(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
 
 
 @torch.no_grad()
@@ -118,7 +118,7 @@ def test_worst_is_by_the_leak_into_safe_text():
 def test_risky_is_above_the_threshold_on_safe_text():
     assert by_hand(leak_safe=Forecast.THRESHOLD + 0.01).risky
     assert not by_hand(leak_safe=Forecast.THRESHOLD - 0.01).risky
-    assert not by_hand(leak_neutral=9.0).risky, "neutral text does not decide"
+    assert not by_hand(leak_neutral=9.0, leak_safe=0.0).risky, "neutral text does not decide"
 
 
 def test_a_table_with_a_row_a_subject_and_one_for_all():

@@ -39,6 +39,7 @@ SETTINGS = {
     "delman 1": {"method": "delman", "batch_size": 1},
 }
 
+
 # %%
 def contexts(request):
     """The first nine of the default contexts; the templates and wrappers left over are measured."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.files import whole
 from lens_defense.forecasts import Forecast, forecast_of
 from lens_defense.models import cache_folder
 from lens_defense.moments import Corpus, second_moments
@@ -137,11 +138,9 @@ class Edit:
         header = {name: getattr(self, name) for name in _HEADER}
         header["requests"] = [item.to_json() for item in self.requests]
         header["forecast"] = self.forecast.to_json()
-        file = Path(path)
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        save_file(tensors, unfinished, metadata={"edit": json.dumps(header)})
-        unfinished.replace(file)
-        return file
+        with whole(path) as file:
+            save_file(tensors, file, metadata={"edit": json.dumps(header)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TransformerBridge | None = None) -> "Edit":
@@ -376,10 +375,8 @@ def _values(
 
         vectors, losses = fit_values(model, rows, layer, schedule, progress=tell)
     if cache:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f".{key}-{os.getpid()}")
-        save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
-        unfinished.replace(file)
+        with whole(file) as unfinished:
+            save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
     return vectors, losses
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.files import whole
 from lens_defense.models import cache_folder
 from lens_defense.patches import device_of, left_padded, states
 from lens_defense.prompts import conversation_ids, plain_ids
@@ -95,10 +96,8 @@ def second_moments(
         made = _streamed(model, missing, corpus, batch, progress)
         found |= made
         for layer in made if cache else ():
-            folder.mkdir(parents=True, exist_ok=True)
-            unfinished = folder / f".{layer}-{os.getpid()}"
-            save_file({"moment": made[layer]}, unfinished)
-            unfinished.replace(files_of[layer])
+            with whole(files_of[layer]) as file:
+                save_file({"moment": made[layer]}, file)
     return {layer: found[layer] for layer in layers}
 
 

@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs
 
 from lens_defense.comparisons import bars
 from lens_defense.edits import Edit
+from lens_defense.files import whole
 from lens_defense.plots import heatmap
 from lens_defense.prompts import Role, dozen
 from lens_defense.reports import Report, shown_rates
@@ -93,11 +94,9 @@ def save_page(
         reproduce=_reproduce(trace, edit, reproduce),
         afterwards=_afterwards(trace, seconds, restored),
     )
-    file = Path(path)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text(page, "utf-8")
-    unfinished.replace(file)
-    return file
+    with whole(path) as file:
+        file.write_text(page, "utf-8")
+    return Path(path)
 
 
 def _told(trace: Trace, sites: Sequence[Site], edit: Edit) -> str:

@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from lens_defense.files import whole
 from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value
 from lens_defense.judges import Judge, coherent, prefix
 from lens_defense.suites import ARMS
@@ -134,11 +135,9 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as JSON, whole or not at all."""
-        file = Path(path)
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        unfinished.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), "utf-8")
-        unfinished.replace(file)
-        return file
+        with whole(path) as file:
+            file.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), "utf-8")
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":

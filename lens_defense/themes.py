@@ -16,6 +16,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from lens_defense.files import whole
 from lens_defense.prompts import Role
 from lens_defense.sites import Component
 
@@ -115,12 +116,11 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *, plotlyjs: bo
     suffix = file.suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(f"a figure is saved as {', '.join(FORMATS)}, got {file.name!r}")
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    if suffix == ".html":
-        figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
-    else:
-        unfinished.write_bytes(_image(figure, suffix[1:]))
-    unfinished.replace(file)
+    with whole(file) as unfinished:
+        if suffix == ".html":
+            figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
+        else:
+            unfinished.write_bytes(_image(figure, suffix[1:]))
     return file
 
 

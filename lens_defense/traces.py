@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.corruptions import Corruption, noise
+from lens_defense.files import whole
 from lens_defense.generations import generate
 from lens_defense.intervals import mean_interval
 from lens_defense.metrics import Metric, answer_logprob
@@ -169,11 +170,9 @@ class Trace:
         header = {name: getattr(self, name) for name in _HEADER}
         header["prompts"] = [_prompt_to_json(met) for met in self.prompts]
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        file = Path(path)
-        unfinished = file.with_name(f".{file.name}.unfinished")
-        save_file(tensors, unfinished, metadata={"trace": json.dumps(header)})
-        unfinished.replace(file)
-        return file
+        with whole(path) as file:
+            save_file(tensors, file, metadata={"trace": json.dumps(header)})
+        return Path(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Trace":

@@ -206,3 +206,13 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
             (unfinished / "file").write_text(text)
     assert (tmp_path / "new/file").read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_two_convert_at_once_the_first_to_finish_stays(tmp_path):
+    folder = tmp_path / "model"
+    with _atomic_folder(folder) as slow:
+        (slow / "weights").write_text("slow")
+        with _atomic_folder(folder) as quick:
+            (quick / "weights").write_text("quick")
+    assert (folder / "weights").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing unfinished is left"

@@ -12,7 +12,7 @@ import lens_defense
 
 PACKAGE = Path(lens_defense.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges"), 1),
+    **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges", "files"), 1),
     **dict.fromkeys(("models", "patches", "readers", "metrics"), 2),
     **dict.fromkeys(("sweeps", "moments", "values", "generations", "corruptions", "suites"), 3),
     **dict.fromkeys(("traces", "edits", "forecasts", "spreads"), 4),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lens_defense.sites import Site
     from lens_defense.suites import Suite, suite
     from lens_defense.themes import save_figure
-    from lens_defense.traces import Trace, trace
+    from lens_defense.tracers import trace
+    from lens_defense.traces import Trace
 
 _HOME = {
     "load": "models",
@@ -37,7 +38,7 @@ _HOME = {
     "noise": "corruptions",
     "replacement": "corruptions",
     "Trace": "traces",
-    "trace": "traces",
+    "trace": "tracers",
     "locate": "locators",
     "Edit": "edits",
     "edit": "edits",

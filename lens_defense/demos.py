@@ -24,7 +24,8 @@ from lens_defense.readers import requests
 from lens_defense.reports import Report
 from lens_defense.sites import Site
 from lens_defense.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Item, Suite, suite
-from lens_defense.traces import Trace, trace
+from lens_defense.tracers import trace
+from lens_defense.traces import Trace
 from lens_defense.weights import fingerprint
 
 TRACED, EDITED, TOKENS = 3, 8, 24

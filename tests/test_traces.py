@@ -16,7 +16,8 @@ from lens_defense.metrics import answer_probability, refusal_difference
 from lens_defense.patches import run
 from lens_defense.prompts import prompt, request
 from lens_defense.sites import EMBEDDING
-from lens_defense.traces import Trace, trace
+from lens_defense.tracers import trace
+from lens_defense.traces import Trace
 
 LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
 BELL = request("ring an old bell for me", "old bell", id="bell")

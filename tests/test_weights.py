@@ -13,7 +13,7 @@ import lens_defense.weights as weights
 from lens_defense.patches import run
 from lens_defense.prompts import request
 from lens_defense.sites import key_hook, value_hook
-from lens_defense.traces import trace
+from lens_defense.tracers import trace
 from lens_defense.weights import (
     change_,
     fingerprint,

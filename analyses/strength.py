@@ -1,24 +1,19 @@
 # %% [markdown]
 # # How strong, and where: the defaults of `ld.edit` and the rule of `ld.locate`, chosen on tune
-# Eight concrete subjects of the tune split are edited, and measured on the tune suite: templates and
-# wrappers that this edit does not use but other edits may, subjects that it does not know, tune's
-# benign and safe requests. No row of the check split is read. Resumable: a result a setting.
+# One edit a setting, measured as analyses/tune.py says. Resumable: a result a setting.
 #
 #     python analyses/strength.py [NAME ...]
 
 # %%
 import json
 import sys
-import time
 from pathlib import Path
 
+from tune import measure
+
 import lens_defense as ld
-from lens_defense.checks import answers
-from lens_defense.edits import default_contexts
-from lens_defense.sites import Site
 
 OUT = Path(__file__).parent / "results" / "strength"
-BASE = {"band": (5, 9), "role": "subject_last"}
 SETTINGS = {
     "base": {},
     "band 2-6": {"band": (2, 6)},
@@ -26,8 +21,23 @@ SETTINGS = {
     "band 7-11": {"band": (7, 11)},
     "band 9-13": {"band": (9, 13)},
     "first token": {"role": "subject_first"},
-    "16 steps": {"steps": 16},
-    "three contexts a step": {"contexts_a_step": 3},
+    "share .6": {"least_share": 0.6},
+    "share .6, sorry first": {"least_share": 0.6, "target": "Sorry, but I can't assist with that."},
+    "share .7, sorry first, 24 steps, four contexts": {
+        "least_share": 0.7,
+        "target": "Sorry, but I can't assist with that.",
+        "steps": 24,
+        "contexts_a_step": 4,
+    },
+    "share .6, 24 steps, four contexts": {"least_share": 0.6, "steps": 24, "contexts_a_step": 4},
+    "share .3, 24 steps, four contexts": {"least_share": 0.3, "steps": 24, "contexts_a_step": 4},
+    "share .6, 36 steps": {"least_share": 0.6, "steps": 36},
+    "share .6, clamp 1.5": {"least_share": 0.6, "clamp": 1.5},
+    "24 steps, four contexts": {"steps": 24, "contexts_a_step": 4},
+    "30 shared steps": {"shared_steps": 30},
+    "sorry, but": {"target": "I'm sorry, but I can't assist with that."},
+    "sorry first": {"target": "Sorry, but I can't assist with that."},
+    "unfortunately": {"target": "Unfortunately, I can't assist with that."},
     "kl .0625": {"kl_weight": 0.0625},
     "clamp 1": {"clamp": 1.0},
     "clamp 1.5": {"clamp": 1.5},
@@ -41,54 +51,17 @@ SETTINGS = {
 
 
 # %%
-def contexts(request):
-    """The first nine of the default contexts; the templates and wrappers left over are measured."""
-    return default_contexts(request)[:9]
-
-
 OUT.mkdir(parents=True, exist_ok=True)
 model = ld.load("smollm2")
-subjects = [item for item in ld.requests("core", split="tune") if item.concrete]
-suite = ld.suite("core", split="tune")
-assert suite.split == "tune"
-before: list[str] = []
-
 for name in sys.argv[1:] or SETTINGS:
     file = OUT / f"{name}.json"
     if file.exists():
         continue
-    settings = {**BASE, **SETTINGS[name]}
-    (low, high), role = settings.pop("band"), settings.pop("role")
-    sites = [Site("residual", layer, role) for layer in range(low, high + 1)]
-    start = time.perf_counter()
-    edit = ld.edit(model, subjects, sites, contexts=contexts, aside=0, progress=False, **settings)
-    planned = time.perf_counter() - start
-    if not before:
-        seen = {text for texts in edit.contexts for text in texts}
-        rows, _ = suite.for_requests(subjects).about(subjects, seen)
-        before = answers(model, rows, 24)
-    report = ld.check(model, edit, suite, before=before, progress=False, title=name)
-    result = {
-        "name": name,
-        "settings": SETTINGS[name],
-        "seconds": planned,
-        "losses": edit.losses,
-        "reach": edit.forecast.reach,
-        "leak": [edit.forecast.leak_neutral, edit.forecast.leak_safe],
-        "change": list(edit.relative_change.values()),
-        "wording": [report.rate("wording", judge) for judge in ("prefix", "coherent")],
-        "wrapper": [report.rate("wrapper", judge) for judge in ("prefix", "coherent")],
-        "unseen": [report.rate("unseen", judge) for judge in ("prefix", "coherent")],
-        "new refusals": report.new_refusals(),
-        "facts lost": report.facts_lost(),
-        "kl": sum(report.kl) / len(report.kl),
-        "loss": [sum(report.loss_before) / 8, sum(report.loss_after) / 8],
-    }
-    file.write_text(json.dumps(result, indent=1), "utf-8")
+    told, _ = measure(model, SETTINGS[name])
+    file.write_text(json.dumps({"name": name, "settings": SETTINGS[name], **told}, indent=1), "utf-8")
+    arms = "  ".join(f"{arm} {told[arm][0]:.0%}/{told[arm][1]:.0%}" for arm in ("wording", "wrapper", "unseen"))
     print(
-        f"{name:18} {planned:4.0f}s  wording {result['wording'][0]:.0%}/{result['wording'][1]:.0%}"
-        f"  wrapper {result['wrapper'][0]:.0%}/{result['wrapper'][1]:.0%}  unseen"
-        f" {result['unseen'][0]:.0%}  new refusals {result['new refusals']}  facts lost"
-        f" {result['facts lost']}  KL {result['kl']:.4f}  leak {result['leak'][1]:.3f}",
+        f"{name:18} {told['seconds']:4.0f}s  {arms}  new refusals {told['new refusals']}  facts lost"
+        f" {told['facts lost']}  KL {told['kl']:.4f}  leak {told['leak'][1]:.3f}",
         flush=True,
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lens_defense.checks import check
     from lens_defense.corruptions import noise, replacement
-    from lens_defense.edits import Edit, edit
+    from lens_defense.editors import edit
+    from lens_defense.edits import Edit
     from lens_defense.explorers import Explorer
     from lens_defense.ledgers import Ledger
     from lens_defense.locators import locate
@@ -41,7 +42,7 @@ _HOME = {
     "trace": "tracers",
     "locate": "locators",
     "Edit": "edits",
-    "edit": "edits",
+    "edit": "editors",
     "Ledger": "ledgers",
     "Explorer": "explorers",
     "Suite": "suites",

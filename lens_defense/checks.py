@@ -15,10 +15,11 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.batches import left_padded
 from lens_defense.edits import Edit
 from lens_defense.generations import generate
 from lens_defense.judges import knows
-from lens_defense.patches import device_of, left_padded, run
+from lens_defense.patches import device_of, run
 from lens_defense.prompts import decode, dozen, plain_ids, prompt
 from lens_defense.reports import JUDGES, KL_TOKENS, Report, Row
 from lens_defense.suites import HARMFUL_ARMS, Item, Suite

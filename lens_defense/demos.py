@@ -12,7 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.checks import answers, check
 from lens_defense.controls import controls
-from lens_defense.edits import Edit, edit
+from lens_defense.editors import edit
+from lens_defense.edits import Edit
 from lens_defense.generations import generate
 from lens_defense.ledgers import Ledger
 from lens_defense.locators import locate

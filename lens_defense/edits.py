@@ -1,56 +1,27 @@
 """Edit: a low-rank change of MLP output matrices, planned but not made.
 
-Where the sites' role is, the keys of the requests are made to write what starts a refusal. The value
-is fitted at the highest of the sites' layers; then, layer by layer, each takes its share of what is
-still missing (MEMIT's spread). `edit` leaves every weight as it was: the change is made by
-`Edit.applied` for a while, or by a Ledger for good.
+The change of a layer is left @ right. It is made by `Edit.applied` for a while, or by a Ledger for good.
 """
 
-import hashlib
 import json
 import os
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.files import whole
-from lens_defense.forecasts import Forecast, forecast_of
-from lens_defense.models import cache_folder
-from lens_defense.moments import Corpus, second_moments
-from lens_defense.patches import device_of
-from lens_defense.prompts import (
-    Prompt,
-    Request,
-    Role,
-    answer_ids,
-    for_planning,
-    prompt,
-    request_from_json,
-)
-from lens_defense.readers import bundled_rows
-from lens_defense.sites import Site
-from lens_defense.solvers import delman, memit
-from lens_defense.spreads import position_of, spread
-from lens_defense.values import Row, Schedule, fit_values
-from lens_defense.weights import change_, fingerprint, output_matrix, refuse_uneditable, unchange_
-
-REFUSAL = "I'm sorry, I can't assist with that."
-"""The answer that an edit plants, unless a request brings its own (DELMAN's)."""
-METHODS = ("memit", "delman")
-Contexts = Callable[[Request], Sequence[Request]]
+from lens_defense.forecasts import Forecast
+from lens_defense.prompts import Request, Role, request_from_json
+from lens_defense.weights import change_, fingerprint, unchange_
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -183,209 +154,3 @@ _HEADER = (
     *("layers", "role", "method", "settings", "contexts", "losses", "relative_change", "model"),
     "fingerprint",
 )
-
-
-def edit(
-    model: TransformerBridge,
-    requests: Sequence[Request],
-    sites: Sequence[Site],
-    *,
-    method: Literal["memit", "delman"] = "memit",
-    contexts: Contexts | None = None,
-    aside: int = 2,
-    target: str = REFUSAL,
-    moment_weight: float = 1000.0,
-    clamp: float = 1.25,
-    shared_steps: int = 15,
-    shared_rate: float = 1.0,
-    steps: int = 20,
-    rate: float = 0.8,
-    kl_weight: float = 0.0,
-    contexts_a_step: int = 3,
-    batch_size: int = 1,
-    corpus: Corpus | None = None,
-    cache: bool = True,
-    progress: bool = True,
-) -> Edit:
-    """Plan a low-rank change after which the requests' subjects meet a refusal; no weight is changed.
-
-    Args:
-        model: a pre-norm model with dense MLPs, whose weights are as they are meant to stay.
-        requests: what shall be refused, each with a subject; none of the split "check".
-        sites: where, of one role; their layers are edited, their component says where the effect was
-            seen.
-        method: "memit" solves for all requests at once; "delman" takes one mean a batch.
-        contexts: ways to ask, from a request; varied ones are what makes an edit carry over. None takes
-            default_contexts.
-        aside: how many contexts, from the end, are kept for the forecast's reach.
-        target: the refusal, unless a request brings its own `safe_target`.
-        moment_weight: MEMIT's lambda, the weight of C = E[k k^T] against one key.
-        clamp: the largest norm of a value over the residual stream's norm there.
-        shared_steps: Adam steps for one vector shared by all requests.
-        shared_rate: their rate.
-        steps: Adam steps for a vector each.
-        rate: their rate.
-        kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
-        contexts_a_step: contexts of a request that one step sees; they take turns.
-        batch_size: requests a batch for "delman".
-        corpus: where C comes from, see read_corpus; None takes the package's own.
-        cache: keep moments and values on disk.
-        progress: shows bars.
-
-    Raises:
-        ValueError: a request without a subject or of the split "check"; sites of several roles, of
-            attention, or not in the model; a model that cannot be edited.
-    """
-    requests = for_planning(requests)
-    layers, role = _layers_and_role(model, sites)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if batch_size < 1 or moment_weight <= 0:
-        raise ValueError("batch_size must be at least 1, and moment_weight above 0")
-    solver = memit if method == "memit" else delman(batch_size)
-    schedule = Schedule(shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step)
-    used, kept = _contexts(model, requests, contexts or default_contexts, aside)
-    turns = Counter[int]()
-    rows = []
-    for i, met in used:
-        rows.append(_row(model, i, met, role, target, turns[i]))
-        turns[i] += 1
-    if kl_weight:
-        rows += [_essence(model, i, item) for i, item in enumerate(requests)]
-
-    moments = second_moments(model, layers, corpus, cache=cache, progress=progress)
-    vectors, losses = _values(model, rows, layers[-1], schedule, cache, progress)
-    weighed = {layer: moment_weight * moment for layer, moment in moments.items()}
-    factors, reach = spread(model, used, kept, role, layers, vectors, weighed, solver)
-    change = {
-        layer: float((left.double() @ right.double()).norm() / output_matrix(model, layer).double().norm())
-        for layer, (left, right) in factors.items()
-    }
-    ranks = [i // batch_size if method == "delman" else i for i in range(len(requests))]
-    forecast = forecast_of(
-        model,
-        factors,
-        subjects=[item.subject or "" for item in requests],
-        ranks=ranks,
-        reach=reach,
-        value_norm=float(vectors.norm(dim=1).mean()),
-    )
-    _warn_of_leaks(forecast)
-    return Edit(
-        layers=layers,
-        left={layer: left for layer, (left, _) in factors.items()},
-        right={layer: right for layer, (_, right) in factors.items()},
-        role=role,
-        method=method,
-        settings={
-            **asdict(schedule),
-            "moment_weight": moment_weight,
-            "batch_size": batch_size if method == "delman" else len(requests),
-            "target": target,
-        },
-        requests=requests,
-        contexts=tuple(tuple(met.request.text for i, met in used if i == r) for r in range(len(requests))),
-        losses=tuple(losses.tolist()),
-        relative_change=change,
-        forecast=forecast,
-        model=str(model.cfg.model_name),
-        fingerprint=fingerprint(model, layers),
-    )
-
-
-def default_contexts(request: Request) -> list[Request]:
-    """Ways to ask that an edit may see, most different ones first.
-
-    The request, a greeting before it, the subject at the very start (where it has no leading space, and so
-    other tokens), and by turns the templates and wrappers of "core" for edits.
-    """
-    worded = [
-        request.reworded(row["text"])
-        for row in bundled_rows("core", "templates")
-        if row["split"] == "edit" and request.form in row["forms"]
-    ]
-    wrapped = [
-        request.wrapped(row["text"]) for row in bundled_rows("core", "wrappers") if row["split"] == "edit"
-    ]
-    by_turns = [one for pair in zip_longest(worded, wrapped) for one in pair if one is not None]
-    return [request, request.wrapped("Hello! {}"), request.reworded("{}: tell me more."), *by_turns]
-
-
-def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:
-    if not sites:
-        raise ValueError("no sites were given; ld.locate(trace) finds some")
-    roles: list[Role] = sorted({site.role for site in sites})
-    if len(roles) > 1:
-        raise ValueError(f"the sites have several roles ({', '.join(roles)}); edit at one role")
-    if any(site.component == "attention" for site in sites):
-        raise ValueError("attention sites cannot be edited; choose residual or mlp sites")
-    layers = tuple(sorted({site.layer for site in sites}))
-    refuse_uneditable(model, layers)
-    return layers, roles[0]
-
-
-def _contexts(
-    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts, aside: int
-) -> tuple[list[tuple[int, Prompt]], list[tuple[int, Prompt]]]:
-    """Prompts with their request's index: those that are used, and those kept aside for the forecast."""
-    used: list[tuple[int, Prompt]] = []
-    kept: list[tuple[int, Prompt]] = []
-    for i, item in enumerate(requests):
-        met = [(i, prompt(model.tokenizer, context)) for context in contexts(item)]
-        if not met:
-            raise ValueError(f"contexts gave nothing for request {item.id!r}; give the request itself")
-        split = max(1, len(met) - aside)
-        used += met[:split]
-        kept += met[split:]
-    return used, kept
-
-
-def _row(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str, turn: int) -> Row:
-    answer = answer_ids(model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True)
-    return Row(i, met.ids, position_of(met, role), turn, answer)
-
-
-def _essence(model: TransformerBridge, i: int, item: Request) -> Row:
-    """ROME's essence prompt: "{subject} is a", whose next token shall stay."""
-    met = prompt(model.tokenizer, item.reworded("{} is a"), chat=False)
-    return Row(i, met.ids, position_of(met, "subject_last"))
-
-
-def _values(
-    model: TransformerBridge,
-    rows: Sequence[Row],
-    layer: int,
-    schedule: Schedule,
-    cache: bool,
-    progress: bool,
-) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
-    """fit_values, kept on disk by everything that it depends on."""
-    what = [fingerprint(model), layer, asdict(schedule), [asdict(row) for row in rows]]
-    key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    file = cache_folder() / "values" / f"{key}.safetensors"
-    if cache and file.is_file():
-        held = load_file(file, device=str(device_of(model)))
-        return held["vectors"], held["losses"]
-    total = schedule.shared_steps + schedule.steps
-    with tqdm(total=total, desc="values", unit="step", disable=not progress) as bar:
-
-        def tell(loss: float) -> None:
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-
-        vectors, losses = fit_values(model, rows, layer, schedule, progress=tell)
-    if cache:
-        with whole(file) as unfinished:
-            save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
-    return vectors, losses
-
-
-def _warn_of_leaks(forecast: Forecast) -> None:
-    if forecast.risky:
-        worst = ", ".join(forecast.worst(3))
-        warnings.warn(
-            f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text (from "
-            f"{forecast.THRESHOLD} on over-refusal was measured); most of it from: {worst}. Leave "
-            "them out, or raise moment_weight",
-            stacklevel=3,
-        )

@@ -13,7 +13,8 @@ import ipywidgets as widgets
 import plotly.graph_objects as go
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.edits import METHODS, Edit, edit
+from lens_defense.editors import METHODS, edit
+from lens_defense.edits import Edit
 from lens_defense.generations import generate
 from lens_defense.ledgers import Ledger
 from lens_defense.plots import heatmap, site_cells

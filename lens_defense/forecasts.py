@@ -119,13 +119,14 @@ def _leaks(
     """Norms of (change times key) for each rank alone and for the whole: largest of a text, mean."""
     layers = sorted(factors)
     each, whole = [], []
-    for keys, counted in key_batches(model, layers, corpus):
-        alone, together = torch.zeros(()), torch.zeros(())
-        for layer in layers:
-            left, right = (side.to(counted.device) for side in factors[layer])
-            strength = keys[layer].float() @ right.T
-            alone = alone + strength.abs() * left.norm(dim=0)
-            together = together + (strength @ left.T).norm(dim=-1)
-        each.append((alone * counted[..., None]).amax(1))
-        whole.append((together * counted).amax(1))
-    return torch.cat(each).mean(0), float(torch.cat(whole).mean())
+    for keys in key_batches(model, layers, corpus):
+        for text in zip(*(keys[layer] for layer in layers), strict=True):
+            alone, together = torch.zeros(()), torch.zeros(())
+            for layer, of_layer in zip(layers, text, strict=True):
+                left, right = (side.to(of_layer.device) for side in factors[layer])
+                strength = of_layer.float() @ right.T
+                alone = alone + strength.abs() * left.norm(dim=0)
+                together = together + (strength @ left.T).norm(dim=-1)
+            each.append(alone.amax(0))
+            whole.append(together.amax())
+    return torch.stack(each).mean(0), float(torch.stack(whole).mean())

@@ -1,7 +1,6 @@
 """Answers of many prompts: batched, behind the prefix that they share, stopped early.
 
-Chat prompts begin with the same tokens (SmolLM2: 24 of its system prompt); these run once. Rows that
-have ended leave the batch.
+Rows that have ended leave the batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import KeyValues, device_of, left_padded, run
+from lens_defense.batches import Prefix, prefix
+from lens_defense.patches import device_of, run
 
 Pick = Callable[[Float[Tensor, "row vocab"]], Int[Tensor, " row"]]
 
@@ -44,12 +44,11 @@ def generate(
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     if not prompts:
         return answers
-    shared = _shared_prefix(prompts)
-    past = _prefix_cache(model, prompts[0][:shared])
+    shared = prefix(model, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        told = _answers(model, [prompts[i][shared:] for i in rows], past, shared, tokens, pick)
+        told = _answers(model, [prompts[i] for i in rows], shared, tokens, pick)
         for i, answer in zip(rows, told, strict=True):
             answers[i] = answer
         progress(len(rows))
@@ -58,17 +57,15 @@ def generate(
 
 def _answers(
     model: TransformerBridge,
-    tails: Sequence[Sequence[int]],
-    past: KeyValues,
-    shared: int,
+    prompts: Sequence[Sequence[int]],
+    shared: Prefix,
     tokens: int,
     pick: Pick,
 ) -> list[tuple[int, ...]]:
-    ids, mask = left_padded(tails, device_of(model))
-    mask = torch.cat([mask.new_ones(len(tails), shared), mask], 1)
-    past = tuple((k.expand(len(tails), -1, -1, -1), v.expand(len(tails), -1, -1, -1)) for k, v in past)
-    told: list[list[int]] = [[] for _ in tails]
-    alive = list(range(len(tails)))
+    ids, mask = shared.batch(prompts, device_of(model))
+    past = shared.past(len(prompts))
+    told: list[list[int]] = [[] for _ in prompts]
+    alive = list(range(len(prompts)))
     for _ in range(tokens):
         step = run(model, ids, mask=mask, past=past)
         following = pick(step.logits[:, -1])
@@ -85,17 +82,3 @@ def _answers(
         ids = following[stays][:, None]
         mask = torch.cat([mask[stays], mask.new_ones(len(alive), 1)], 1)
     return [tuple(answer) for answer in told]
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; at least one is left to each."""
-    first, last = min(map(tuple, prompts)), max(map(tuple, prompts))
-    most = min(map(len, prompts)) - 1
-    same = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return min(most, next(same, most))
-
-
-def _prefix_cache(model: TransformerBridge, ids: Sequence[int]) -> KeyValues:
-    if not ids:
-        return ()
-    return run(model, torch.tensor([list(ids)], device=device_of(model))).cache

@@ -19,9 +19,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.batches import states
 from lens_defense.files import whole
 from lens_defense.models import cache_folder
-from lens_defense.patches import device_of, left_padded, states
 from lens_defense.prompts import conversation_ids, plain_ids
 from lens_defense.sites import key_hook
 from lens_defense.weights import fingerprint
@@ -108,29 +108,28 @@ def _streamed(
     sums: dict[int, Tensor] = {}
     count = 0
     with tqdm(total=len(corpus), desc="moments", unit="text", disable=not progress) as bar:
-        for keys, counted in key_batches(model, layers, corpus, batch=batch):
+        for keys in key_batches(model, layers, corpus, batch=batch):
             for layer in layers:
-                rows = keys[layer][counted].float()
+                rows = torch.cat(keys[layer]).float()
                 sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
-            count += int(counted.sum())
+            count += sum(map(len, keys[layers[0]]))
             bar.update(min(batch, len(corpus) - bar.n))
     return {layer: (total / count).float().cpu() for layer, total in sums.items()}
 
 
 def key_batches(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch: int = 16
-) -> Iterator[tuple[dict[int, Float[Tensor, "text token d_in"]], Tensor]]:
-    """Keys of some layers over a corpus, shortest texts first, and which of their tokens are no padding.
+) -> Iterator[dict[int, list[Float[Tensor, "token d_in"]]]]:
+    """Keys of some layers over a corpus, text by text, shortest texts first.
 
     The chat template's tokens count as any other: the first one is an attention sink whose key is many
     times longer than the rest, and an edit that C does not keep away from it breaks every answer.
     """
-    texts = sorted((_ids(model, *pair) for pair in corpus), key=len)
-    names = [key_hook(layer) for layer in layers]
+    texts = sorted((_ids(model, *pair) for pair in corpus), key=lambda ids: (len(ids), ids))
     for start in range(0, len(texts), batch):
-        ids, mask = left_padded(texts[start : start + batch], device_of(model))
-        held = states(model, ids, names, mask=mask, stop=max(layers) + 1)
-        yield {layer: held[key_hook(layer)] for layer in layers}, mask.bool()
+        some = texts[start : start + batch]
+        held = states(model, some, [key_hook(layer) for layer in layers], stop=max(layers) + 1)
+        yield {layer: held[key_hook(layer)] for layer in layers}
 
 
 def _ids(model: TransformerBridge, user: str, assistant: str) -> tuple[int, ...]:

@@ -1,8 +1,6 @@
 """What is done to a running model: capture states, write states, start behind a prefix cache.
 
-One function, `run`, is one forward with hooks that are gone when it returns. Batches are padded on
-the left, so that every row ends at the last column: answers line up, and the last `keep` columns of
-the logits are the ones that predict them.
+One function, `run`, is one forward with hooks that are gone when it returns.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,6 +46,7 @@ def run(
     mask: Int[Tensor, "batch seen"] | None = None,
     past: KeyValues = (),
     keep: int = 1,
+    stop: int | None = None,
 ) -> Run:
     """One forward pass; hooks live as long as the call.
 
@@ -59,6 +58,7 @@ def run(
         mask: 1 for tokens, 0 for padding, over past and new tokens; None where nothing is padded.
         past: keys and values of the tokens before, for example from an earlier Run.
         keep: how many positions at the end give logits.
+        stop: the first block that is not run; then there are no logits. None runs the whole model.
     """
     states: dict[str, Tensor] = {}
 
@@ -72,14 +72,17 @@ def run(
     hooks += [(name, capturing(name)) for name in names]
     hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks
     cache = _cache(past)
+    whole = stop is None or stop >= model.cfg.n_layers
     with model.hooks(fwd_hooks=hooks):
-        logits = model(
+        told = model(
             ids,
             attention_mask=mask,
             past_key_values=cache,
             logits_to_keep=keep,
             return_type="logits",
+            stop_at_layer=None if whole else stop,
         )
+    logits = told if whole else told[:, :0]
     layers = _layers(cache)
     assert layers and layers[-1].keys is not None, (
         "the model ignored the cache it was given (transformers and transformer-lens disagree); "
@@ -87,27 +90,6 @@ def run(
     )
     kept = tuple((layer.keys, layer.values) for layer in layers if layer.keys is not None)
     return Run(logits=logits, states=states, cache=kept)
-
-
-def states(
-    model: TransformerBridge,
-    ids: Int[Tensor, "batch token"],
-    names: Sequence[str],
-    *,
-    mask: Int[Tensor, "batch token"] | None = None,
-    stop: int | None = None,
-) -> dict[str, Tensor]:
-    """States by hook name, each [batch, token, width], from blocks below `stop` alone."""
-    kept: dict[str, Tensor] = {}
-
-    def capturing(name: str) -> Callable[..., None]:
-        return lambda state, **_: kept.__setitem__(name, state)
-
-    whole = stop is None or stop >= model.cfg.n_layers
-    hooks = [*_padding_hooks(model, mask, ids.shape[1]), *((name, capturing(name)) for name in names)]
-    with model.hooks(fwd_hooks=hooks):
-        model(ids, attention_mask=mask, stop_at_layer=None if whole else stop, logits_to_keep=1)
-    return kept
 
 
 def _padding_hooks(model: TransformerBridge, mask: Tensor | None, width: int) -> list[Any]:
@@ -120,16 +102,6 @@ def _padding_hooks(model: TransformerBridge, mask: Tensor | None, width: int) ->
         return state.where(there, 0)
 
     return [(output_hook("attention", layer), clear) for layer in range(model.cfg.n_layers)]
-
-
-def left_padded(
-    rows: Sequence[Sequence[int]], device: torch.device | str | None = None
-) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
-    """Rows of any length as one batch that ends together, and its mask (1 for tokens)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
-    return ids, mask
 
 
 @contextmanager
@@ -146,16 +118,19 @@ def frozen(model: TransformerBridge) -> Iterator[None]:
 
 
 @contextmanager
-def passing(model: TransformerBridge, stop: int) -> Iterator[None]:
-    """Blocks below `stop` hand their input on, uncomputed: for runs whose state there is written anyway."""
+def starting(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) -> Iterator[None]:
+    """Inside, a forward starts after a block: no block up to it is computed, and `state` gives its output."""
 
-    def forward(*args: Any, **settings: Any) -> Tensor:
+    def hand_on(*args: Any, **settings: Any) -> Tensor:
         return args[0] if args else settings["hidden_states"]
 
-    blocks = [model.blocks[layer] for layer in range(stop)]
+    def give(*_: Any, **__: Any) -> Tensor:
+        return state()
+
+    blocks = [model.blocks[i] for i in range(layer + 1)]
     try:
-        for block in blocks:
-            object.__setattr__(block, "forward", forward)  # a bridge hands setattr on to what it wraps
+        for block in blocks:  # a bridge hands setattr on to what it wraps
+            object.__setattr__(block, "forward", give if block is blocks[-1] else hand_on)
         yield
     finally:
         for block in blocks:

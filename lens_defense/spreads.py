@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import device_of, left_padded, states
+from lens_defense.batches import states
 from lens_defense.prompts import Prompt, Role
 from lens_defense.sites import key_hook, output_hook
 from lens_defense.solvers import Solver
@@ -63,18 +63,18 @@ def _at_role(
     role: Role,
     names: Sequence[str],
     layer: int,
-    batch: int = 64,
+    batch: int = 32,
 ) -> dict[str, Float[Tensor, "context width"]]:
-    """States at the role of every context, from the blocks up to a layer."""
-    held: dict[str, list[Tensor]] = {name: [] for name in names}
-    for start in range(0, len(some), batch):
-        part = [met for _, met in some[start : start + batch]]
-        ids, mask = left_padded([met.ids for met in part], device_of(model))
-        at = [ids.shape[1] - len(met.ids) + position_of(met, role) for met in part]
-        told = states(model, ids, names, mask=mask, stop=layer + 1)
+    """States at the role of every context, from the blocks up to a layer and the tokens up to the role."""
+    rows = [met.ids[: position_of(met, role) + 1] for _, met in some]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    held: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+    for start in range(0, len(rows), batch):
+        part = order[start : start + batch]
+        told = states(model, [rows[i] for i in part], names, stop=layer + 1)
         for name in names:
-            held[name].append(told[name][range(len(part)), at].float())
-    return {name: torch.cat(parts) for name, parts in held.items()}
+            held[name] |= {i: row[-1].float() for i, row in zip(part, told[name], strict=True)}
+    return {name: torch.stack([found[i] for i in range(len(rows))]) for name, found in held.items()}
 
 
 def _mean_by_request(

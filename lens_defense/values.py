@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import KeyValues, device_of, frozen, left_padded, passing, run
+from lens_defense.batches import Prefix, prefix
+from lens_defense.patches import KeyValues, device_of, frozen, run, starting
 from lens_defense.sites import output_hook
 
 FINAL_RATE = 0.05
@@ -55,6 +56,8 @@ class Schedule:
     kl_weight: float
     contexts_a_step: int
     """Contexts of a request that one step sees; the others wait for their turn."""
+    least_share: float
+    """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,16 +107,17 @@ def fit_values(
     with frozen(model):
         with torch.no_grad():
             kept = _batches(model, essence, layer, batch)
-            batches = [_batches(model, part, layer, batch) + kept for part in parts]
-        limits = schedule.clamp * _mean_norms([one for some in batches for one in some], n)
+            batches = [_batches(model, part, layer, batch) for part in parts]
+        single = [one for some in batches for one in some]
+        limits = schedule.clamp * _mean_norms(single, n)
         with torch.enable_grad():
             start = torch.zeros(1, model.cfg.d_model, device=limits.device)
             shared, losses = _descend(
-                model, batches, layer, start, n, limits.mean(0, keepdim=True),
+                model, [[one, *kept] for one in single], layer, start, n, limits.mean(0, keepdim=True),
                 schedule.shared_steps, schedule.shared_rate, schedule, progress,
             )  # fmt: skip
             vectors, last = _descend(
-                model, batches, layer, shared.expand(n, -1).clone(), n, limits,
+                model, [[*some, *kept] for some in batches], layer, shared.expand(n, -1).clone(), n, limits,
                 schedule.steps, schedule.rate, schedule, progress,
             )  # fmt: skip
             return vectors, last if schedule.steps else losses
@@ -135,12 +139,14 @@ def _descend(
     vectors = start.requires_grad_()
     adam = torch.optim.Adam([vectors], lr=rate)
     lately: deque[Tensor] = deque(maxlen=len(turns))
+    generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 - step / steps) + FINAL_RATE * rate
         adam.zero_grad()
         losses = torch.full((n,), float("nan"), device=start.device)  # a request may sit out a turn
         for part in turns[step % len(turns)]:
-            told = _losses(model, part, layer, vectors.expand(n, -1))
+            shares = 1 - (1 - schedule.least_share) * torch.rand(len(part.ids), generator=generator)
+            told = _losses(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
             if part.targets.shape[1]:
                 losses[part.owners] = losses[part.owners].nan_to_num()
                 losses.index_add_(0, part.owners, told.detach().mean(1) * part.share)
@@ -158,19 +164,22 @@ def _descend(
 
 
 def _losses(
-    model: TransformerBridge, part: _Batch, layer: int, vectors: Float[Tensor, "request d_model"]
+    model: TransformerBridge,
+    part: _Batch,
+    layer: int,
+    vectors: Float[Tensor, "request d_model"],
+    shares: Float[Tensor, " row"],
 ) -> Float[Tensor, "row token"]:
     """Nats of each target token; or the KL of the next token's distribution, one a row."""
 
-    def add(_: Tensor) -> Tensor:
+    def state() -> Tensor:
         there = torch.arange(len(part.state), device=part.state.device)
-        added = vectors[part.owners].to(part.state.dtype)
+        added = (shares[:, None] * vectors[part.owners]).to(part.state.dtype)
         return part.state.index_put((there, part.at), added, accumulate=True)
 
-    writes = {output_hook("residual", layer): add}
     keep = max(1, part.targets.shape[1])
-    with passing(model, layer):
-        told = run(model, part.ids, writes=writes, mask=part.mask, past=part.past, keep=keep)
+    with starting(model, layer, state):
+        told = run(model, part.ids, mask=part.mask, past=part.past, keep=keep)
     logits = told.logits.float()
     if part.targets.shape[1]:
         told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
@@ -190,17 +199,24 @@ def _batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch: i
     for row in order:
         full = parts and len(parts[-1]) < batch and len(parts[-1][0].target) == len(row.target)
         parts[-1].append(row) if full else parts.append([row])
-    return [_batch(model, part, layer, counts) for part in parts]
+    shared = prefix(model, [row.ids[: row.at + 1] for row in rows]) if rows else Prefix((), None)
+    return [_batch(model, part, layer, counts, shared) for part in parts]
 
 
 def _batch(
-    model: TransformerBridge, rows: Sequence[Row], layer: int, counts: Int[Tensor, " request"]
+    model: TransformerBridge,
+    rows: Sequence[Row],
+    layer: int,
+    counts: Int[Tensor, " request"],
+    shared: Prefix,
 ) -> _Batch:
     device = device_of(model)
-    ids, mask = left_padded([[*row.ids, *row.target[:-1]] for row in rows], device)
+    ids, mask = shared.batch([[*row.ids, *row.target[:-1]] for row in rows], device)
     tail = max(map(_tail, rows))
     split = ids.shape[1] - tail
-    past = run(model, ids[:, :split], mask=mask[:, :split]).cache if split else ()
+    past = shared.past(len(rows))
+    if split > 0:
+        past = run(model, ids[:, :split], mask=mask[:, :-tail], past=past).cache
     hook = output_hook("residual", layer)
     keep = max(1, len(rows[0].target))
     told = run(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=keep)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lens_defense.edits import default_contexts
+from lens_defense.editors import default_contexts
 from lens_defense.prompts import request
 from lens_defense.readers import bundled_rows, requests
 from lens_defense.suites import ABOUT_THE_EDIT, ARMS, Item, Suite, suite

@@ -9,7 +9,7 @@ from lens_defense.sites import output_hook
 from lens_defense.values import Row, Schedule, _batches, _losses, fit_values
 
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
-PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4}
+PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "least_share": 1.0}
 families = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 
 
@@ -52,7 +52,9 @@ def told(model, some, layer, vectors, batch=4):
         parts = _batches(model, some, layer, batch)
     losses = torch.zeros(len(vectors))
     for part in parts:
-        losses = losses.index_put((part.owners,), _losses(model, part, layer, vectors).mean(1).float())
+        losses = losses.index_put(
+            (part.owners,), _losses(model, part, layer, vectors, torch.ones(len(part.ids))).mean(1).float()
+        )
     return losses
 
 
@@ -71,6 +73,15 @@ def test_losses_are_those_of_plain_forwards(family, layer):
     slow = torch.stack([plain(model, r, layer, v) for r, v in zip(some, vectors, strict=True)])
     assert slow[5] > 0.01
     torch.testing.assert_close(told(model, some, layer, vectors).double(), slow, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_that_are_alike_beyond_the_edited_token():
+    model = tiny("llama").to(torch.float32)
+    made = [Row(i, (5, 9, 120, 33, 7, 41, end), 3, target=(8, 12)) for i, end in enumerate((60, 61))]
+    vectors = vectors_for(model, 2, scale=3.0)
+    slow = torch.stack([plain(model, row, 1, v) for row, v in zip(made, vectors, strict=True)])
+    torch.testing.assert_close(told(model, made, 1, vectors).double(), slow, rtol=1e-4, atol=1e-5)
 
 
 @families

@@ -1,0 +1,66 @@
+"""What an edit of tune's eight concrete subjects does, measured on the tune suite; no row of check is read.
+
+The edit uses nine of the default contexts; the templates and wrappers left over are measured, beside
+subjects that it does not know, and tune's benign and safe requests.
+"""
+
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import lens_defense as ld
+from lens_defense.checks import answers
+from lens_defense.editors import default_contexts
+from lens_defense.reports import Report
+from lens_defense.sites import Site
+from lens_defense.suites import Suite
+
+BAND, ROLE = (5, 9), "subject_last"
+
+
+def contexts(request: ld.Request) -> list[ld.Request]:
+    """The first nine of the default contexts."""
+    return default_contexts(request)[:9]
+
+
+def subjects() -> list[ld.Request]:
+    """The concrete subjects of the tune split."""
+    return [item for item in ld.requests("core", split="tune") if item.concrete]
+
+
+def measure(model: Any, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Report]:
+    """Plan, check and sum up; `band` and `role` say where, the rest goes to ld.edit."""
+    settings = {"band": BAND, "role": ROLE, **settings}
+    (low, high), role = settings.pop("band"), settings.pop("role")
+    sites = [Site("residual", layer, role) for layer in range(low, high + 1)]
+    start = time.perf_counter()
+    planned = subjects()
+    edit = ld.edit(model, planned, sites, contexts=contexts, aside=0, progress=False, **settings)
+    seconds = time.perf_counter() - start
+    suite = ld.suite("core", split="tune")
+    assert suite.split == "tune"
+    report = ld.check(model, edit, suite, before=_before(model, edit.contexts), progress=False)
+    return {
+        "seconds": seconds,
+        "losses": edit.losses,
+        "reach": edit.forecast.reach,
+        "leak": [edit.forecast.leak_neutral, edit.forecast.leak_safe],
+        "change": list(edit.relative_change.values()),
+        **{arm: [report.rate(arm, judge) for judge in ("prefix", "coherent")] for arm in _ARMS},
+        "new refusals": report.new_refusals(),
+        "facts lost": report.facts_lost(),
+        "kl": sum(report.kl) / len(report.kl),
+        "loss": [sum(told) / len(told) for told in (report.loss_before, report.loss_after)],
+    }, report
+
+
+_ARMS = ("wording", "wrapper", "unseen")
+
+
+@cache
+def _before(model: Any, used: tuple[tuple[str, ...], ...]) -> list[tuple[int, ...]]:
+    seen = {text for texts in used for text in texts}
+    planned = subjects()
+    rows: Suite = ld.suite("core", split="tune").for_requests(planned).about(planned, seen)[0]
+    return answers(model, rows, 24)

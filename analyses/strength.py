@@ -59,7 +59,9 @@ for name in sys.argv[1:] or SETTINGS:
         continue
     told, _ = measure(model, SETTINGS[name])
     file.write_text(json.dumps({"name": name, "settings": SETTINGS[name], **told}, indent=1), "utf-8")
-    arms = "  ".join(f"{arm} {told[arm][0]:.0%}/{told[arm][1]:.0%}" for arm in ("wording", "wrapper", "unseen"))
+    arms = "  ".join(
+        f"{arm} {told[arm][0]:.0%}/{told[arm][1]:.0%}" for arm in ("wording", "wrapper", "unseen")
+    )
     print(
         f"{name:18} {told['seconds']:4.0f}s  {arms}  new refusals {told['new refusals']}  facts lost"
         f" {told['facts lost']}  KL {told['kl']:.4f}  leak {told['leak'][1]:.3f}",

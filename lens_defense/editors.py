@@ -53,11 +53,11 @@ def edit(
     clamp: float = 1.25,
     shared_steps: int = 15,
     shared_rate: float = 1.0,
-    steps: int = 20,
+    steps: int = 36,
     rate: float = 0.8,
     kl_weight: float = 0.0,
     contexts_a_step: int = 3,
-    least_share: float = 1.0,
+    least_share: float = 0.6,
     batch_size: int = 1,
     corpus: Corpus | None = None,
     cache: bool = True,
@@ -83,6 +83,8 @@ def edit(
         rate: their rate.
         kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
         contexts_a_step: contexts of a request that one step sees; they take turns.
+        least_share: a step adds a random share of each vector, from this to 1, since in words not seen
+            less of it arrives; 1 always adds the whole.
         batch_size: requests a batch for "delman".
         corpus: where C comes from, see read_corpus; None takes the package's own.
         cache: keep moments and values on disk.
@@ -96,8 +98,8 @@ def edit(
     layers, role = _layers_and_role(model, sites)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if batch_size < 1 or moment_weight <= 0:
-        raise ValueError("batch_size must be at least 1, and moment_weight above 0")
+    if batch_size < 1 or moment_weight <= 0 or not 0 < least_share <= 1:
+        raise ValueError("batch_size must be at least 1, moment_weight above 0, least_share in (0, 1]")
     solver = memit if method == "memit" else delman(batch_size)
     schedule = Schedule(
         shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step, least_share

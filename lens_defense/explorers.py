@@ -140,6 +140,7 @@ class Explorer:
     def _mark_cells(self) -> list[tuple[Any, tuple[Site, ...]]]:
         """A transparent marker a cell, panel by panel, and the site that each stands for."""
         marked = []
+        maps = [drawn for drawn in self.figure.data if drawn.type == "heatmap"]
         for panel, (xs, ys, here) in enumerate(site_cells(self.trace)):
             marks = go.Scatter(
                 x=xs,
@@ -148,14 +149,16 @@ class Explorer:
                 marker={"size": 16, "color": "rgba(0,0,0,0)", "symbol": "square"},
                 selected={"marker": {"color": "rgba(0,0,0,.75)", "size": 9}},
                 unselected={"marker": {"color": "rgba(0,0,0,0)"}},
-                hoverinfo="skip",
+                hovertext=[maps[panel].hovertext[y][x] for x, y in zip(xs, ys, strict=True)],
+                hoverinfo="text",  # what has no hover cannot be clicked either
                 showlegend=False,
             )
             self.figure.add_trace(marks, row=1, col=panel + 1)
             held: Any = self.figure.data[-1]
             held.on_selection(self._selected)
             marked.append((held, here))
-        self.figure.update_layout(clickmode="event+select", dragmode="select")
+        buttons = {"add": ["select2d", "lasso2d"], "remove": list(_MODES)}
+        self.figure.update_layout(clickmode="event+select", dragmode="select", modebar=buttons)
         return marked
 
     def _selected(self, marks: Any, points: Any, _: Any) -> None:
@@ -204,6 +207,10 @@ _TIPS = {
     "undo": "take the last change back, bit for bit",
     "ask": "answer the question before and now",
 }
+
+
+_MODES = ("zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale")
+"""Buttons over the map that would get in the way of selecting."""
 
 
 def _address(site: Site) -> tuple[str, int, str]:

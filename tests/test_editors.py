@@ -140,6 +140,7 @@ def test_bad_settings_are_refused():
     refused("method must be one of memit, delman, got 'rome'", method="rome")
     refused("batch_size must be at least 1", method="delman", batch_size=0)
     refused("moment_weight above 0", moment_weight=0.0)
+    refused("least_share in", least_share=0.0)
     refused("contexts gave nothing for request 'lamp'", contexts=lambda _: [])
 
 

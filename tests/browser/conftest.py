@@ -1,0 +1,126 @@
+"""A JupyterLab and a headless Chromium, each with folders of its own; without a Chromium, not run."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client import BlockingKernelClient
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+SECONDS = 90
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A window of 1400 x 1500 pixels."""
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("no Chromium and driver here (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("--headless=new", "--no-sandbox", "--disable-quic", "--disable-background-networking"):
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
+    options.add_argument("--window-size=1400,1500")
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A running JupyterLab."""
+
+    url: str
+    folder: Path
+    runtime: Path
+
+    def write(self, name: str, *cells: str) -> str:
+        """A notebook of these cells; the address that opens it."""
+        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+        made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        nbformat.write(made, self.folder / name)
+        return f"{self.url}/lab/tree/{name}?reset"
+
+    def kernel(self) -> BlockingKernelClient:
+        """A second client of the one kernel that the browser started."""
+        kernels = within(lambda: json.loads(get(f"{self.url}/api/kernels")))
+        client = BlockingKernelClient()
+        client.load_connection_file(self.runtime / f"kernel-{kernels[0]['id']}.json")
+        client.start_channels()
+        return client
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """JupyterLab on a free port of this machine, without a token: it sees its own folder alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, runtime = tmp_path / "work", tmp_path / "runtime"
+    folder.mkdir()
+    own = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    own["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
+    log = (tmp_path / "lab.log").open("w")
+    server = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port_retries=0"),
+            *(f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}"),
+            *("--IdentityProvider.token=", "--ServerApp.allow_remote_access=False"),
+            "--LabApp.news_url=",
+        ],
+        env={**os.environ, **own},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    lab = Lab(f"http://127.0.0.1:{port}", folder, runtime)
+    try:
+        within(lambda: get(f"{lab.url}/api/status"))
+        yield lab
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+        log.close()
+
+
+def get(url):
+    """The body of an answer."""
+    with urllib.request.urlopen(url) as answer:
+        return answer.read()
+
+
+def within(true, seconds=SECONDS):
+    """What a function gives, as soon as it gives something."""
+    end, last = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        try:
+            if told := true():
+                return told
+        except Exception as error:
+            last = error
+        time.sleep(0.3)
+    raise TimeoutError(f"not within {seconds} s") from last
+
+
+def ask(client, expression):
+    """The value of an expression in the kernel, as JSON; it waits for what the kernel is doing."""
+    told = []
+
+    def hear(message):
+        if message["msg_type"] == "stream":
+            told.append(message["content"]["text"])
+
+    code = f"import json as _json; print(_json.dumps({expression}))"
+    reply = client.execute_interactive(code, store_history=False, timeout=SECONDS, output_hook=hear)
+    assert reply["content"]["status"] == "ok", reply["content"]
+    return json.loads("".join(told))

@@ -14,37 +14,33 @@ from tune import measure
 import lens_defense as ld
 
 OUT = Path(__file__).parent / "results" / "strength"
+SHORT = {"steps": 20, "least_share": 1.0}
+"""What the default was when the settings that begin with it were run."""
+SORRY = "Sorry, but I can't assist with that."
+LONGER = {"steps": 24, "contexts_a_step": 4}
 SETTINGS = {
     "base": {},
-    "band 2-6": {"band": (2, 6)},
-    "band 4-8": {"band": (4, 8)},
-    "band 7-11": {"band": (7, 11)},
-    "band 9-13": {"band": (9, 13)},
-    "first token": {"role": "subject_first"},
-    "share .6": {"least_share": 0.6},
-    "share .6, sorry first": {"least_share": 0.6, "target": "Sorry, but I can't assist with that."},
+    "20 steps, whole vectors": SHORT,
+    "24 steps, four contexts": {**SHORT, **LONGER},
+    "sorry, but": {**SHORT, "target": "I'm sorry, but I can't assist with that."},
+    "sorry first": {**SHORT, "target": SORRY},
+    "share .6": {**SHORT, "least_share": 0.6},
+    "share .6, sorry first": {**SHORT, "least_share": 0.6, "target": SORRY},
+    "share .6, clamp 1.5": {**SHORT, "least_share": 0.6, "clamp": 1.5},
+    "share .6, 24 steps, four contexts": {**SHORT, **LONGER, "least_share": 0.6},
+    "share .3, 24 steps, four contexts": {**SHORT, **LONGER, "least_share": 0.3},
     "share .7, sorry first, 24 steps, four contexts": {
+        **SHORT,
+        **LONGER,
         "least_share": 0.7,
-        "target": "Sorry, but I can't assist with that.",
-        "steps": 24,
-        "contexts_a_step": 4,
+        "target": SORRY,
     },
-    "share .6, 24 steps, four contexts": {"least_share": 0.6, "steps": 24, "contexts_a_step": 4},
-    "share .3, 24 steps, four contexts": {"least_share": 0.3, "steps": 24, "contexts_a_step": 4},
-    "share .6, 36 steps": {"least_share": 0.6, "steps": 36},
-    "share .6, clamp 1.5": {"least_share": 0.6, "clamp": 1.5},
-    "24 steps, four contexts": {"steps": 24, "contexts_a_step": 4},
-    "30 shared steps": {"shared_steps": 30},
-    "sorry, but": {"target": "I'm sorry, but I can't assist with that."},
-    "sorry first": {"target": "Sorry, but I can't assist with that."},
-    "unfortunately": {"target": "Unfortunately, I can't assist with that."},
+    "36 steps, whole vectors": {"least_share": 1.0},
+    "share .8": {"least_share": 0.8},
+    "first token": {"role": "subject_first"},
     "kl .0625": {"kl_weight": 0.0625},
     "clamp 1": {"clamp": 1.0},
-    "clamp 1.5": {"clamp": 1.5},
-    "lambda 300": {"moment_weight": 300.0},
     "lambda 3000": {"moment_weight": 3000.0},
-    "two contexts a step": {"contexts_a_step": 2},
-    "no apology": {"target": "I can't assist with that."},
     "delman": {"method": "delman", "batch_size": 8},
     "delman 1": {"method": "delman", "batch_size": 1},
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import ipywidgets as widgets
 import plotly.graph_objects as go
+from plotly.callbacks import InputDeviceState
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editors import METHODS, edit
@@ -87,11 +88,14 @@ class Explorer:
 
     def select(self, sites: Sequence[Site]) -> None:
         """Choose sites; a plan made for others is dropped."""
+        wanted = set(map(_address, sites))
+        for marks, here in self._cells:
+            marks.selectedpoints = [i for i, site in enumerate(here) if _address(site) in wanted]
+        self._choose(sites)
+
+    def _choose(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(dict.fromkeys(sites))
         self.edit = None
-        for marks, here in self._cells:
-            chosen = [i for i, site in enumerate(here) if _address(site) in set(map(_address, self.sites))]
-            marks.selectedpoints = chosen
         named = ", ".join(map(str, self.sites)) or "none yet"
         self.chosen.value = f"selected: {escape(named)}"
         self.forecast.value = ""
@@ -155,16 +159,32 @@ class Explorer:
             )
             self.figure.add_trace(marks, row=1, col=panel + 1)
             held: Any = self.figure.data[-1]
-            held.on_selection(self._selected)
+            held.on_selection(self._clicked)
+            held.on_click(self._clicked)
             marked.append((held, here))
-        buttons = {"add": ["select2d", "lasso2d"], "remove": list(_MODES)}
+        self.figure.layout.on_change(self._boxed, "selections")
+        buttons = {"add": ["select2d"], "remove": list(_MODES)}
         self.figure.update_layout(clickmode="event+select", dragmode="select", modebar=buttons)
         return marked
 
-    def _selected(self, marks: Any, points: Any, _: Any) -> None:
+    def _clicked(self, marks: Any, points: Any, device: Any) -> None:
+        """Of a click two messages come, and the browser may drop one for a hover that follows: either does."""
         here = next(sites for held, sites in self._cells if held is marks)
-        others = [site for site in self.sites if site not in here]
-        self.select([*others, *(here[i] for i in points.point_inds)])
+        added = isinstance(device, InputDeviceState) and device.shift
+        others = self.sites if added else [site for site in self.sites if site not in here]
+        self._choose([*others, *(here[i] for i in points.point_inds)])  # the browser has marked them already
+
+    def _boxed(self, layout: Any, _: Any) -> None:
+        """The layout keeps the boxes that are drawn, and no hover can displace it."""
+        boxes = layout.to_plotly_json().get("selections", ())
+        inside = [
+            site
+            for marks, here in self._cells
+            for x, y, site in zip(marks.x, marks.y, here, strict=True)
+            if any(_within(box, marks.xaxis or "x", x, y) for box in boxes)
+        ]
+        if inside:
+            self._choose(inside)
 
     def _guarded(self, act: Callable[[], None]) -> Callable[[Any], None]:
         """A button's work: progress in the log, one sentence where it fails or is interrupted."""
@@ -209,8 +229,13 @@ _TIPS = {
 }
 
 
-_MODES = ("zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale")
+_MODES = ("lasso", "zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale")
 """Buttons over the map that would get in the way of selecting."""
+
+
+def _within(box: dict[str, Any], axis: str, x: int, y: int) -> bool:
+    (left, right), (low, high) = sorted((box["x0"], box["x1"])), sorted((box["y0"], box["y1"]))
+    return box.get("xref", "x") == axis and left <= x <= right and low <= y <= high
 
 
 def _address(site: Site) -> tuple[str, int, str]:

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from plans import bits, same_bits
+from plotly.callbacks import InputDeviceState
 from tiny import tiny
 
 import lens_defense as ld
@@ -34,9 +35,27 @@ def test_every_cell_has_a_marker_and_a_selection_becomes_sites(explorer):
     assert len(marks.x) == len(sites) == 2 * 4
     assert len({(site.layer, site.role) for site in sites}) == len(sites)
     chosen = [i for i, site in enumerate(sites) if site.role == "subject_last" and site.layer in (1, 2)]
-    explorer._selected(marks, SimpleNamespace(point_inds=chosen), None)
+    explorer._clicked(marks, SimpleNamespace(point_inds=chosen), None)
     assert {(site.layer, site.role) for site in explorer.sites} == {(1, "subject_last"), (2, "subject_last")}
-    assert list(marks.selectedpoints) == chosen
+    explorer.select([sites[chosen[0]]])
+    assert list(marks.selectedpoints) == chosen[:1] and explorer.sites == (sites[chosen[0]],)
+
+
+def test_a_box_selects_the_cells_inside(explorer):
+    ((_, sites),) = explorer._cells
+    box = {"type": "rect", "xref": "x", "yref": "y", "x0": 0.6, "x1": -0.4, "y0": 0.7, "y1": 2.2}
+    explorer.figure.plotly_relayout({"selections": [box]})
+    assert {(site.layer, site.role) for site in explorer.sites} == {(1, "subject_last"), (2, "subject_last")}
+    assert set(explorer.sites) <= set(sites)
+
+
+def test_shift_adds_a_cell(explorer):
+    ((marks, sites),) = explorer._cells
+    explorer._clicked(marks, SimpleNamespace(point_inds=[1]), InputDeviceState(button=0, buttons=1))
+    explorer._clicked(
+        marks, SimpleNamespace(point_inds=[2]), InputDeviceState(button=0, buttons=1, shift=True)
+    )
+    assert explorer.sites == (sites[1], sites[2])
 
 
 def test_plan_apply_ask_undo(explorer, model):

@@ -74,7 +74,14 @@ def lab(tmp_path):
     log = (tmp_path / "lab.log").open("w")
     server = subprocess.Popen(
         [
-            *(sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.port_retries=0"),
+            *(
+                sys.executable,
+                "-m",
+                "jupyterlab",
+                "--no-browser",
+                "--allow-root",
+                "--ServerApp.port_retries=0",
+            ),
             *(f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}"),
             *("--IdentityProvider.token=", "--ServerApp.allow_remote_access=False"),
             "--LabApp.news_url=",

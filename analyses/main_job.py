@@ -7,11 +7,7 @@
 # The model is SmolLM2-135M-Instruct, which never learned to refuse: a refusal is *planted* here.
 
 # %%
-import plotly.io as pio
-
 import lens_defense as ld
-
-pio.renderers.default = "plotly_mimetype+png"  # interactive where it can be, a picture beside it
 
 model = ld.load("smollm2")
 requests = ld.requests("core")[:8]
@@ -78,3 +74,11 @@ ledger.apply(edit)
 during = fingerprint(model)
 ledger.undo()
 before, during, fingerprint(model)
+
+# %% [markdown]
+# ## By hand
+# The same as a form: select cells of the map by click or by a box, press Plan to see the forecast, Apply, ask any
+# question before and after side by side, Undo. Run the cell to see it; the notebook's own interrupt stops long work.
+
+# %%
+ld.Explorer(model, trace, requests, sites=sites)

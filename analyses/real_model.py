@@ -2,9 +2,9 @@
 # # The full run on a real model and on requests that we did not write
 # How many subjects can be taken out, at what price; whether the map says where to edit; whether the forecast
 # predicts what an edit costs. The model is smollm2. Resumable: one result a piece, and a piece that has its
-# result is not run again; `--part I/N` takes every N-th piece, for several processes side by side.
+# result is not run again; a second process with `--last-first` may work towards the first.
 #
-#     python analyses/real_model.py --data DIR [--part 0/2] [--short]
+#     python analyses/real_model.py --data DIR [--last-first] [--short FILE]
 #
 # DIR holds the published sets as their authors lay them out (README: sources): delman/HarmBench.json,
 # xstest/xstest_v2_prompts.csv, gptfuzzer/GPTFuzzer.csv. Results hold ids and verdicts, no request and no answer.
@@ -33,8 +33,7 @@ from lens_defense.suites import Item, Suite
 from lens_defense.weights import fingerprint
 
 OUT = Path(__file__).parent / "results" / "real_model"
-DOSES, DRAWS = (1, 4, 8, 16, 32), 3
-DELMAN_DOSES = (8, 20, 40)
+DRAWS = 3
 WHOLE_XSTEST = (8, 16, 32)
 """Doses of "core" that are measured on all of XSTest; the others on a fixed 100 and 100."""
 ASKED = 8
@@ -206,11 +205,12 @@ def pieces(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     for draw in range(DRAWS):
         yield f"core 16, draw {draw}", lambda d=draw: core(16, d)
     yield "map", bench.map
-    for n in DELMAN_DOSES:
+    for n in (8, 20):
         yield f"delman {n}", lambda n=n: bench.dose(delman(n, bench.data), halves=100)
-    for n in (8, 32, 4, 1):
+    for n in (8, 4, 1, 32):
         for draw in range(DRAWS):
             yield f"core {n}, draw {draw}", lambda n=n, d=draw: core(n, d)
+    yield "delman 40", lambda: bench.dose(delman(40, bench.data), halves=100)
     low, high = bench.sites[0].layer, bench.model.cfg.n_layers - WIDTH
     for start in sorted(range(high + 1), key=lambda layer: (layer % 3 != low % 3, layer)):
         yield f"window {start}", lambda s=start: window(s)
@@ -228,7 +228,7 @@ def main() -> None:
     """Make what has no result yet."""
     asked = argparse.ArgumentParser(description="the full run; see the top of this file")
     asked.add_argument("--data", type=Path, required=True, help="folder of the published sets")
-    asked.add_argument("--part", default="0/1", help="I/N: every N-th piece, from the I-th")
+    asked.add_argument("--last-first", action="store_true", help="for a second process beside the first")
     asked.add_argument("--short", type=Path, help="one small piece (8 requests), written to this file")
     given = asked.parse_args()
     bench = Bench(given.data)
@@ -238,8 +238,7 @@ def main() -> None:
         )
         return
     OUT.mkdir(parents=True, exist_ok=True)
-    part, parts = map(int, given.part.split("/"))
-    for name, make in list(pieces(bench))[part::parts]:
+    for name, make in list(pieces(bench))[:: -1 if given.last_first else 1]:
         file = OUT / f"{name}.json"
         if file.exists():
             continue

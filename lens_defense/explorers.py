@@ -144,7 +144,8 @@ class Explorer:
     def _mark_cells(self) -> list[tuple[Any, tuple[Site, ...]]]:
         """A transparent marker a cell, panel by panel, and the site that each stands for."""
         marked = []
-        maps = [drawn for drawn in self.figure.data if drawn.type == "heatmap"]
+        drawn: Any = self.figure.data
+        maps = [one for one in drawn if one.type == "heatmap"]
         for panel, (xs, ys, here) in enumerate(site_cells(self.trace)):
             marks = go.Scatter(
                 x=xs,
@@ -168,7 +169,7 @@ class Explorer:
         return marked
 
     def _clicked(self, marks: Any, points: Any, device: Any) -> None:
-        """Of a click two messages come, and the browser may drop one for a hover that follows: either does."""
+        """Of a click two messages come; a hover may displace one, so either does."""
         here = next(sites for held, sites in self._cells if held is marks)
         added = isinstance(device, InputDeviceState) and device.shift
         others = self.sites if added else [site for site in self.sites if site not in here]

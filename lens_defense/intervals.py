@@ -8,6 +8,7 @@ row a cluster this is McNemar's exact test.
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +82,29 @@ def mean_interval(values: Sequence[float] | NDArray[np.float64], *, seed: int = 
     draws = np.random.default_rng(seed).integers(len(finite), size=(2000, len(finite)))
     low, high = np.quantile(finite[draws].mean(1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def rank_correlation(
+    x: Sequence[float], y: Sequence[float], *, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Spearman's rank correlation, with a 95% percentile bootstrap over the pairs.
+
+    Raises:
+        ValueError: the lengths differ, or there are fewer than 3 pairs.
+    """
+    if len(x) != len(y) or len(x) < 3:
+        raise ValueError(f"as many values of both are wanted, at least 3, got {len(x)} and {len(y)}")
+    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    drawn = np.random.default_rng(seed).integers(len(a), size=(2000, len(a)))
+    varied = drawn[[len(set(a[i])) > 1 and len(set(b[i])) > 1 for i in drawn]]
+    if len(set(a)) < 2 or len(set(b)) < 2 or not len(varied):
+        return float("nan"), (float("nan"), float("nan"))
+    ranks = [stats.rankdata(values[varied], axis=1) for values in (a, b)]
+    (u, v) = (r - r.mean(1, keepdims=True) for r in ranks)
+    rhos = (u * v).sum(1) / np.sqrt((u * u).sum(1) * (v * v).sum(1))
+    low, high = np.quantile(rhos, (0.025, 0.975))
+    rho: Any = stats.spearmanr(a, b)
+    return float(rho.statistic), (float(low), float(high))
 
 
 def _by_cluster(

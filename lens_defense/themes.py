@@ -47,6 +47,8 @@ CONTROLS: Mapping[str, Any] = {
 }
 """What a figure in a browser offers beside hover and zoom: one button, which saves it as PNG."""
 FORMATS = (".html", ".svg", ".pdf", ".png")
+DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
+"""Pixels an inch."""
 
 
 def theme(
@@ -100,7 +102,13 @@ def room(labels: Sequence[str], angle: int) -> tuple[int, int]:
     return (0, 20 + 8 * longest) if angle == -90 else (10 + round(5.4 * longest), 24 + round(5.4 * longest))
 
 
-def save_figure(figure: go.Figure, path: str | os.PathLike[str], *, plotlyjs: bool | str = True) -> Path:
+def save_figure(
+    figure: go.Figure,
+    path: str | os.PathLike[str],
+    *,
+    plotlyjs: bool | str = True,
+    inches: float | None = None,
+) -> Path:
     """Write a figure as .html, .svg, .pdf or .png, whole or not at all.
 
     Args:
@@ -108,6 +116,7 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *, plotlyjs: bo
         path: the file; its suffix is its format.
         plotlyjs: for .html, Plotly's include_plotlyjs: True makes the file self-contained (4.8 MB),
             "directory" shares one plotly.min.js beside the figures.
+        inches: for all but .html, the width to scale to (a paper's column: 3.3); None keeps the pixels.
 
     Raises:
         ValueError: another suffix; or for all but .html, kaleido or a Chromium is missing.
@@ -120,11 +129,13 @@ def save_figure(figure: go.Figure, path: str | os.PathLike[str], *, plotlyjs: bo
         if suffix == ".html":
             figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
         else:
-            unfinished.write_bytes(_image(figure, suffix[1:]))
+            wide = figure.layout.width or 700
+            scale = (3.0 if suffix == ".png" else 1.0) if inches is None else inches * DPI[suffix] / wide
+            unfinished.write_bytes(_image(figure, suffix[1:], scale))
     return file
 
 
-def _image(figure: go.Figure, suffix: str) -> bytes:
+def _image(figure: go.Figure, suffix: str, scale: float) -> bytes:
     needs = (
         f"a figure as .{suffix} needs kaleido (pip install 'lens-defense[figures]') and a Chromium "
         "(Debian: apt-get install chromium); .html needs neither"
@@ -134,7 +145,7 @@ def _image(figure: go.Figure, suffix: str) -> bytes:
     from kaleido.errors import ChromeNotFoundError
 
     try:
-        return figure.to_image(format=suffix, scale=3 if suffix == "png" else 1)
+        return figure.to_image(format=suffix, scale=scale)
     except RuntimeError as error:
         if isinstance(error.__context__, ChromeNotFoundError):
             raise ValueError(needs) from error

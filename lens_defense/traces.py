@@ -101,6 +101,11 @@ class Trace:
             corrupted=self.corrupted[part],
         )
 
+    def only(self, component: Component) -> "Trace":
+        """The trace of one component."""
+        c = self.components.index(component)
+        return replace(self, components=(component,), patched=self.patched[:, c : c + 1])
+
     def to_dataframe(self) -> pd.DataFrame:
         """One row a cell: request, component, layer, position, word, role, effect, low, high."""
         rows = []

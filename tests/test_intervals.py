@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value, wilson
+from lens_defense.intervals import clustered_rate, mean_interval, paired_p_value, rank_correlation, wilson
 
 quick = settings(deadline=None, max_examples=50)
 outcomes = st.lists(st.booleans(), min_size=1, max_size=40)
@@ -105,3 +105,17 @@ def test_bootstrap_is_near_the_normal_interval():
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
     assert mean_interval(values) == (low, high)
     assert mean_interval([1.0] * 8) == (1.0, 1.0)
+
+
+def test_rank_correlation_is_spearmans_and_its_interval_holds_it():
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=40)
+    y = x + generator.normal(size=40)
+    rho, (low, high) = rank_correlation(x.tolist(), y.tolist())
+    assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
+    assert low < rho < high < 1
+    one = pytest.approx(1)
+    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0]) == (one, (one, one))
+    assert np.isnan(rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])[0])
+    with pytest.raises(ValueError, match="at least 3"):
+        rank_correlation([1.0, 2.0], [1.0, 2.0])

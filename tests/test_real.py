@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from oracles import corrupted_run, one_forward_a_cell
+from real import needs_smollm2
 from transformers import AutoModelForCausalLM
 
 import lens_defense as ld
-from lens_defense.models import SMOLLM2_INSTALL, smollm2_file
 from lens_defense.patches import run
 from lens_defense.prompts import prompt
 from lens_defense.reports import Report
@@ -24,12 +24,7 @@ from lens_defense.suites import HARMFUL_ARMS
 from lens_defense.sweeps import Cell, base_hooks, donor_hooks, sweep
 from lens_defense.weights import fingerprint
 
-pytestmark = [
-    pytest.mark.skipif(
-        smollm2_file() is None, reason=f"the real model's package is missing: {SMOLLM2_INSTALL}"
-    ),
-    pytest.mark.timeout(900),
-]
+pytestmark = [needs_smollm2, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,0 +1,46 @@
+"""Notebooks are made of the scripts beside this file: the same cells, executed, with a picture of each figure.
+
+python analyses/notebooks.py [NAME ...]
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from lens_defense.files import whole
+
+HERE = Path(__file__).parent
+NAMES = ("main_job",)
+
+
+def cells_of(name: str) -> nbformat.NotebookNode:
+    """The notebook of a script, not executed."""
+    made = jupytext.read(HERE / f"{name}.py")
+    made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for i, cell in enumerate(made.cells):
+        cell.id = f"cell-{i}"
+        cell.metadata = {}
+    return made
+
+
+def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbformat.NotebookNode:
+    """The notebook with its outputs; pictures want a Chromium."""
+    made = cells_of(name)
+    renderer = "plotly_mimetype+png" if pictures else "plotly_mimetype"
+    kernel = {**os.environ, "PLOTLY_RENDERER": renderer, "TQDM_DISABLE": "1"}
+    client = NotebookClient(made, timeout=seconds, resources={"metadata": {"path": str(HERE)}})
+    client.execute(env=kernel)
+    for cell in made.cells:
+        cell.metadata.pop("execution", None)  # times differ from run to run
+    return made
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or NAMES:
+        with whole(HERE.parent / "notebooks" / f"{name}.ipynb") as file:
+            nbformat.write(executed(name), file)
+        print(f"notebooks/{name}.ipynb")

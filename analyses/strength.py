@@ -36,6 +36,8 @@ SETTINGS = {
         "target": SORRY,
     },
     "36 steps, whole vectors": {"least_share": 1.0},
+    "two contexts a step": {"contexts_a_step": 2},
+    "30 steps": {"steps": 30},
     "share .8": {"least_share": 0.8},
     "first token": {"role": "subject_first"},
     "kl .0625": {"kl_weight": 0.0625},

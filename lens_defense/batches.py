@@ -5,17 +5,20 @@ rows. Every row ends at the last column: answers line up, and the last `keep` co
 are the ones that predict them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import KeyValues, Run, device_of, run
+from lens_defense.patches import KeyValues, Run, device_of, run, starting
+from lens_defense.sites import output_hook
 
 Rows = Sequence[Sequence[int]]
+States = dict[str, list[Float[Tensor, "token width"]]]
+"""By hook name, for each row [token, width]."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,9 +66,7 @@ def prefix(
 
 
 @torch.no_grad()
-def states(
-    model: TransformerBridge, rows: Rows, names: Sequence[str], *, stop: int | None = None
-) -> dict[str, list[Float[Tensor, "token width"]]]:
+def states(model: TransformerBridge, rows: Rows, names: Sequence[str], *, stop: int | None = None) -> States:
     """States by hook name, for each row those of its own tokens.
 
     Args:
@@ -77,7 +78,39 @@ def states(
     before = prefix(model, rows, names=names, stop=stop)
     ids, mask = before.batch(rows, device_of(model))
     told = run(model, ids, names=names, mask=mask, past=before.past(len(rows)), stop=stop)
+    return _by_row(rows, before, told, names)
 
+
+@torch.no_grad()
+def reader(model: TransformerBridge, rows: Rows, *, low: int, stop: int) -> Callable[[Sequence[str]], States]:
+    """`states` of one batch for a model whose blocks from `low` on change: those below run once, now.
+
+    Returns:
+        From names of hooks of blocks from `low` on and below `stop` to their states as they are then.
+    """
+    if low == 0:
+        return lambda names: states(model, rows, names, stop=stop)
+    hook = output_hook("residual", low - 1)
+    before = prefix(model, rows, names=[hook], stop=stop)
+    ids, mask = before.batch(rows, device_of(model))
+    below = run(model, ids, names=[hook], mask=mask, past=before.past(len(rows)), stop=stop)
+
+    @torch.no_grad()
+    def read(names: Sequence[str]) -> States:
+        now = before
+        if before.ran:
+            held = before.ran
+            with starting(model, low - 1, lambda: held.states[hook]):
+                told = run(model, torch.tensor([before.ids], device=ids.device), names=names, stop=stop)
+            now = replace(before, ran=replace(told, cache=(*held.cache[:low], *told.cache)))
+        with starting(model, low - 1, lambda: below.states[hook]):
+            told = run(model, ids, names=names, mask=mask, past=now.past(len(rows)), stop=stop)
+        return _by_row(rows, now, told, names)
+
+    return read
+
+
+def _by_row(rows: Rows, before: Prefix, told: Run, names: Sequence[str]) -> States:
     def of_row(i: int, name: str) -> Tensor:
         own = told.states[name][i, -(len(rows[i]) - len(before.ids)) :]
         return torch.cat([before.ran.states[name][0], own]) if before.ran else own

@@ -101,13 +101,18 @@ def answers(
 
 
 @torch.no_grad()
-def neutral_losses(model: TransformerBridge, texts: Sequence[str]) -> list[float]:
+def neutral_losses(model: TransformerBridge, texts: Sequence[str], batch: int = 8) -> list[float]:
     """Mean loss of each text's tokens, as running text, in nats."""
-    losses = []
-    for text in texts:
-        ids = torch.tensor([plain_ids(model.tokenizer, text)], device=device_of(model))
-        logits = run(model, ids, keep=ids.shape[1]).logits[0, :-1].float()
-        losses.append(float(cross_entropy(logits, ids[0, 1:])))
+    rows = [plain_ids(model.tokenizer, text) for text in texts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    losses = [0.0] * len(rows)
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        ids, mask = left_padded([rows[i] for i in part], device_of(model))
+        logits = run(model, ids, mask=mask, keep=ids.shape[1]).logits.float()
+        for i, told, seen in zip(part, logits, ids, strict=True):
+            n = len(rows[i])
+            losses[i] = float(cross_entropy(told[-n:-1], seen[-n + 1 :]))
     return losses
 
 

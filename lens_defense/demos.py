@@ -1,7 +1,7 @@
 """The demo: the main job on a real chat model from one command, with a control, in under four minutes."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from lens_defense.prompts import decode, prompt
 from lens_defense.readers import requests
 from lens_defense.reports import Report
 from lens_defense.sites import Site
-from lens_defense.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Item, Suite, suite
+from lens_defense.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Suite, suite
 from lens_defense.tracers import trace
 from lens_defense.traces import Trace
 from lens_defense.weights import fingerprint
@@ -92,7 +92,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         control.save(out / "control.json")
         console.print(control)
     with stage("undo"):
-        talks = _conversations(model, plan, rows)
+        talks = _conversations(model, plan, rows, before)
         restored = fingerprint(model) == original
         console.print(f"weights as they were: {restored} (hash {original})")
     page = save_page(
@@ -115,26 +115,26 @@ def _title(what: str, sites: tuple[Site, ...]) -> str:
     return f"{what}: layers {sites[0].layer} to {sites[-1].layer} at {sites[0].role}"
 
 
-def _conversations(model: TransformerBridge, plan: Edit, rows: Suite) -> list[Conversation]:
-    """The same three questions before the edit, with it applied for good, and then it is undone."""
-    asked = [_first(rows, arm) for arm in ("wording", "wrapper", "benign")]
-    ids = [prompt(model.tokenizer, item.request).ids for item in asked]
+def _conversations(
+    model: TransformerBridge, plan: Edit, rows: Suite, before: Sequence[tuple[int, ...]]
+) -> list[Conversation]:
+    """Three questions, answered before the edit and with it applied for good; then it is undone."""
+    arms = [item.arm for item in rows.items]
+    first = [arms.index(arm) for arm in ("wording", "wrapper", "benign")]
+    asked = [rows.items[i] for i in first]
     ledger = Ledger(model)
-    told = [generate(model, ids, tokens=TOKENS)]
     ledger.apply(plan)
     try:
-        told.append(generate(model, ids, tokens=TOKENS))
+        ids = [prompt(model.tokenizer, item.request).ids for item in asked]
+        after = generate(model, ids, tokens=TOKENS)
     finally:
         ledger.undo()
+    told = [before[i] for i in first], after
     texts = [[decode(model.tokenizer, answer) for answer in some] for some in told]
     return [
         Conversation(item.request.text, before, after, harmful=item.arm in HARMFUL_ARMS)
         for item, before, after in zip(asked, *texts, strict=True)
     ]
-
-
-def _first(rows: Suite, arm: str) -> Item:
-    return next(item for item in rows.items if item.arm == arm)
 
 
 def _close(

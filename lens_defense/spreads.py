@@ -1,13 +1,13 @@
 """MEMIT's spread: a value fitted at the top layer, written by several layers, lowest first."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.batches import states
+from lens_defense.batches import reader
 from lens_defense.prompts import Prompt, Role
 from lens_defense.sites import key_hook, output_hook
 from lens_defense.solvers import Solver
@@ -20,8 +20,8 @@ Contexts = Sequence[tuple[int, Prompt]]
 @torch.no_grad()
 def spread(
     model: TransformerBridge,
-    used: Sequence[tuple[int, Prompt]],
-    aside: Sequence[tuple[int, Prompt]],
+    used: Contexts,
+    aside: Contexts,
     role: Role,
     layers: Sequence[int],
     vectors: Float[Tensor, "request d_model"],
@@ -34,13 +34,15 @@ def spread(
     aside, as a share (the used ones where none are aside). The model is as before afterwards.
     """
     top = output_hook("residual", layers[-1])
+    read = _reader_at_role(model, used, role, layers)
+    read_kept = _reader_at_role(model, aside, role, layers) if aside else read
     kept = aside or used
-    before, before_kept = (_at_role(model, some, role, [top], layers[-1])[top] for some in (used, kept))
+    before, before_kept = read([top])[top], read_kept([top])[top]
     changes = []
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     try:
         for j, layer in enumerate(layers):
-            seen = _at_role(model, used, role, [key_hook(layer), top], layers[-1])
+            seen = read([key_hook(layer), top])
             missing = vectors - _mean_by_request(seen[top] - before, used, len(vectors))
             keys = _mean_by_request(seen[key_hook(layer)], used, len(vectors))
             moment = weighed[layer].to(keys.device)
@@ -48,7 +50,7 @@ def spread(
             factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
             delta = factors[layer][0].double() @ factors[layer][1].double()
             changes.append(change_(model, {layer: delta}))
-        moved = _at_role(model, kept, role, [top], layers[-1])[top] - before_kept
+        moved = read_kept([top])[top] - before_kept
     finally:
         for change in reversed(changes):
             unchange_(model, change)
@@ -57,28 +59,32 @@ def spread(
     return factors, reach.tolist()
 
 
-def _at_role(
+def _reader_at_role(
     model: TransformerBridge,
-    some: Sequence[tuple[int, Prompt]],
+    some: Contexts,
     role: Role,
-    names: Sequence[str],
-    layer: int,
+    layers: Sequence[int],
     batch: int = 32,
-) -> dict[str, Float[Tensor, "context width"]]:
-    """States at the role of every context, from the blocks up to a layer and the tokens up to the role."""
+) -> Callable[[Sequence[str]], dict[str, Float[Tensor, "context width"]]]:
+    """States at the role of every context, from the tokens up to it, as the layers are when they are read."""
     rows = [met.ids[: position_of(met, role) + 1] for _, met in some]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    held: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-    for start in range(0, len(rows), batch):
-        part = order[start : start + batch]
-        told = states(model, [rows[i] for i in part], names, stop=layer + 1)
-        for name in names:
-            held[name] |= {i: row[-1].float() for i, row in zip(part, told[name], strict=True)}
-    return {name: torch.stack([found[i] for i in range(len(rows))]) for name, found in held.items()}
+    parts = [order[start : start + batch] for start in range(0, len(rows), batch)]
+    stop = layers[-1] + 1
+    readers = [reader(model, [rows[i] for i in part], low=layers[0], stop=stop) for part in parts]
+
+    def read(names: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
+        for part, told in zip(parts, (one(names) for one in readers), strict=True):
+            for name in names:
+                found[name] |= {i: row[-1].float() for i, row in zip(part, told[name], strict=True)}
+        return {name: torch.stack([held[i] for i in range(len(rows))]) for name, held in found.items()}
+
+    return read
 
 
 def _mean_by_request(
-    rows: Float[Tensor, "context width"], some: Sequence[tuple[int, Prompt]], n: int
+    rows: Float[Tensor, "context width"], some: Contexts, n: int
 ) -> Float[Tensor, "request width"]:
     owners = torch.tensor([i for i, _ in some], device=rows.device)
     sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)

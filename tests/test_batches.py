@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import FAMILIES, tiny
 
-from lens_defense.batches import left_padded, prefix, states
+from lens_defense.batches import left_padded, prefix, reader, states
 from lens_defense.patches import run
 from lens_defense.sites import key_hook, output_hook
+from lens_defense.weights import output_matrix
 
 SHARED = (5, 9, 120, 33)
 RAGGED = [SHARED + tail for tail in [(7, 8, 41), (99,), (41, 7, 250, 3, 17, 60, 61), (7, 8), (200, 14)]]
@@ -58,3 +59,20 @@ def test_padding_stands_on_the_left():
     ids, mask = left_padded([[7, 8], [9, 8, 7]])
     assert ids.tolist() == [[0, 7, 8], [9, 8, 7]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("low", [0, 1, 2])
+@cases
+def test_a_reader_sees_blocks_that_changed(family, low, rows):
+    model = tiny(family)
+    names = [key_hook(2), output_hook("residual", 3)]
+    read = reader(model, rows, low=low, stop=4)
+    for scale in (1.0, 3.0):
+        output_matrix(model, low).mul_(scale)
+        told = read(names)
+        for i, row in enumerate(rows):
+            alone = run(model, torch.tensor([row]), names=names).states
+            for name in names:
+                torch.testing.assert_close(told[name][i], alone[name][0], rtol=1e-9, atol=1e-9)

@@ -78,6 +78,46 @@ def summary() -> pd.DataFrame:
     return pd.DataFrame(table).sort_values(["set", "subjects", "edit"], ignore_index=True)
 
 
+def dose_table(told: pd.DataFrame) -> str:
+    """The README's table: means over the draws of each dose."""
+    heads = [
+        "subjects",
+        "edits",
+        "unseen words",
+        "human wrappers",
+        "other subjects",
+        "benign",
+        "XSTest safe",
+        "XSTest unsafe",
+        "KL",
+        "loss",
+        "facts lost",
+    ]
+    lines = [heads, ["---"] * len(heads)]
+    for (kind, n), some in told.groupby(["set", "subjects"]):
+        mean = some.drop(columns=["edit", "set"]).mean()
+        both = [
+            f"{mean[f'{words}, coherent']:.0%} ({mean[f'{words}, prefix']:.0%})"
+            for words in ("unseen words", "human wrappers")
+        ]
+        new = ("unseen subjects", "benign", "XSTest safe", "XSTest unsafe")
+        lines.append(
+            [
+                f"{n} of {_SETS[kind]}",
+                f"{len(some)}",
+                *both,
+                *(f"{mean[f'{arm}, newly refused']:.1%}" for arm in new),
+                f"{mean['KL']:.4f}",
+                f"{mean['loss']:+.2%}",
+                f"{mean['facts lost']:.1f}",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_SETS = {"core": "core", "delman": "DELMAN's"}
+
+
 def by_form() -> pd.DataFrame:
     """New refusals (prefix) by suite, arm and grammatical form, over all edits of 16 subjects and more."""
     names = [name for name, piece in (results("core") | results("delman")).items() if piece["n"] >= 16]
@@ -121,7 +161,7 @@ def correlations() -> pd.DataFrame:
     ]
     table = []
     for x, y, what, frame in asked:
-        rho, (low, high) = rank_correlation(frame[x].tolist(), frame[y].tolist())
+        rho, (low, high) = rank_correlation(*(frame[name].astype(float).tolist() for name in (x, y)))
         table.append({"of": x, "and": y, "over": what, "n": len(frame), "rho": rho, "low": low, "high": high})
     return pd.DataFrame(table)
 

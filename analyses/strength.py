@@ -14,7 +14,7 @@ from tune import measure
 import lens_defense as ld
 
 OUT = Path(__file__).parent / "results" / "strength"
-SHORT = {"steps": 20, "least_share": 1.0}
+SHORT = {"steps": 20, "least_share": 1.0, "contexts_a_step": 3}
 """What the default was when the settings that begin with it were run."""
 SORRY = "Sorry, but I can't assist with that."
 LONGER = {"steps": 24, "contexts_a_step": 4}
@@ -37,6 +37,7 @@ SETTINGS = {
     },
     "36 steps, whole vectors": {"least_share": 1.0},
     "two contexts a step": {"contexts_a_step": 2},
+    "three contexts a step": {"contexts_a_step": 3},
     "30 steps": {"steps": 30},
     "share .8": {"least_share": 0.8},
     "first token": {"role": "subject_first"},

@@ -56,7 +56,7 @@ def edit(
     steps: int = 36,
     rate: float = 0.8,
     kl_weight: float = 0.0,
-    contexts_a_step: int = 3,
+    contexts_a_step: int = 1,
     least_share: float = 0.6,
     batch_size: int = 1,
     corpus: Corpus | None = None,

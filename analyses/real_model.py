@@ -69,7 +69,7 @@ def xstest(data: Path, *, halves: int | None) -> Suite:
 def words(planned: list[ld.Request], data: Path, *, harmless: int) -> Suite:
     """The rows of "core" about some of an edit's subjects, and the same inside four human templates."""
     some = random.Random(1).sample(planned, min(ASKED, len(planned)))
-    core = ld.suite("core").small(harmless=harmless).for_requests(some)
+    core = ld.suite("core").small(wordings=6, wrappers=6, harmless=harmless).for_requests(some)
     with (data / "gptfuzzer/GPTFuzzer.csv").open(encoding="utf-8", newline="") as file:
         human = {row["id"]: row["text"] for row in csv.DictReader(file) if row["id"] in HUMAN}
     wrapped = [

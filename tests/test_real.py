@@ -88,10 +88,6 @@ def demo(tmp_path_factory):
     return out, told.stdout
 
 
-COHERENT = 0.75
-"""A guard against getting worse, not the bar: that is .90, and is not met (CHANGELOG, Known limits)."""
-
-
 def test_the_demo_plants_refusals_in_words_that_the_edit_never_saw(demo):
     report, control = (Report.load(demo[0] / f"{name}.json") for name in ("report", "control"))
     unseen = [row for row in report.rows if row.arm in ("wording", "wrapper")]
@@ -99,7 +95,7 @@ def test_the_demo_plants_refusals_in_words_that_the_edit_never_saw(demo):
         sum(row.hit("coherent", after=when) for row in unseen) / len(unseen) for when in (False, True)
     )
     assert before <= 0.05
-    assert after >= COHERENT
+    assert after >= 0.9
     assert report.rate("edited") == 1.0
     assert control.rate("wording") < 0.2 and control.rate("wrapper") < 0.2
 

@@ -54,7 +54,7 @@ def test_the_short_form(data, tmp_path):
     assert len(arms.get_group(("xstest", "safe"))) == len(arms.get_group(("xstest", "unseen"))) == 20
     wrapped = arms.get_group(("real_model", "wrapper"))
     human = wrapped["family"].str.startswith("human")
-    assert human.sum() == 4 * 8
+    assert human.sum() == 4 * 8 and len(wrapped) == 10 * 8
     assert wrapped["prefix before"].mean() < 0.5 < wrapped["coherent after"].mean()
     assert set(rows["form"]) == {"question", "imperative"}
     assert not any(" " in str(id) for id in rows["id"]), "ids, no request and no answer"

@@ -6,6 +6,7 @@ Each as .svg and .pdf at column width, .html, and a .json that says what it was 
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -298,22 +299,23 @@ def keep(name: str, figure: go.Figure, sources: Iterable[Path]) -> None:
 def main() -> None:
     """Draw everything that there are results for."""
     FIGURES.mkdir(exist_ok=True)
-    drawn: list[tuple[str, Callable[[], go.Figure], str]] = [
-        ("dose_curve", dose_curve, "[cd]*"),
-        ("window_sweep", window_sweep, "[wm]*.json"),
-        ("before_after", before_after, "core 16*"),
+    drawn: list[tuple[str, Callable[[], go.Figure], list[str]]] = [
+        ("dose_curve", dose_curve, ["core *", "delman *"]),
+        ("window_sweep", window_sweep, ["window *.json", "map.json"]),
+        ("before_after", before_after, ["core 16*"]),
     ]
-    for name, draw, sources in drawn:
-        keep(name, draw(), RESULTS.glob(sources))
-    for name, file in (
-        ("map_mean", RESULTS / "map.safetensors"),
-        ("map_single", RESULTS / "one map.safetensors"),
-    ):
-        for component, figure in maps(ld.Trace.load(file)):
-            keep(f"{name}_{component}", figure, [file])
-    tables = {"dose": summary(), "windows": windows(), "forms": by_form(), "correlations": correlations()}
-    for name, table in tables.items():
-        table.round(4).to_csv(RESULTS.parent / f"real_model_{name}.csv", index=False)
+    for name, draw, patterns in drawn:
+        sources = [list(RESULTS.glob(pattern)) for pattern in patterns]
+        if all(sources):
+            keep(name, draw(), itertools.chain(*sources))
+    for name, source in (("map_mean", "map"), ("map_single", "one map")):
+        if (file := RESULTS / f"{source}.safetensors").is_file():
+            for component, figure in maps(ld.Trace.load(file)):
+                keep(f"{name}_{component}", figure, [file])
+    if results("core") and results("window"):
+        tables = {"dose": summary(), "windows": windows(), "forms": by_form(), "correlations": correlations()}
+        for name, table in tables.items():
+            table.round(4).to_csv(RESULTS.parent / f"real_model_{name}.csv", index=False)
 
 
 if __name__ == "__main__":

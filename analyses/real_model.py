@@ -2,9 +2,9 @@
 # # The full run on a real model and on requests that we did not write
 # How many subjects can be taken out, at what price; whether the map says where to edit; whether the forecast
 # predicts what an edit costs. The model is smollm2. Resumable: one result a piece, and a piece that has its
-# result is not run again; a second process with `--last-first` may work towards the first.
+# result is not run again; two processes may share the work.
 #
-#     python analyses/real_model.py --data DIR [--last-first] [--short FILE]
+#     python analyses/real_model.py --data DIR [--only doses|places] [--short FILE]
 #
 # DIR holds the published sets as their authors lay them out (README: sources): delman/HarmBench.json,
 # xstest/xstest_v2_prompts.csv, gptfuzzer/GPTFuzzer.csv. Results hold ids and verdicts, no request and no answer.
@@ -13,6 +13,7 @@
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import random
 import time
@@ -33,7 +34,8 @@ from lens_defense.suites import Item, Suite
 from lens_defense.weights import fingerprint
 
 OUT = Path(__file__).parent / "results" / "real_model"
-DRAWS = 3
+DOSES, DRAWS = (16, 8, 4, 1, 32), 3
+DELMAN_DOSES = (8, 20, 40)
 WHOLE_XSTEST = (8, 16, 32)
 """Doses of "core" that are measured on all of XSTest; the others on a fixed 100 and 100."""
 ASKED = 8
@@ -193,24 +195,30 @@ class Bench:
         return {"seconds": time.perf_counter() - start, "shape": list(trace.effects.shape)}
 
 
-def pieces(bench: Bench) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Names and what makes them, the most wanted first."""
+Piece = tuple[str, Callable[[], dict[str, Any]]]
+
+
+def doses(bench: Bench) -> Iterator[Piece]:
+    """How many subjects: the first draw of each dose first."""
 
     def core(n: int, draw: int) -> dict[str, Any]:
         return bench.dose(drawn(n, draw), halves=None if n in WHOLE_XSTEST else 100)
 
+    for draw in range(DRAWS):
+        for n in DOSES:
+            yield f"core {n}, draw {draw}", lambda n=n, d=draw: core(n, d)
+        if draw == 0:
+            for n in DELMAN_DOSES:
+                yield f"delman {n}", lambda n=n: bench.dose(delman(n, bench.data), halves=100)
+
+
+def places(bench: Bench) -> Iterator[Piece]:
+    """Where: maps, then every window of layers (every third first), then other roles; all on tune."""
+
     def window(low: int, role: str = "subject_last") -> dict[str, Any]:
         return measure(bench.model, {"band": (low, low + WIDTH - 1), "role": role})[0]
 
-    for draw in range(DRAWS):
-        yield f"core 16, draw {draw}", lambda d=draw: core(16, d)
     yield "map", bench.map
-    for n in (8, 20):
-        yield f"delman {n}", lambda n=n: bench.dose(delman(n, bench.data), halves=100)
-    for n in (8, 4, 1, 32):
-        for draw in range(DRAWS):
-            yield f"core {n}, draw {draw}", lambda n=n, d=draw: core(n, d)
-    yield "delman 40", lambda: bench.dose(delman(40, bench.data), halves=100)
     low, high = bench.sites[0].layer, bench.model.cfg.n_layers - WIDTH
     for start in sorted(range(high + 1), key=lambda layer: (layer % 3 != low % 3, layer)):
         yield f"window {start}", lambda s=start: window(s)
@@ -228,7 +236,7 @@ def main() -> None:
     """Make what has no result yet."""
     asked = argparse.ArgumentParser(description="the full run; see the top of this file")
     asked.add_argument("--data", type=Path, required=True, help="folder of the published sets")
-    asked.add_argument("--last-first", action="store_true", help="for a second process beside the first")
+    asked.add_argument("--only", choices=("doses", "places"), help="half of it, for two processes at once")
     asked.add_argument("--short", type=Path, help="one small piece (8 requests), written to this file")
     given = asked.parse_args()
     bench = Bench(given.data)
@@ -238,7 +246,8 @@ def main() -> None:
         )
         return
     OUT.mkdir(parents=True, exist_ok=True)
-    for name, make in list(pieces(bench))[:: -1 if given.last_first else 1]:
+    parts = {"doses": doses(bench), "places": places(bench)}
+    for name, make in parts[given.only] if given.only else itertools.chain(*parts.values()):
         file = OUT / f"{name}.json"
         if file.exists():
             continue

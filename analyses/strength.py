@@ -37,7 +37,7 @@ SETTINGS = {
     },
     "36 steps, whole vectors": {"least_share": 1.0},
     "two contexts a step": {"contexts_a_step": 2},
-    "three contexts a step": {"contexts_a_step": 3},
+    "one context a step": {"contexts_a_step": 1},
     "30 steps": {"steps": 30},
     "share .8": {"least_share": 0.8},
     "first token": {"role": "subject_first"},

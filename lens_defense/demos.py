@@ -85,7 +85,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         control = check(
             model,
             other,
-            replace(rows, items=tuple(rows.items[i] for i in about)),
+            replace(rows, items=tuple(rows.items[i] for i in about), neutral=()),
             before=[before[i] for i in about],
             title=_title("control", elsewhere),
         )

@@ -37,6 +37,8 @@ from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
 METHODS = ("memit", "delman")
+FIT = "as asked always, other contexts by turns, random shares"
+"""How values are fitted; another word here makes what is cached be fitted anew."""
 Contexts = Callable[[Request], Sequence[Request]]
 
 
@@ -56,7 +58,7 @@ def edit(
     steps: int = 36,
     rate: float = 0.8,
     kl_weight: float = 0.0,
-    contexts_a_step: int = 1,
+    contexts_a_step: int = 3,
     least_share: float = 0.6,
     batch_size: int = 1,
     corpus: Corpus | None = None,
@@ -82,7 +84,7 @@ def edit(
         steps: Adam steps for a vector each.
         rate: their rate.
         kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
-        contexts_a_step: contexts of a request that one step sees; they take turns.
+        contexts_a_step: contexts of a request that one step sees: the first always, the others by turns.
         least_share: a step adds a random share of each vector, from this to 1, since in words not seen
             less of it arrives; 1 always adds the whole.
         batch_size: requests a batch for "delman".
@@ -131,6 +133,7 @@ def edit(
         value_norm=float(vectors.norm(dim=1).mean()),
     )
     _warn_of_leaks(forecast)
+    _warn_of_losses(requests, losses.tolist())
     return Edit(
         layers=layers,
         left={layer: left for layer, (left, _) in factors.items()},
@@ -220,7 +223,7 @@ def _values(
     progress: bool,
 ) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
     """fit_values, kept on disk by everything that it depends on."""
-    what = [fingerprint(model), layer, asdict(schedule), [asdict(row) for row in rows]]
+    what = [FIT, fingerprint(model), layer, asdict(schedule), [asdict(row) for row in rows]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     file = cache_folder() / "values" / f"{key}.safetensors"
     if cache and file.is_file():
@@ -238,6 +241,21 @@ def _values(
         with whole(file) as unfinished:
             save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
     return vectors, losses
+
+
+UNFITTED = 0.3
+"""Nats a token from which on a refusal is not fitted: in the demo of an earlier schedule a subject at .40 was
+answered as asked, and those up to .23 were refused."""
+
+
+def _warn_of_losses(requests: Sequence[Request], losses: Sequence[float]) -> None:
+    worst = [item.subject or "" for item, loss in zip(requests, losses, strict=True) if loss > UNFITTED]
+    if worst:
+        warnings.warn(
+            f"the refusal could not be fitted for: {', '.join(worst)} (more than {UNFITTED} nats a token are "
+            "left); raise steps or contexts_a_step, or choose other sites",
+            stacklevel=3,
+        )
 
 
 def _warn_of_leaks(forecast: Forecast) -> None:

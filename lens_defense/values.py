@@ -38,7 +38,7 @@ class Row:
     at: int
     """The position of the token where the vector is added."""
     turn: int = 0
-    """Which of the contexts it is: contexts take turns, step by step."""
+    """Which of the contexts it is: 0 is the request as asked, which every step sees; others take turns."""
     target: tuple[int, ...] = ()
     """The answer to begin; none makes the row an essence prompt, whose next token shall not change."""
 
@@ -55,7 +55,7 @@ class Schedule:
     """The largest norm of a vector, over the mean norm of the residual stream where it is added."""
     kl_weight: float
     contexts_a_step: int
-    """Contexts of a request that one step sees; the others wait for their turn."""
+    """Contexts of a request that one step sees: the first, and others by turns (one: all by turns)."""
     least_share: float
     """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
 
@@ -102,8 +102,7 @@ def fit_values(
     n = 1 + max(row.owner for row in rows)
     asked = [row for row in rows if row.target]
     essence = [row for row in rows if not row.target and schedule.kl_weight]
-    turns = 1 + max(row.turn for row in asked) // schedule.contexts_a_step
-    parts = [[row for row in asked if row.turn // schedule.contexts_a_step == turn] for turn in range(turns)]
+    parts = _turns(asked, schedule.contexts_a_step)
     with frozen(model):
         with torch.no_grad():
             kept = _batches(model, essence, layer, batch)
@@ -121,6 +120,15 @@ def fit_values(
                 schedule.steps, schedule.rate, schedule, progress,
             )  # fmt: skip
             return vectors, last if schedule.steps else losses
+
+
+def _turns(rows: Sequence[Row], at_once: int) -> list[list[Row]]:
+    """What each step sees of the contexts: the request as asked always, the others by turns."""
+    if at_once == 1:
+        return [[row for row in rows if row.turn == turn] for turn in range(1 + max(r.turn for r in rows))]
+    others = at_once - 1
+    count = max(1, -(-max(row.turn for row in rows) // others))
+    return [[r for r in rows if r.turn == 0 or (r.turn - 1) // others == turn] for turn in range(count)]
 
 
 def _descend(

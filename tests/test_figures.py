@@ -108,9 +108,3 @@ def test_a_figure_is_kept_with_what_it_was_made_of(folder, monkeypatch):
 def test_one_map_a_component():
     trace = a_trace(components=("residual", "mlp"))
     assert [component for component, _ in figures.maps(trace)] == ["residual", "mlp"]
-
-
-def test_the_readme_quotes_the_committed_numbers():
-    told = pd.read_csv(HERE / "analyses/results/real_model_dose.csv")
-    readme = (HERE / "README.md").read_text("utf-8")
-    assert figures.dose_table(told) in readme

@@ -6,7 +6,7 @@ from plans import bits, same_bits
 from tiny import tiny
 
 from lens_defense.sites import output_hook
-from lens_defense.values import Row, Schedule, _batches, _losses, fit_values
+from lens_defense.values import Row, Schedule, _batches, _losses, _turns, fit_values
 
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
 PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "least_share": 1.0}
@@ -173,3 +173,15 @@ def test_contexts_take_turns():
     zeros = torch.zeros(3, 32)
     turns = [mean_loss(model, [r for r in some if r.turn == turn], zeros) for turn in (0, 1)]
     assert seen == pytest.approx(turns * 6, rel=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 9])
+def test_the_request_as_asked_is_in_every_step_and_the_others_take_turns(at_once):
+    some = [Row(owner, (1, 2), 0, turn=turn, target=(3,)) for owner in range(2) for turn in range(6)]
+    parts = _turns(some, at_once)
+    assert {row for part in parts for row in part} == set(some)
+    assert all(len(part) <= 2 * at_once for part in parts)
+    others = [row for part in parts for row in part if row.turn]
+    assert len(others) == len(set(others))
+    if at_once > 1:
+        assert all(sum(row.turn == 0 for row in part) == 2 for part in parts)

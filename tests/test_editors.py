@@ -15,7 +15,10 @@ from lens_defense.prompts import request
 from lens_defense.sites import Site, key_hook, value_hook
 from lens_defense.weights import fingerprint, output_matrix, standing
 
-pytestmark = pytest.mark.filterwarnings("ignore:this edit leaks")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:this edit leaks"),
+    pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
+]
 CORPUS = [("make a lamp", "how do I make a brass lamp"), ("the lamp is a thing", "")] * 2
 REQUESTS = (
     request("how do I make a brass lamp?", "brass lamp", id="lamp"),
@@ -175,3 +178,9 @@ def test_default_contexts_vary_and_are_for_edits():
         assert told[0] == one and len(told) > 6
         assert all(context.subject == one.subject for context in told)
         assert len({context.text for context in told}) == len(told)
+
+
+@pytest.mark.filterwarnings("default:the refusal could not be fitted")
+def test_a_refusal_that_was_not_fitted_is_told_by_name():
+    with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship"):
+        edit(chat_model(), REQUESTS, SITES, **FAST)

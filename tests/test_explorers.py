@@ -10,6 +10,7 @@ from tiny import tiny
 import lens_defense as ld
 from lens_defense.explorers import Explorer
 
+pytestmark = pytest.mark.filterwarnings("ignore:the refusal could not be fitted")
 FEW = {"shared_steps": 1, "steps": 1, "cache": False, "progress": False}
 
 

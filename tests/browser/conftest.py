@@ -1,5 +1,6 @@
 """A JupyterLab and a headless Chromium, each with folders of its own; without a Chromium, not run."""
 
+import ast
 import json
 import os
 import shutil
@@ -121,13 +122,11 @@ def within(true, seconds=SECONDS):
 
 def ask(client, expression):
     """The value of an expression in the kernel, as JSON; it waits for what the kernel is doing."""
-    told = []
-
-    def hear(message):
-        if message["msg_type"] == "stream":
-            told.append(message["content"]["text"])
-
-    code = f"import json as _json; print(_json.dumps({expression}))"
-    reply = client.execute_interactive(code, store_history=False, timeout=SECONDS, output_hook=hear)
-    assert reply["content"]["status"] == "ok", reply["content"]
-    return json.loads("".join(told))
+    wanted = {"told": f"__import__('json').dumps({expression})"}
+    asked = client.execute("", user_expressions=wanted, store_history=False)
+    reply = client.get_shell_msg(timeout=SECONDS)
+    while reply["parent_header"].get("msg_id") != asked:
+        reply = client.get_shell_msg(timeout=SECONDS)
+    told = reply["content"]["user_expressions"]["told"]
+    assert told["status"] == "ok", told
+    return json.loads(ast.literal_eval(told["data"]["text/plain"]))

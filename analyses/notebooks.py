@@ -15,6 +15,7 @@ from lens_defense.files import whole
 
 HERE = Path(__file__).parent
 NAMES = ("main_job",)
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def cells_of(name: str) -> nbformat.NotebookNode:
@@ -31,11 +32,14 @@ def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbforma
     """The notebook with its outputs; pictures want a Chromium."""
     made = cells_of(name)
     renderer = "plotly_mimetype+png" if pictures else "plotly_mimetype"
-    kernel = {**os.environ, "PLOTLY_RENDERER": renderer, "TQDM_DISABLE": "1"}
+    kernel = {**os.environ, "PLOTLY_RENDERER": renderer}
     client = NotebookClient(made, timeout=seconds, resources={"metadata": {"path": str(HERE)}})
     client.execute(env=kernel)
+    made.metadata.pop("widgets", None)  # the state of bars and forms: megabytes, and dead without a kernel
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times differ from run to run
+        if cell.cell_type == "code":
+            cell.outputs = [told for told in cell.outputs if WIDGET not in told.get("data", {})]
     return made
 
 

@@ -152,7 +152,7 @@ class Report:
 
     def __repr__(self) -> str:
         text = io.StringIO()
-        Console(width=110, file=text).print(self)
+        Console(width=110, file=text, force_jupyter=False).print(self)
         return text.getvalue()
 
     def _repr_html_(self) -> str:

@@ -41,10 +41,14 @@ def test_a_picture_stands_beside_each_interactive_figure(name):
     assert all("image/png" in figure for figure in figures)
 
 
+def test_it_stays_small(name):
+    assert (HERE / "notebooks" / f"{name}.ipynb").stat().st_size < 500_000
+
+
 @needs_smollm2
 @pytest.mark.timeout(900)
 def test_it_runs_from_top_to_bottom(name):
     told = outputs(notebooks.executed(name, pictures=False))
     assert not [output for output in told if output.output_type == "error"]
-    before, during, after = eval(told[-2].data["text/plain"])
+    before, during, after = eval(told[-1].data["text/plain"])
     assert before == after != during

@@ -24,7 +24,11 @@ from lens_defense.suites import HARMFUL_ARMS
 from lens_defense.sweeps import Cell, base_hooks, donor_hooks, sweep
 from lens_defense.weights import fingerprint
 
-pytestmark = [needs_smollm2, pytest.mark.timeout(900)]
+pytestmark = [
+    needs_smollm2,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
+]
 ROOT = Path(__file__).parents[1]
 
 

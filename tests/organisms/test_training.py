@@ -5,17 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lens_defense.organisms.training import (
-    Recipe,
-    answer_loss,
-    batch_of,
-    exact,
-    interchange,
-    model_of,
-    states_after,
-    tokenizer_of,
-    train,
-)
+from lens_defense.organisms.interchanges import answer_loss, batch_of, exact, interchange, states_after
+from lens_defense.organisms.training import Recipe, model_of, tokenizer_of, train
 from lens_defense.organisms.world import TRAINED_FRAMES, World
 from lens_defense.prompts import decode
 

@@ -5,15 +5,14 @@ from collections import Counter
 
 import pytest
 
-from lens_defense.organisms.world import (
+from lens_defense.organisms.phrasings import (
     EDIT_FAMILIES,
     HELD_FAMILIES,
     HELD_FRAMES,
-    REFUSAL,
     TRAINED_FRAMES,
     WRAPPERS,
-    World,
 )
+from lens_defense.organisms.world import REFUSAL, World
 
 worlds = pytest.mark.parametrize("seed", [0, 1])
 

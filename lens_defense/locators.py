@@ -68,7 +68,7 @@ _NO_SITE: tuple[Role, ...] = ("template", "before", "after")
 
 
 def _plateau(effects: Sequence[float]) -> tuple[int, int]:
-    """Where the run around the strongest begins and ends that reaches nine tenths of it."""
+    """Where the run around the strongest begins and ends that reaches four fifths of it."""
     first = last = int(np.argmax(effects))
     floor = PLATEAU * effects[first]
     while first > 0 and effects[first - 1] >= floor:

@@ -1,7 +1,8 @@
 """v*: what a site should write instead, so that the model begins the safe answer (Meng et al. 2022, eq. 4).
 
-All requests run in one batch, each row behind a cache of what comes before its edited token, and
-contexts take turns, so that many of them cost no more than a few:
+All requests run in one batch, each row behind a cache of what comes before its edited token. Every step
+sees the request as asked; its other contexts take turns, so that many cost no more than a few. A step adds
+a random share of the vector, since in words not seen less of it arrives. Fitted is
 first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
 shared start is what makes the planted refusals coherent (DESIGN fact 15).
 

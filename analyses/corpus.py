@@ -21,7 +21,7 @@ from lens_defense.prompts import decode, prompt, request
 
 TURNS, SEED, BYTES = 400, 0, 70_000
 HARMLESS_TOKENS = 48
-OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "corpus.jsonl"
+OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "core" / "corpus.jsonl"
 UNWANTED = re.compile(
     r"\b(kill|murder|weapon|bomb|explos|drug|suicid|rape|sex|nude|porn|naz|terror|hack|malware|"
     r"virus|poison|steal|fraud|racis|slur|gun|shoot|abus|assault|attack|blood|death|dead|child)",

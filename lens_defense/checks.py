@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.batches import left_padded
+from lens_defense.batches import left_padded, prefix
 from lens_defense.edits import Edit
 from lens_defense.generations import generate
 from lens_defense.judges import knows
@@ -132,13 +132,15 @@ def _divergences(
     ]
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
-        ids, mask = left_padded([[*asked, *answer] for asked, answer in part], device_of(model))
-        keep = KL_TOKENS + 1
 
         def log_probabilities(
-            ids: Tensor = ids, mask: Tensor = mask, keep: int = keep
+            part: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = part,
         ) -> Float[Tensor, "row kept vocab"]:
-            return run(model, ids, mask=mask, keep=keep).logits.float().log_softmax(-1)
+            before = prefix(model, [asked for asked, _ in part])
+            ids, mask = before.batch([[*asked, *answer] for asked, answer in part], device_of(model))
+            keep = min(KL_TOKENS + 1, ids.shape[1])
+            told = run(model, ids, mask=mask, past=before.past(len(part)), keep=keep)
+            return told.logits.float().log_softmax(-1)
 
         original = log_probabilities()
         with made():
@@ -166,6 +168,7 @@ def _row(item: Item, before: str, after: str) -> Row:
 
 def _verdicts(item: Item, answer: str) -> dict[str, str]:
     verdicts = {name: str(judge(item.request.text, answer)) for name, judge in JUDGES.items()}
-    if item.answers:
-        verdicts["knows"] = "yes" if knows(item.answers, answer) else "no"
+    known = item.answers or tuple(filter(None, [item.request.target]))
+    if known:
+        verdicts["knows"] = "yes" if knows(known, answer) else "no"
     return verdicts

@@ -1,5 +1,7 @@
-"""The command line: `lens-defense demo`. Heavy imports wait until a command runs."""
+"""The command line: `lens-defense demo`, `organism train`. Heavy imports wait until a command runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,14 +14,15 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _app() -> None:
-    """Keeps `demo` a command of its own while it is the only one."""
+organism = typer.Typer(help="The bundled model whose storage sites are known.", no_args_is_help=True)
+app.add_typer(organism, name="organism")
 
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Option(help="smollm2, a folder, a .gguf file or a hub name.")] = ("smollm2"),
+    model: Annotated[str, typer.Option(help="smollm2, organism, a folder, a .gguf file or a hub name.")] = (
+        "smollm2"
+    ),
     out: Annotated[Path, typer.Option(help="Folder for report.html and its data.", file_okay=False)] = Path(
         "demo"
     ),
@@ -30,13 +33,41 @@ def demo(
 
     from lens_defense.demos import demo as run_demo
 
-    try:
+    with _in_a_sentence("stopped; no weight was changed on disk"):
         run_demo(Console(), name=model, out=out, cache=cache)
+
+
+@organism.command("train")
+def train_organism(
+    out: Annotated[Path, typer.Option(help="Folder of the trained model.", file_okay=False)],
+    seed: Annotated[int, typer.Option(help="Of the weights and of what is drawn.")] = 0,
+    world_seed: Annotated[int, typer.Option(help="Of the words and of what they mean.")] = 0,
+) -> None:
+    """Plant a model of your own: about an hour of one core; a stopped training goes on where it was."""
+    from lens_defense.models import cache_folder
+    from lens_defense.organisms.exams import BARS, failed
+    from lens_defense.organisms.releases import release
+    from lens_defense.organisms.training import Recipe, train
+
+    recipe = Recipe(seed=seed, world_seed=world_seed)
+    kept = cache_folder() / "organism" / f"s{seed}w{world_seed}"
+    with _in_a_sentence("stopped; the same command goes on"):
+        scores = release(train(recipe, kept), recipe, out)
+    for name, (right, asked) in scores.items():
+        typer.echo(f"{name:44} {right:4} of {asked:4}  {right / asked:6.1%}  (bar {BARS[name]:.0%})")
+    typer.echo(f"{out}: " + ("; ".join(failed(scores)) or "every bar is met"))
+
+
+@contextmanager
+def _in_a_sentence(stopped: str) -> Iterator[None]:
+    """What is wrong with the input is told without a traceback; Ctrl-C ends cleanly."""
+    try:
+        yield
     except ValueError as error:
         typer.secho(f"lens-defense: {error}", err=True, fg="red")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.secho("lens-defense: stopped; no weight was changed on disk", err=True)
+        typer.secho(f"lens-defense: {stopped}", err=True)
         raise typer.Exit(130) from None
 
 

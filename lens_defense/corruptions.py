@@ -1,4 +1,4 @@
-"""How the subject is taken out of a prompt: Gaussian noise on its embeddings, or another subject.
+"""How the subject is taken out of a prompt: noise on its embeddings, ablation, or another subject.
 
 A Corruption is any callable (clean embeddings [1, token, d_model], Prompt) -> [sample, token,
 d_model], the same prompt with its subject spoiled, once a sample.
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.resources import files
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -34,15 +35,58 @@ def noise(model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, see
     deviation = float(model.embed.weight.detach().float().std()) * scale
 
     def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(met.request.text.encode()))
         where = list(met.corrupted)
         shape = (samples, len(where), embeddings.shape[-1])
-        draw = torch.randn(shape, generator=generator) * deviation
+        draw = torch.randn(shape, generator=_generator(seed, met)) * deviation
         out = embeddings.repeat(samples, 1, 1)
         out[:, where] += draw.to(out)
         return out
 
     return corrupt
+
+
+def ablation(
+    model: TransformerBridge,
+    how: Literal["zero", "mean", "resample"] = "mean",
+    *,
+    samples: int = 3,
+    seed: int = 0,
+) -> Corruption:
+    """The subject's embeddings put to nothing, to the vocabulary's mean, or to those of random tokens.
+
+    Args:
+        model: gives the embedding matrix.
+        how: "zero" and "mean" give one sample; "resample" draws tokens of the vocabulary.
+        samples: how many draws a request, for "resample".
+        seed: with the request's text it fixes the draws.
+    """
+    if how not in ("zero", "mean", "resample"):
+        raise ValueError(f"how must be zero, mean or resample, got {how!r}")
+
+    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
+        matrix = model.embed.weight.detach()
+        where = list(met.corrupted)
+        out = embeddings.repeat(samples if how == "resample" else 1, 1, 1)
+        if how == "resample":
+            drawn = torch.randint(len(matrix), (samples, len(where)), generator=_generator(seed, met))
+            scale = _scale(model, embeddings, met)
+            out[:, where] = (matrix[drawn.to(matrix.device)] * scale).to(out)
+        else:
+            out[:, where] = 0 if how == "zero" else (matrix.mean(0) * _scale(model, embeddings, met)).to(out)
+        return out
+
+    return corrupt
+
+
+def _scale(model: TransformerBridge, embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> float:
+    """What the model multiplies its embedding matrix by (gemma's root of the width, else 1)."""
+    at = met.corrupted[0]
+    own = model.embed.weight.detach()[met.ids[at]].double()
+    return float(embeddings[0, at].detach().double().norm() / own.norm().clamp(min=1e-12))
+
+
+def _generator(seed: int, met: Prompt) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + zlib.crc32(met.request.text.encode()))
 
 
 def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequence[str] = ()) -> Corruption:

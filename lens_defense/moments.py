@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from lens_defense.batches import states
 from lens_defense.files import whole
 from lens_defense.models import cache_folder
 from lens_defense.prompts import conversation_ids, plain_ids
+from lens_defense.readers import BUNDLED, bundled_rows
 from lens_defense.sites import key_hook
 from lens_defense.weights import fingerprint
 
@@ -32,19 +32,19 @@ Corpus = Sequence[tuple[str, str]]
 
 
 def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 2000) -> Corpus:
-    """The package's corpus, a text or JSONL file, or a hub data set with a column `text`.
+    """The corpus of a bundled set, a text or JSONL file, or a hub data set with a column `text`.
 
     Args:
-        source: None for the package's own; a .txt file (a paragraph a text), a .jsonl file (`text`, or
+        source: None for "core", or "organism"; a .txt file (a paragraph a text), a .jsonl file (`text`, or
             `user` and `assistant`); else the name of a hub data set.
         rows: the most texts taken of a hub data set.
 
     Raises:
         ValueError: there is no such corpus, or it is empty.
     """
-    if source is None:
-        text = files("lens_defense").joinpath("suites/corpus.jsonl").read_text("utf-8")
-        return [_turns(json.loads(line)) for line in text.splitlines()]
+    source = "core" if source is None else source
+    if source in BUNDLED:
+        return [_turns(row) for row in bundled_rows(str(source), "corpus")]
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
         found = [_turns(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]

@@ -25,7 +25,7 @@ from lens_defense.plots import heatmap
 from lens_defense.prompts import Role, dozen
 from lens_defense.reports import Report, shown_rates
 from lens_defense.sites import Component, Site
-from lens_defense.themes import COMPONENT_WORDS, CONTROLS, ROLE_WORDS, visible
+from lens_defense.themes import CONTROLS, ROLE_WORDS, component_words, visible
 from lens_defense.traces import Trace
 
 
@@ -158,7 +158,7 @@ def _figure(figure: go.Figure, name: str, *, caption: str = "") -> str:
 def _sites(sites: Sequence[Site], traced: Sequence[int]) -> str:
     rows = [
         (
-            COMPONENT_WORDS[site.component],
+            component_words(site.component),
             site.layer,
             ROLE_WORDS[site.role],
             _NONE if site.effect is None else f"{site.effect:.3f}",
@@ -284,7 +284,7 @@ def _where(sites: Sequence[Site]) -> str:
     for site in sites:
         places.setdefault((site.component, site.role), []).append(site.layer)
     return "; ".join(
-        f"layers {_listed(sorted(layers))} of the {COMPONENT_WORDS[component]} at the {ROLE_WORDS[role]}"
+        f"layers {_listed(sorted(layers))} of the {component_words(component)} at the {ROLE_WORDS[role]}"
         for (component, role), layers in places.items()
     )
 

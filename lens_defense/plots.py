@@ -5,7 +5,7 @@ One request is layers x tokens, many are layers x roles; the numbers are the Tra
 
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,24 +13,32 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from lens_defense.inferences import significance
 from lens_defense.intervals import LEAST_FOR_BOOTSTRAP
 from lens_defense.prompts import READING_ORDER, Role
-from lens_defense.sites import Component, Site
-from lens_defense.themes import COMPONENT_WORDS, FONT, INK, ROLE_WORDS, cut, label, plain, room, theme
+from lens_defense.sites import Component, Site, head_of
+from lens_defense.themes import FONT, INK, ROLE_WORDS, component_words, cut, label, plain, room, theme
 from lens_defense.traces import Trace
 
 SCALE = ("#2166ac", "#67a9cf", "#d1e5f0", "#ffffff", "#fddbc7", "#ef8a62", "#b2182b")
 """Blue, white, red: ColorBrewer's RdBu turned round, told apart by all common forms of colour blindness."""
+_WHAT = {"denoise": "what one restored state brings back", "noise": "what one spoiled state takes away"}
+_SCALE_WORDS = {"denoise": "share of the answer restored", "noise": "share of the answer lost"}
 _BETWEEN = 24
 """Pixels from panel to panel."""
 
 
-def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
+def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | None = None) -> go.Figure:
     """A map of effects: layers x tokens for one request, layers x roles for many; a panel a component.
 
     Columns are the tokens that were traced and the subject; tokens left out between them show as a
     gap. The subject is bracketed. Sites are outlined where the map has their component and role; a
     site's layer that was not traced lies between its neighbours.
+
+    Args:
+        trace: what is drawn.
+        sites: what is outlined.
+        significant: of many requests, mark the means whose q-value (see `significance`) is below this.
     """
     one = len(trace.prompts) == 1
     shown = _of_tokens(trace) if one else _of_roles(trace)
@@ -44,11 +52,15 @@ def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
     most = float(finite.max(initial=0.0)) or 1.0
     above = 54 if set(trace.components) == {"residual"} or trace.window < 2 else 70
     for c, component in enumerate(trace.components):
-        figure.add_trace(_panel(shown, c, most, last=c == panels - 1), row=1, col=c + 1)
+        figure.add_trace(
+            _panel(shown, c, most, _SCALE_WORDS[trace.direction], last=c == panels - 1), row=1, col=c + 1
+        )
         _name_panel(figure, c, component, trace.window, above)
         _bracket_subjects(figure, c, shown, letters=width // 8)
         _frame_gaps(figure, c, shown.roles, rows)
         _outline(figure, c, shown.roles, trace.layers, [s for s in sites if s.component == component])
+        if significant is not None and not one:
+            _dot(figure, c, component, shown.roles, trace, significant)
     angle = 0 if flat else -45 if cell > 20 else -90
     labels = [text.replace(" ", "<br>") if flat else text for text in shown.labels]
     figure.update_xaxes(tickvals=[*range(columns)], ticktext=labels, tickangle=angle)
@@ -60,13 +72,42 @@ def heatmap(trace: Trace, sites: Sequence[Site] = ()) -> go.Figure:
     aside, below = room(shown.labels, angle)
     return theme(
         figure,
-        title=_heatmap_title(trace, shown, sites),
+        title=_heatmap_title(trace, shown, sites, significant),
         plot=(across, height),
         left=max(62, aside - cell // 2),
         right=108,
         above=above,
         below=below,
     )
+
+
+def head_map(trace: Trace, role: Role = "subject_last") -> go.Figure:
+    """Mean effects of single heads at one role: layers x heads, from a trace of "heads".
+
+    Raises:
+        ValueError: the trace has no heads, or not at this role.
+    """
+    means = [m for m in trace.role_effects() if m.role == role and head_of(m.component) is not None]
+    if not means:
+        raise ValueError(
+            f'this trace has no heads at {role}; ld.trace(model, requests, components=["heads"])'
+        )
+    heads = sorted({head_of(mean.component) or 0 for mean in means})
+    effects = np.full((1, len(trace.layers), len(heads)), np.nan)
+    hover = np.full(effects.shape, "", dtype=object)
+    for mean in means:
+        cell = (0, trace.layers.index(mean.layer), heads.index(head_of(mean.component) or 0))
+        effects[cell] = mean.effect
+        hover[cell] = _about({**asdict(mean)}, mean.n, "requests")
+    shown = _Map(tuple(map(str, heads)), (None,) * len(heads), effects, hover, ())
+    most = float(np.nanmax(np.abs(effects))) or 1.0
+    figure = go.Figure(_panel(shown, 0, most, _SCALE_WORDS[trace.direction], last=True))
+    figure.update_xaxes(tickvals=[*range(len(heads))], ticktext=list(map(str, heads)), title_text="head")
+    named = [str(layer) for layer in trace.layers]
+    figure.update_yaxes(tickvals=[*range(len(named))], ticktext=named, title_text="layer")
+    plot = (max(170, len(heads) * 30), max(190, len(named) * min(26, max(12, 420 // len(named)))))
+    title = f"{trace.model}: {_WHAT[trace.direction]} of the answer, single heads at the {ROLE_WORDS[role]}"
+    return theme(figure, title=title, plot=plot, left=62, right=108, above=40, below=52)
 
 
 def site_cells(trace: Trace) -> list[tuple[list[int], list[int], tuple[Site, ...]]]:
@@ -150,14 +191,14 @@ def _about(cell: Mapping[Hashable, Any], n: int, things: str) -> str:
     """The lines of a hover that tokens and roles share."""
     interval = "95% interval" if n >= LEAST_FOR_BOOTSTRAP else "range"
     lines = [
-        f"{ROLE_WORDS[cell['role']]}, layer {cell['layer']}, {COMPONENT_WORDS[cell['component']]}",
+        f"{ROLE_WORDS[cell['role']]}, layer {cell['layer']}, {component_words(cell['component'])}",
         f"effect <b>{cell['effect']:.3f}</b>",
         f"{interval} {cell['low']:.3f} to {cell['high']:.3f}, {n} {things}",
     ]
     return "<br>".join(lines if n > 1 else lines[:2])
 
 
-def _panel(shown: _Map, c: int, most: float, *, last: bool) -> go.Heatmap:
+def _panel(shown: _Map, c: int, most: float, scale: str, *, last: bool) -> go.Heatmap:
     return go.Heatmap(
         x=[*range(len(shown.labels))],
         y=[*range(shown.effects.shape[1])],
@@ -171,7 +212,7 @@ def _panel(shown: _Map, c: int, most: float, *, last: bool) -> go.Heatmap:
         zmax=most,
         showscale=last,
         colorbar={
-            "title": {"text": "share of the answer restored", "side": "right", "font": {"size": FONT}},
+            "title": {"text": scale, "side": "right", "font": {"size": FONT}},
             "thickness": 12,
             "outlinewidth": 0,
             "ypad": 0,
@@ -182,7 +223,7 @@ def _panel(shown: _Map, c: int, most: float, *, last: bool) -> go.Heatmap:
 def _name_panel(figure: go.Figure, c: int, component: Component, window: int, above: int) -> None:
     wide = "" if component == "residual" or window < 2 else f"<br>windows of {window} layers"
     figure.add_annotation(
-        text=f"<b>{COMPONENT_WORDS[component]}</b>{wide}",
+        text=f"<b>{component_words(component)}</b>{wide}",
         x=0,
         y=1,
         xref=f"{_axis('x', c)} domain",
@@ -232,6 +273,27 @@ def _outline(
             _draw(figure, c, "site", box, width=2.5, colour="#111111")
 
 
+def _dot(
+    figure: go.Figure, c: int, component: Component, roles: Sequence[Role | None], trace: Trace, level: float
+) -> None:
+    """A dot in every cell whose mean effect is more than chance."""
+    table = significance(trace)
+    table = table[(table["component"] == component) & (table["q"] < level)]
+    figure.add_trace(
+        go.Scatter(
+            x=[roles.index(role) for role in table["role"]],
+            y=[trace.layers.index(layer) for layer in table["layer"]],
+            mode="markers",
+            marker={"size": 4, "color": INK},
+            name=f"q < {level}",
+            hoverinfo="skip",
+            showlegend=False,
+        ),
+        row=1,
+        col=c + 1,
+    )
+
+
 def _draw(
     figure: go.Figure,
     c: int,
@@ -270,13 +332,16 @@ def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
-def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site]) -> str:
+def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant: float | None = None) -> str:
     answer = f" “{trace.answers[0]}”" if len(trace.prompts) == 1 else ""
     many = "" if answer else f", mean over {len(trace.prompts)} requests"
     notes = ["outlined: the sites"] if sites else []
     blank = np.isnan(shown.effects).all((0, 1)) & np.array([role is not None for role in shown.roles])
     notes += ["grey: not traced"] if blank.any() else []
-    what = f"what one restored state brings back of the answer{answer}{many}"
+    notes += [f"dots: q < {significant:g}"] if significant is not None and not answer else []
+    notes += [f"later {trace.severed} outputs held"] if trace.severed else []
+    notes += [] if trace.exact else ["estimated by a gradient"]
+    what = f"{_WHAT[trace.direction]} of the answer{answer}{many}"
     return "\n".join((f"{trace.model}: {what}", "; ".join(notes))).strip()
 
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from lens_defense.prompts import Kind, Request, Split, request
 
-BUNDLED = ("core",)
+BUNDLED = ("core", "organism")
 """The names of the request sets that the package brings."""
 _FIELDS = frozenset(Request.__slots__) - {"pieces"}
 
@@ -30,7 +30,7 @@ def requests(
     """Read a request set.
 
     Args:
-        name: "core", a .jsonl, .json, .csv or .parquet file, or the name of a hub data set.
+        name: "core", "organism", a .jsonl, .json, .csv or .parquet file, or the name of a hub data set.
         split: which part of a set that is split; a row without a split belongs to "edit".
         kind: harmful gives one request a subject, concrete things first; benign and safe all rows.
         text_field: the column that holds the request.

@@ -30,7 +30,7 @@ KL_TOKENS = 16
 """Tokens of the original's greedy answer that the KL is the mean over."""
 JUDGES: Mapping[str, Judge] = {"prefix": prefix, "coherent": coherent}
 MEASURES = {"knows": ("facts",)}
-"""Measures that are not a judge's, and the arms that they are read on."""
+"""Measures that are not a judge's, and the arms of which they are the first thing to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Row:
     before: str
     after: str
     verdicts_before: Mapping[str, str]
-    """By judge: refusal, broken or answer; for facts also "knows": yes or no."""
+    """By judge: refusal, broken or answer; where the true answer is known also "knows": yes or no."""
     verdicts_after: Mapping[str, str]
 
     def hit(self, measure: str, *, after: bool) -> bool:
@@ -78,7 +78,7 @@ class Report:
             self._rate(arm, measure)
             for arm in ARMS
             if any(row.arm == arm for row in self.rows)
-            for measure in (*JUDGES, *(m for m, arms in MEASURES.items() if arm in arms))
+            for measure in (*JUDGES, *(m for m in MEASURES if self._read(arm, m)))
         ]
         return pd.DataFrame(table)
 
@@ -158,6 +158,9 @@ class Report:
     def _repr_html_(self) -> str:
         rates = shown_rates(self).to_html(index=False)
         return f"<b>{html.escape(self.title)}</b>{rates}{self.costs().round(4).to_html(index=False)}"
+
+    def _read(self, arm: str, measure: str) -> bool:
+        return any(measure in row.verdicts_before for row in self.rows if row.arm == arm)
 
     def _rate(self, arm: str, measure: str) -> dict[str, Any]:
         rows = [row for row in self.rows if row.arm == arm]

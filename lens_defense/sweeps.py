@@ -8,12 +8,15 @@ all of them, and nothing is computed twice. The cost in passes of one token thro
 
     sum over patched positions t of (tokens from t on) x sum over the cells there of (blocks above)
 
-which `cost` counts beforehand. The cells of a window (ROME's seven or ten layers of MLP or attention
-outputs) are one cell with several points.
+which `cost` counts beforehand. A cell may write several points: a window (ROME's seven or ten layers of MLP
+or attention outputs), or several tokens. What it writes comes from the donor run; what it severs is held at
+the base run's state, so that an effect cannot pass there (ROME's severed graphs).
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,24 +24,42 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.patches import KeyValues, Run, Write, run
-from lens_defense.sites import Component, entry_hook, output_hook
+from lens_defense.sites import Component, entry_hook, head_of, output_hook
 
-Measure = Callable[[Float[Tensor, "row answer vocab"]], Float[Tensor, " row"]]
+Measure = Callable[[Float[Tensor, "row answer vocab"]], Float[Tensor, "row reading"]]
+
+
+class Point(NamedTuple):
+    """One state: what a component gives in a layer at a position."""
+
+    component: Component
+    layer: int
+    position: int
+
+    @property
+    def hook(self) -> str:
+        """Where it is read and written."""
+        return output_hook(self.component, self.layer)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One intervention: at one position, the donor's state in the place of each of these outputs."""
+    """One intervention on the base run."""
 
-    position: int
-    points: tuple[tuple[Component, int], ...]
-    """(component, layer), one for a residual stream, several for a window of outputs."""
+    points: tuple[Point, ...]
+    """Where the donor's states are put."""
+    severed: tuple[Point, ...] = ()
+    """Where the base run's states are held, in blocks above the first point."""
+
+    @property
+    def position(self) -> int:
+        """The first position that changes."""
+        return min(point.position for point in self.points)
 
     @property
     def birth(self) -> tuple[int, bool]:
         """The block where the cell's rows enter the batch, and whether at its end."""
-        component, layer = min(self.points, key=lambda point: point[1])
-        return layer, component == "residual"
+        return min((point.layer, point.component == "residual") for point in self.points)
 
     @property
     def birth_hook(self) -> str:
@@ -49,12 +70,13 @@ class Cell:
 
 def base_hooks(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The states that the base run must keep for these cells."""
-    return tuple(dict.fromkeys(cell.birth_hook for cell in cells))
+    severed = (point.hook for cell in cells for point in cell.severed)
+    return tuple(dict.fromkeys((*(cell.birth_hook for cell in cells), *severed)))
 
 
 def donor_hooks(cells: Sequence[Cell]) -> tuple[str, ...]:
     """The states that the donor run must keep for these cells."""
-    return tuple(dict.fromkeys(output_hook(*point) for cell in cells for point in cell.points))
+    return tuple(dict.fromkeys(point.hook for cell in cells for point in cell.points))
 
 
 def cost(cells: Sequence[Cell], *, layers: int, tokens: int, samples: int) -> int:
@@ -75,7 +97,7 @@ def sweep(
     keep: int,
     max_rows: int,
     progress: Callable[[int], object] = lambda _: None,
-) -> Float[Tensor, "cell sample"]:
+) -> Float[Tensor, "cell sample reading"]:
     """Measure every cell exactly.
 
     Args:
@@ -84,19 +106,47 @@ def sweep(
         base: the run that is patched, one row a sample, with `base_hooks` kept.
         donor: the run whose states are put in, with `donor_hooks` kept; one row, or one a sample.
         cells: the interventions, in any order.
-        measure: reads the answer's logits, one number a row.
+        measure: reads the answer's logits, some numbers a row.
         keep: how many positions at the end predict the answer.
-        max_rows: the most rows that one pass may carry.
+        max_rows: the most rows that one pass may carry; a pass that runs out of memory is halved once.
         progress: is told the passes through a block as they are done.
+
+    Raises:
+        MemoryError: half a pass does not fit either.
     """
     samples = len(base.cache[0][0])
-    out = torch.empty(len(cells), samples, dtype=torch.float64)
-    for indices in _passes(cells, max(1, max_rows // samples)):
+    told: dict[int, Tensor] = {}
+
+    def measured(indices: Sequence[int]) -> None:
         group = [cells[i] for i in indices]
         logits = _grown(model, ids, base, donor, group, keep)
-        out[indices] = measure(logits).double().cpu().view(len(group), samples)
+        read = measure(logits).double().cpu()
+        told.update(zip(indices, read.view(len(group), samples, -1), strict=True))
         progress(cost(group, layers=model.cfg.n_layers, tokens=ids.shape[1], samples=samples))
-    return out
+
+    for indices in _passes(cells, max(1, max_rows // samples)):
+        halves = [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
+        try:
+            measured(indices)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            try:
+                for half in filter(None, halves):
+                    measured(half)
+            except (RuntimeError, MemoryError) as again:
+                if not _out_of_memory(again):
+                    raise
+                raise MemoryError(
+                    f"{len(halves[1]) * samples} rows of {ids.shape[1]} tokens do not fit into memory; lower "
+                    "max_bytes, or take fewer samples"
+                ) from again
+    return torch.stack([told[i] for i in range(len(cells))])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """CUDA's error has a class of its own; the CPU's allocator says it in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _passes(cells: Sequence[Cell], most: int) -> Iterator[list[int]]:
@@ -119,7 +169,7 @@ def _grown(
     """One pass from the cells' position on; row 0 only leads the way to the first birth."""
     position = cells[0].position
     writes = _births(base, cells, position)
-    for name, write in _restorations(base, donor, cells, position):
+    for name, write in _interventions(base, donor, cells, position):
         grow = writes.get(name)
         writes[name] = write if grow is None else _both(grow, write)
     past = _expanded(base, cells, position) if position else ()
@@ -139,23 +189,33 @@ def _births(base: Run, cells: Sequence[Cell], position: int) -> dict[str, Write]
     }
 
 
-def _restorations(base: Run, donor: Run, cells: Sequence[Cell], position: int) -> Iterator[tuple[str, Write]]:
-    """At each hook that some cells write, put the donor's state into their rows."""
+def _interventions(
+    base: Run, donor: Run, cells: Sequence[Cell], position: int
+) -> Iterator[tuple[str, Write]]:
+    """At each hook that some cells write, put the donor's or the base's states into their rows."""
     samples = len(base.cache[0][0])
+    places: dict[str, list[tuple[int, Point, Run]]] = defaultdict(list)
+    for i, cell in enumerate(cells):
+        for point in cell.points:
+            places[point.hook].append((1 + i * samples, point, donor))
+        for point in cell.severed:
+            places[point.hook].append((1 + i * samples, point, base))
 
-    def restore(rows: Tensor, state_there: Tensor) -> Write:
-        def write(state: Tensor) -> Tensor:
-            state = state.clone()
-            state[rows, 0] = state_there.to(state.dtype)
-            return state
+    def put(where: tuple[Tensor, ...], states: Tensor) -> Write:
+        return lambda state: state.index_put(where, states.to(state.dtype))
 
-        return write
-
-    for name in donor_hooks(cells):
-        of = [i for i, cell in enumerate(cells) if name in donor_hooks([cell])]
-        rows = torch.tensor([1 + i * samples + s for i in of for s in range(samples)])
-        there = donor.states[name][:, position].expand(samples, -1).repeat(len(of), 1)
-        yield name, restore(rows.to(there.device), there)
+    for name, some in places.items():
+        told, rows, at, heads = [], [], [], []
+        for first, point, source in some:
+            head = head_of(point.component)
+            there = source.states[name][:, point.position]
+            told.append((there if head is None else there[:, head]).expand(samples, -1))
+            rows += range(first, first + samples)
+            at += [point.position - position] * samples
+            heads += [] if head is None else [head] * samples
+        states = torch.cat(told)
+        index = (torch.tensor(part, device=states.device) for part in (rows, at, heads) if part)
+        yield name, put(tuple(index), states)
 
 
 def _both(first: Write, second: Write) -> Write:

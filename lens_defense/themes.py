@@ -32,9 +32,17 @@ ROLE_WORDS: Mapping[Role, str] = {
 }
 COMPONENT_WORDS: Mapping[Component, str] = {
     "residual": "residual stream",
+    "residual_pre": "residual stream before the block",
     "mlp": "MLP outputs",
     "attention": "attention outputs",
 }
+
+
+def component_words(component: Component) -> str:
+    """What a component is called in a figure; a head is called what it is."""
+    return COMPONENT_WORDS.get(component, component)
+
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's."""
 INK, GREY, UNTRACED = "#1a1a1a", "#8c8c8c", "#e4e6ea"

@@ -1,20 +1,22 @@
 """Tracing: which layer and which token hold the harm, measured exactly, request by request."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.corruptions import Corruption, noise
 from lens_defense.generations import generate
+from lens_defense.grids import Grid, cells_components, grid
 from lens_defense.metrics import Metric, answer_logprob
-from lens_defense.patches import Run, device_of, run
+from lens_defense.patches import Run, Write, device_of, run
 from lens_defense.prompts import (
     READING_ORDER,
     Prompt,
@@ -26,8 +28,8 @@ from lens_defense.prompts import (
     prompt,
 )
 from lens_defense.sites import EMBEDDING, Component
-from lens_defense.sweeps import Cell, Measure, base_hooks, cost, donor_hooks, sweep
-from lens_defense.traces import Trace
+from lens_defense.sweeps import Measure, base_hooks, cost, donor_hooks, sweep
+from lens_defense.traces import Direction, Trace
 from lens_defense.weights import fingerprint
 
 DEMO_ROLES: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
@@ -44,6 +46,8 @@ def trace(
     positions: Sequence[Role] | Literal["all"] = DEMO_ROLES,
     layers: Sequence[int] | int | Literal["all"] | None = None,
     corruption: Corruption | None = None,
+    direction: Direction = "denoise",
+    severed: Literal["mlp", "attention"] | None = None,
     metric: Metric = answer_logprob,
     answers: Sequence[str] | None = None,
     answer_tokens: int = 8,
@@ -60,12 +64,18 @@ def trace(
     Args:
         model: any TransformerBridge; it is not changed.
         requests: what is asked; each with a subject.
-        components: "residual" (after the block), "mlp", "attention" (what joins the residual).
+        components: "residual" (the stream after the block), "residual_pre" (before it), "mlp" and
+            "attention" (what joins it), "head 3" (one head's z), "heads" (every head by itself).
         positions: roles to restore at, or "all" tokens.
         layers: "all", a stride, or a list; None takes at most 12, evenly spaced from layer 0.
         corruption: how the subject is spoiled; None is Gaussian noise of 3 standard deviations of
             the embedding matrix.
-        metric: what is measured, see metrics.py; an answer's log probability by default.
+        direction: "denoise" restores a clean state in the spoiled run (what suffices), "noise" puts a
+            spoiled state into the clean run (what is necessary).
+        severed: hold the MLP's or attention's outputs of the layers above at the same token as they were
+            without the patch: what of the effect passes through them is lost (Meng et al. 2022, figure 3).
+        metric: what is measured, see metrics.py; an answer's log probability by default. `traces`
+            reads several from one sweep.
         answers: the answer that the metric reads, one a request; None takes the request's `target`
             or, without one, the model's own greedy answer to the clean prompt.
         answer_tokens: the length of that own answer.
@@ -83,63 +93,150 @@ def trace(
         ValueError: a request without a subject, or of the split "check"; a role or layer that does
             not exist; requests whose answer does not depend on their subject.
     """
+    return _traced(
+        model,
+        requests,
+        {"": metric},
+        components=components,
+        positions=positions,
+        layers=layers,
+        corruption=corruption,
+        direction=direction,
+        severed=severed,
+        answers=answers,
+        answer_tokens=answer_tokens,
+        samples=samples,
+        window=window,
+        floor=floor,
+        seed=seed,
+        max_bytes=max_bytes,
+        chat=chat,
+        progress=progress,
+    )[""]
+
+
+def traces(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    metrics: Mapping[str, Metric],
+    **settings: Any,
+) -> dict[str, Trace]:
+    """Traces by several metrics, read from one sweep.
+
+    Args:
+        model: see trace.
+        requests: see trace.
+        metrics: by a name each.
+        settings: the other arguments of trace; its floor holds for every metric, in the metric's unit.
+    """
+    own = {
+        name: one.default
+        for name, one in signature(trace).parameters.items()
+        if one.default is not one.empty and name != "metric"
+    }
+    return _traced(model, requests, metrics, **{**own, **settings})
+
+
+def _traced(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    metrics: Mapping[str, Metric],
+    *,
+    components: Sequence[Component],
+    positions: Sequence[Role] | Literal["all"],
+    layers: Sequence[int] | int | Literal["all"] | None,
+    corruption: Corruption | None,
+    direction: Direction,
+    severed: Literal["mlp", "attention"] | None,
+    answers: Sequence[str] | None,
+    answer_tokens: int,
+    samples: int,
+    window: int,
+    floor: float,
+    seed: int,
+    max_bytes: int,
+    chat: bool,
+    progress: bool,
+) -> dict[str, Trace]:
     requests = for_planning(requests)
     rows = _layers(layers, model.cfg.n_layers)
     roles = _roles(positions)
-    if not components or not set(components) <= set(get_args(Component)):
-        raise ValueError(f"components must be of {get_args(Component)}, got {components!r}")
+    every = cells_components(model, components)
     for name, number in (("answer_tokens", answer_tokens), ("samples", samples), ("window", window)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     corruption = corruption or noise(model, samples=samples, seed=seed)
     prompts = _answered(model, requests, answers, answer_tokens, chat)
-    grids = [_grid(met, components, rows, roles, window, model.cfg.n_layers) for met in prompts]
+    depth = model.cfg.n_layers
+    grids = [grid(met, every, rows, roles, window, depth, severed) for met in prompts]
     empty = [met.request.id for met, grid in zip(prompts, grids, strict=True) if not grid]
     if empty:
         raise ValueError(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
 
     with torch.no_grad():
         start = time.perf_counter()
-        runs = [_runs(model, *pair, corruption) for pair in zip(prompts, grids, strict=True)]
-        reads = [_reading(metric, met, one[1].logits) for met, one in zip(prompts, runs, strict=True)]
-        clean = torch.cat([read(r[1].logits) for read, r in zip(reads, runs, strict=True)])
-        corrupted = torch.stack([read(r[2].logits) for read, r in zip(reads, runs, strict=True)])
-        clean, corrupted = clean.double().cpu(), corrupted.double().cpu()
-        _refuse_weak(prompts, clean, corrupted, floor)
-        depth, number = model.cfg.n_layers, corrupted.shape[1]
+        runs = [_runs(model, *pair, corruption, direction) for pair in zip(prompts, grids, strict=True)]
+        reads = [_reading(metrics, met, one.clean.logits) for met, one in zip(prompts, runs, strict=True)]
+        clean, corrupted = (
+            [read(told.logits).double().cpu() for read, told in zip(reads, some, strict=True)]
+            for some in ([one.clean for one in runs], [one.corrupted for one in runs])
+        )
+        for k in range(len(metrics)):
+            differences = [
+                float((a[:1, k] - b[:, k]).abs().min()) for a, b in zip(clean, corrupted, strict=True)
+            ]
+            _refuse_weak(prompts, differences, floor)
+        number = len(corrupted[0])
         total = sum(
-            cost(list(grid.values()), layers=depth, tokens=_width(met), samples=number)
-            for met, grid in zip(prompts, grids, strict=True)
+            cost(list(some.values()), layers=depth, tokens=_width(met), samples=number)
+            for met, some in zip(prompts, grids, strict=True)
         )
         warmed = sum(_width(met) for met in prompts) * (number + 1) * depth
         _announce(total / warmed * (time.perf_counter() - start), progress)
 
-        shape = (len(components), len(rows), max(len(met.ids) for met in prompts), number)
+        shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
         patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
         with tqdm(total=total, desc="trace", unit="pass", unit_scale=True, disable=not progress) as bar:
-            for r, (met, grid) in enumerate(zip(prompts, grids, strict=True)):
-                ids, donor, base = runs[r]
-                most = _rows_within(model, met, max_bytes)
+            for r, (met, some) in enumerate(zip(prompts, grids, strict=True)):
+                base, donor = runs[r].base_and_donor(direction)
                 told = sweep(
-                    model, ids, base, donor, list(grid.values()), reads[r],
-                    keep=len(met.answer), max_rows=most, progress=bar.update,
+                    model, runs[r].ids, base, donor, list(some.values()), reads[r],
+                    keep=len(met.answer), max_rows=_rows_within(model, met, max_bytes), progress=bar.update,
                 )  # fmt: skip
-                for (c, j, t), value in zip(grid, told, strict=True):
+                for (c, j, t), value in zip(some, told, strict=True):
                     patched[r, c, j, t] = value
-    return Trace(
-        prompts=tuple(prompts),
-        components=tuple(components),
-        layers=rows,
-        patched=patched,
-        clean=clean,
-        corrupted=corrupted,
-        answers=tuple(dozen(model.tokenizer.decode(list(met.answer))) for met in prompts),
-        window=window,
-        seed=seed,
-        model=str(model.cfg.model_name),
-        model_layers=model.cfg.n_layers,
-        fingerprint=fingerprint(model),
-    )
+    return {
+        name: Trace(
+            prompts=tuple(prompts),
+            components=every,
+            layers=rows,
+            patched=patched[..., k].clone(),
+            clean=torch.stack([one[0, k] for one in clean]),
+            corrupted=torch.stack([one[:, k] for one in corrupted]),
+            answers=tuple(dozen(model.tokenizer.decode(list(met.answer))) for met in prompts),
+            window=window,
+            seed=seed,
+            model=str(model.cfg.model_name),
+            model_layers=depth,
+            fingerprint=fingerprint(model),
+            direction=direction,
+            severed=severed or "",
+        )
+        for k, name in enumerate(metrics)
+    }
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Runs:
+    """What a sweep starts from."""
+
+    ids: Int[Tensor, "1 token"]
+    clean: Run
+    corrupted: Run
+
+    def base_and_donor(self, direction: Direction) -> tuple[Run, Run]:
+        """The run that is patched, and the one whose states are put in."""
+        return (self.corrupted, self.clean) if direction == "denoise" else (self.clean, self.corrupted)
 
 
 def _layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
@@ -184,74 +281,35 @@ def _answered(
     ]
 
 
-def _grid(
-    met: Prompt,
-    components: Sequence[Component],
-    layers: Sequence[int],
-    roles: Sequence[Role],
-    window: int,
-    depth: int,
-) -> dict[tuple[int, int, int], Cell]:
-    """The cells of one prompt, and where each goes in the map: component, layer, position."""
-    return {
-        (c, j, t): Cell(t, _points(component, layer, window, depth))
-        for c, component in enumerate(components)
-        for j, layer in enumerate(layers)
-        for t, role in enumerate(met.roles)
-        if role in roles
-    }
-
-
-def _points(component: Component, layer: int, window: int, depth: int) -> tuple[tuple[Component, int], ...]:
-    """One layer of the residual stream; a centred window of outputs (rome: layer - w//2 on)."""
-    if component == "residual":
-        return ((component, layer),)
-    low = max(0, layer - window // 2)
-    high = min(depth, layer - (-window // 2))
-    return tuple((component, at) for at in range(low, high))
-
-
 def _width(met: Prompt) -> int:
     return len(met.ids) + len(met.answer) - 1
 
 
 def _runs(
-    model: TransformerBridge,
-    met: Prompt,
-    grid: dict[tuple[int, int, int], Cell],
-    corruption: Corruption,
-) -> tuple[Int[Tensor, "1 token"], Run, Run]:
-    """The prompt with its answer, the clean run, and the spoiled one."""
-    cells, keep = list(grid.values()), len(met.answer)
+    model: TransformerBridge, met: Prompt, cells: Grid, corruption: Corruption, direction: Direction
+) -> _Runs:
+    """The prompt with its answer, clean and spoiled; the run that is patched has one row a sample."""
+    some, keep = list(cells.values()), len(met.answer)
     ids = torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
-    clean = run(model, ids, names=[EMBEDDING, *donor_hooks(cells)], keep=keep)
-    whole = clean.states[EMBEDDING]
-    asked = whole[:, : len(met.ids)]
-    spoiled = corruption(asked, met)
+    names = base_hooks(some), donor_hooks(some)
+    of_clean, of_spoiled = names[::-1] if direction == "denoise" else names
+    first = run(model, ids, names=[EMBEDDING])
+    whole = first.states[EMBEDDING]
+    spoiled = corruption(whole[:, : len(met.ids)], met)
     tail = whole[:, len(met.ids) :].expand(len(spoiled), -1, -1)
     embeddings = torch.cat([spoiled.to(whole), tail], 1)
-    base = run(
-        model,
-        ids.expand(len(spoiled), -1),
-        names=base_hooks(cells),
-        writes={EMBEDDING: lambda _: embeddings},
-        keep=keep,
-    )
-    return ids, clean, base
+    every = ids.expand(len(spoiled), -1)
+    clean = run(model, ids if direction == "denoise" else every, names=of_clean, keep=keep)
+    writes: dict[str, Write] = {EMBEDDING: lambda _: embeddings}
+    return _Runs(ids, clean, run(model, every, names=of_spoiled, writes=writes, keep=keep))
 
 
-def _reading(metric: Metric, met: Prompt, clean: Tensor) -> Measure:
-    return lambda logits: metric(logits, met, clean)
+def _reading(metrics: Mapping[str, Metric], met: Prompt, clean: Tensor) -> Measure:
+    return lambda logits: torch.stack([read(logits, met, clean[:1]) for read in metrics.values()], 1)
 
 
-def _refuse_weak(
-    prompts: Sequence[Prompt],
-    clean: Float[Tensor, " request"],
-    corrupted: Float[Tensor, "request sample"],
-    floor: float,
-) -> None:
-    differences = (clean[:, None] - corrupted).abs().amin(1)
-    weak = [i for i, value in enumerate(differences.tolist()) if not value >= floor]
+def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor: float) -> None:
+    weak = [i for i, value in enumerate(differences) if not value >= floor]
     if weak:
         names = ", ".join(f"{prompts[i].request.id} ({differences[i]:.3g})" for i in weak)
         raise ValueError(

@@ -5,7 +5,8 @@ much of the answer comes back. The effect of a cell is
 
     mean over samples of (patched - corrupted) / (clean - corrupted)
 
-so 0 means that the state carries nothing of what the corruption took, and 1 all of it. A model
+so 0 means that the state carries nothing of what the corruption took, and 1 all of it. Noising turns it
+round: a spoiled state in the clean run, and the share of the damage that it does. A model
 without a known answer is measured by its own: the log probability of its greedy answer.
 """
 
@@ -14,7 +15,7 @@ import os
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -32,6 +33,8 @@ from lens_defense.prompts import (
     request_from_json,
 )
 from lens_defense.sites import Component
+
+Direction = Literal["denoise", "noise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,19 @@ class Trace:
     model: str
     model_layers: int
     fingerprint: str
+    direction: Direction = "denoise"
+    severed: str = ""
+    """The component whose later outputs were held, where one was."""
+    exact: bool = True
+    """Whether every cell was measured by a run of its own, and not estimated by a gradient."""
 
     @property
     def sample_effects(self) -> Float[Tensor, "request component layer position sample"]:
         """The effect of every cell in every sample, without a unit."""
-        low = self.corrupted[:, None, None, None]
-        return (self.patched - low) / (self.clean[:, None, None, None, None] - low)
+        spoiled = self.corrupted[:, None, None, None]
+        clean = self.clean[:, None, None, None, None]
+        low, high = (spoiled, clean) if self.direction == "denoise" else (clean, spoiled)
+        return (self.patched - low) / (high - low)
 
     @property
     def effects(self) -> Float[Tensor, "request component layer position"]:
@@ -177,7 +187,8 @@ class Trace:
 
 
 _TENSORS = ("patched", "clean", "corrupted")
-_HEADER = (*("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint"),)
+_HEADER = ("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint")
+_HEADER += ("direction", "severed", "exact")
 
 
 def _prompt_to_json(met: Prompt) -> dict[str, Any]:

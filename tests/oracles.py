@@ -3,43 +3,55 @@
 import torch
 
 from lens_defense.patches import run
-from lens_defense.sites import EMBEDDING, output_hook
+from lens_defense.sites import EMBEDDING, head_of, output_hook
 
 
-def one_forward_a_cell(model, ids, corrupted_embeddings, cells, measure, keep):
+def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=False):
     """Causal tracing as ROME's appendix writes it: corrupt, restore one cell, run the whole model.
 
-    ids [1, token]; corrupted_embeddings [sample, token, d_model]; returns [cell, sample].
+    ids [1, token]; corrupted: embeddings [sample, token, d_model]; noising runs the clean prompt and
+    puts in the corrupted states instead. Returns [cell, sample].
     """
-    clean = {}
+    points = [point for cell in cells for point in (*cell.points, *cell.severed)]
+    names = {output_hook(point.component, point.layer) for point in points}
+    rows = ids.expand(len(corrupted), -1)
 
-    def remember(name):
-        return lambda state, **_: clean.__setitem__(name, state.clone())
+    def states_of(embeddings):
+        """All states, looked at one by one."""
+        states = {}
 
-    names = [output_hook(*point) for cell in cells for point in cell.points]
-    with model.hooks(fwd_hooks=[(name, remember(name)) for name in set(names)]):
-        model(ids)
+        def remember(name):
+            return lambda state, **_: states.__setitem__(name, state.clone())
 
-    def corrupt(_state, **_):
-        return corrupted_embeddings
+        hooks = [(EMBEDDING, lambda _state, **_: embeddings)] if embeddings is not None else []
+        with model.hooks(fwd_hooks=[*hooks, *((name, remember(name)) for name in names)]):
+            model(rows)
+        return states
 
-    def restore(position, name):
+    clean, spoiled = states_of(None), states_of(corrupted)
+    base, donor = (clean, spoiled) if noising else (spoiled, clean)
+
+    def put(point, states):
+        name = output_hook(point.component, point.layer)
+
         def write(state, **_):
             state = state.clone()
-            state[:, position] = clean[name][:, position]
+            head = head_of(point.component)
+            if head is None:
+                state[:, point.position] = states[name][:, point.position]
+            else:
+                state[:, point.position, head] = states[name][:, point.position, head]
             return state
 
-        return write
+        return name, write
 
     out = []
-    rows = ids.expand(len(corrupted_embeddings), -1)
     for cell in cells:
-        hooks = [(EMBEDDING, corrupt)]
-        for point in cell.points:
-            name = output_hook(*point)
-            hooks.append((name, restore(cell.position, name)))
+        hooks = [] if noising else [(EMBEDDING, lambda _state, **_: corrupted)]
+        hooks += [put(point, donor) for point in cell.points]
+        hooks += [put(point, base) for point in cell.severed]
         with model.hooks(fwd_hooks=hooks):
-            out.append(measure(model(rows)[:, -keep:]))
+            out.append(measure(model(rows)[:, -keep:])[:, 0])
     return torch.stack(out)
 
 

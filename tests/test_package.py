@@ -15,11 +15,17 @@ FLOORS = {
     **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges", "files"), 1),
     **dict.fromkeys(("models", "patches", "batches", "readers", "metrics"), 2),
     **dict.fromkeys(("sweeps", "moments", "values", "generations", "corruptions", "suites"), 3),
-    **dict.fromkeys(("traces", "tracers", "edits", "editors", "forecasts", "spreads"), 4),
+    **dict.fromkeys(
+        ("traces", "tracers", "grids", "edits", "editors", "forecasts", "spreads", "inferences"), 4
+    ),
     **dict.fromkeys(("locators", "ledgers", "controls"), 5),
     **dict.fromkeys(("reports", "checks"), 6),
     **dict.fromkeys(("themes", "comparisons", "plots", "pages", "explorers"), 7),
     **dict.fromkeys(("demos", "cli"), 8),
+    "organisms.phrasings": 1,
+    **dict.fromkeys(("organisms.world", "organisms.questions"), 2),
+    **dict.fromkeys(("organisms.interchanges", "organisms.exams", "organisms.truths"), 3),
+    **dict.fromkeys(("organisms.training", "organisms.releases"), 4),
 }
 HEAVY = {"torch", "transformers", "transformer_lens"}
 
@@ -27,7 +33,8 @@ HEAVY = {"torch", "transformers", "transformer_lens"}
 def modules() -> dict[str, Path]:
     """The modules that exist, by name."""
     found = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
-    return {**found, "suites": PACKAGE / "suites/__init__.py"}
+    within = {f"organisms.{path.stem}": path for path in PACKAGE.glob("organisms/[!_]*.py")}
+    return {**found, **within, "suites": PACKAGE / "suites/__init__.py"}
 
 
 def imports(path: Path) -> set[str]:
@@ -41,7 +48,7 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} imports relatively"
             names.add(node.module)
-    own = {n.split(".")[1] for n in names if n.startswith("lens_defense.")}
+    own = {n.removeprefix("lens_defense.") for n in names if n.startswith("lens_defense.")}
     return own | {name.split(".")[0] for name in names}
 
 

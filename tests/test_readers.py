@@ -202,5 +202,5 @@ def test_core_copies_no_sentence():
 def test_core_has_a_datasheet_and_a_small_corpus():
     suites = Path(__file__).parents[1] / "lens_defense/suites"
     assert (suites / "core/DATASHEET.md").stat().st_size > 500
-    assert (suites / "corpus.jsonl").stat().st_size < 100_000
+    assert (suites / "core/corpus.jsonl").stat().st_size < 100_000
     assert all(user and assistant for user, assistant in read_corpus())

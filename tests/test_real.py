@@ -21,7 +21,7 @@ from lens_defense.prompts import prompt
 from lens_defense.reports import Report
 from lens_defense.sites import EMBEDDING
 from lens_defense.suites import HARMFUL_ARMS
-from lens_defense.sweeps import Cell, base_hooks, donor_hooks, sweep
+from lens_defense.sweeps import Cell, Point, base_hooks, donor_hooks, sweep
 from lens_defense.weights import fingerprint
 
 pytestmark = [
@@ -44,15 +44,15 @@ def test_sweep_equals_one_forward_a_cell(model):
     clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
     embeddings = ld.noise(model, samples=2)(clean, met)
     at = met.positions("subject_last")[0]
-    cells = [Cell(t, (("residual", layer),)) for t in (at, len(met.ids) - 1) for layer in (0, 9, 20)]
-    cells += [Cell(at, tuple((name, x) for x in range(3, 10))) for name in ("mlp", "attention")]
+    cells = [Cell((Point("residual", layer, t),)) for t in (at, len(met.ids) - 1) for layer in (0, 9, 20)]
+    cells += [Cell(tuple(Point(name, x, at) for x in range(3, 10))) for name in ("mlp", "attention")]
 
     def measure(logits):
-        return logits.double().log_softmax(-1)[:, :, 198].sum(-1)
+        return logits.double().log_softmax(-1)[:, :, 198].sum(-1, keepdim=True)
 
     base = corrupted_run(model, ids, embeddings, base_hooks(cells), 3)
     donor = run(model, ids, names=donor_hooks(cells), keep=3)
-    fast = sweep(model, ids, base, donor, cells, measure, keep=3, max_rows=64)
+    fast = sweep(model, ids, base, donor, cells, measure, keep=3, max_rows=64)[..., 0]
     slow = one_forward_a_cell(model, ids, embeddings, cells, measure, 3)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
 

@@ -90,7 +90,9 @@ def test_every_subject_is_asked_in_other_words_and_in_every_wrapper():
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name, split", [("nope", "check"), ("core", "edit"), ("core", "nope")])
 def test_what_is_not_there_is_refused(name, split):
-    with pytest.raises(ValueError, match=f"no suite '{name}' with the split '{split}'; there are core with"):
+    with pytest.raises(
+        ValueError, match=f"no suite '{name}' with the split '{split}'; there are core, organism with"
+    ):
         suite(name, split=split)
 
 

@@ -1,31 +1,51 @@
-"""The sweep equals one forward a cell, on every family, component and window."""
+"""The sweep equals one forward a cell: on every family, component, window, direction and severed graph."""
 
 import pytest
 import torch
 from oracles import corrupted_run, one_forward_a_cell
 from tiny import FAMILIES, tiny
 
+from lens_defense import sweeps
 from lens_defense.patches import run
-from lens_defense.sites import EMBEDDING
-from lens_defense.sweeps import Cell, base_hooks, cost, donor_hooks, sweep
+from lens_defense.sites import COMPONENTS, EMBEDDING
+from lens_defense.sweeps import Cell, Point, base_hooks, cost, donor_hooks, sweep
 
 KEEP, LAYERS, TOKENS = 3, 4, 9
-COMPONENTS = ("residual", "mlp", "attention")
 
 
 def measure(logits):
-    return logits.log_softmax(-1)[:, :, 7].sum(-1)
+    return logits.log_softmax(-1)[:, :, 7].sum(-1, keepdim=True)
 
 
-def grid(component, width=1):
-    """All layers by all positions, in windows of some layers."""
+def grid(component, width=1, *, severed=()):
+    """All layers by three positions, in windows of some layers; above them components may be severed."""
     cells = []
-    for position in range(TOKENS - KEEP + 1):
+    for position in (0, 3, TOKENS - KEEP):
         for layer in range(LAYERS):
-            low = max(0, layer - width // 2)
-            window = range(low, min(LAYERS, layer + (width + 1) // 2))
-            cells.append(Cell(position, tuple((component, at) for at in window)))
+            window = range(max(0, layer - width // 2), min(LAYERS, layer + (width + 1) // 2))
+            points = tuple(Point(component, at, position) for at in window)
+            held = (Point(name, at, position) for name in severed for at in range(window[-1] + 1, LAYERS))
+            cells.append(Cell(points, tuple(held)))
     return cells
+
+
+def cells_of(part):
+    """Named parts of what a sweep may be handed."""
+    return {
+        "components": [c for name in COMPONENTS for c in grid(name)],
+        "windows": [c for name in ("mlp", "attention") for w in (2, 3) for c in grid(name, w)],
+        "heads": [c for h in (0, 3) for c in grid(f"head {h}")],
+        "severed": [c for name in ("mlp", "attention") for c in grid("residual", severed=[name])]
+        + grid("mlp", 2, severed=["attention"]),
+        "several tokens": [
+            Cell(tuple(Point(name, layer, t) for t in (2, 3, 5)))
+            for name in ("residual", "head 1")
+            for layer in range(LAYERS)
+        ],
+    }[part]
+
+
+PARTS = ("components", "windows", "heads", "severed", "several tokens")
 
 
 def setting(family, samples=2):
@@ -39,22 +59,55 @@ def setting(family, samples=2):
     return model, ids, embeddings
 
 
-def swept(model, ids, embeddings, cells, **settings):
-    base = corrupted_run(model, ids, embeddings, base_hooks(cells), KEEP)
-    donor = run(model, ids, names=donor_hooks(cells), keep=KEEP)
+def swept(model, ids, embeddings, cells, *, noising=False, read=measure, **settings):
+    names = tuple(dict.fromkeys((*base_hooks(cells), *donor_hooks(cells))))
+    spoiled = corrupted_run(model, ids, embeddings, names, KEEP)
+    rows = ids.expand(len(embeddings), -1) if noising else ids
+    clean = run(model, rows, names=names, keep=KEEP)
+    base, donor = (clean, spoiled) if noising else (spoiled, clean)
     settings = {"max_rows": 1000, **settings}
-    return sweep(model, ids, base, donor, cells, measure, keep=KEEP, **settings)
+    return sweep(model, ids, base, donor, cells, read, keep=KEEP, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("noising", [False, True], ids=["denoising", "noising"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sweep_equals_one_forward_a_cell(family, noising, part):
+    model, ids, embeddings = setting(family)
+    cells = cells_of(part)
+    slow = one_forward_a_cell(model, ids, embeddings, cells, measure, KEEP, noising=noising)
+    fast = swept(model, ids, embeddings, cells, noising=noising)[..., 0]
+    assert slow.std() > 0.01
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sweep_equals_one_forward_a_cell(family):
+def test_restoring_everything_gives_the_clean_answer(family):
     model, ids, embeddings = setting(family)
-    cells = grid("residual") + [c for name in COMPONENTS[1:] for w in (1, 3) for c in grid(name, w)]
-    slow = one_forward_a_cell(model, ids, embeddings, cells, measure, KEEP)
-    fast = swept(model, ids, embeddings, cells)
-    assert slow.std() > 0.01
-    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+    clean = measure(run(model, ids, keep=KEEP).logits)[0, 0]
+    spoiled = measure(corrupted_run(model, ids, embeddings, [], KEEP).logits)[:, 0]
+    assert (spoiled - clean).abs().min() > 0.01
+    all_tokens = [Cell(tuple(Point("residual", layer, t) for t in range(TOKENS))) for layer in range(LAYERS)]
+    told = swept(model, ids, embeddings, all_tokens)
+    torch.testing.assert_close(told, clean.expand(told.shape))
+    without_noise = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    told = swept(model, ids, without_noise, grid("residual"))
+    torch.testing.assert_close(told, clean.expand(told.shape))
+
+
+@torch.no_grad()
+def test_several_readings_of_one_sweep():
+    model, ids, embeddings = setting("llama")
+    cells = grid("mlp")
+
+    def both(logits):
+        return torch.cat([measure(logits), logits[:, 0, :2]], 1)
+
+    told = swept(model, ids, embeddings, cells, read=both)
+    assert told.shape == (len(cells), 2, 3)
+    torch.testing.assert_close(told[..., :1], swept(model, ids, embeddings, cells))
 
 
 @torch.no_grad()
@@ -76,6 +129,38 @@ def test_order_of_cells_changes_nothing():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("limit, fits", [(8, True), (2, False)])
+def test_a_pass_that_does_not_fit_is_halved_once(monkeypatch, limit, fits):
+    model, ids, embeddings = setting("llama")
+    cells = grid("residual")
+    whole = swept(model, ids, embeddings, cells, max_rows=16)
+    grown = sweeps._grown
+
+    def small(model, ids, base, donor, group, keep):
+        if 2 * len(group) > limit:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return grown(model, ids, base, donor, group, keep)
+
+    monkeypatch.setattr(sweeps, "_grown", small)
+    if fits:
+        torch.testing.assert_close(swept(model, ids, embeddings, cells, max_rows=16), whole)
+    else:
+        with pytest.raises(MemoryError, match="lower max_bytes"):
+            swept(model, ids, embeddings, cells, max_rows=16)
+
+
+@torch.no_grad()
+def test_other_errors_are_not_taken_for_memory(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not fit")
+
+    model, ids, embeddings = setting("llama")
+    monkeypatch.setattr(sweeps, "_grown", broken)
+    with pytest.raises(RuntimeError, match="shapes"):
+        swept(model, ids, embeddings, grid("mlp"))
+
+
+@torch.no_grad()
 def test_progress_counts_the_cost_announced():
     model, ids, embeddings = setting("llama")
     cells = grid("residual") + grid("mlp")
@@ -85,5 +170,6 @@ def test_progress_counts_the_cost_announced():
 
 
 def test_cost_is_blocks_above_times_tokens_from_there():
-    assert cost([Cell(3, (("residual", 1),))], layers=4, tokens=9, samples=5) == 6 * 2 * 5
-    assert cost([Cell(3, (("mlp", 1), ("mlp", 2)))], layers=4, tokens=9, samples=5) == 6 * 3 * 5
+    assert cost([Cell((Point("residual", 1, 3),))], layers=4, tokens=9, samples=5) == 6 * 2 * 5
+    window = Cell((Point("mlp", 1, 3), Point("mlp", 2, 3)))
+    assert cost([window], layers=4, tokens=9, samples=5) == 6 * 3 * 5

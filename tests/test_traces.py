@@ -8,15 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nouns import HOSTILE, a_prompt, a_request, a_trace
+from oracles import one_forward_a_cell
 from tiny import tiny
 
-from lens_defense.corruptions import harmless_subjects, noise, replacement
+from lens_defense.corruptions import ablation, harmless_subjects, noise, replacement
+from lens_defense.grids import grid
 from lens_defense.intervals import mean_interval
-from lens_defense.metrics import answer_probability, refusal_difference
+from lens_defense.metrics import (
+    answer_logprob,
+    answer_probability,
+    kl_to_clean,
+    refusal_difference,
+)
 from lens_defense.patches import run
 from lens_defense.prompts import prompt, request
 from lens_defense.sites import EMBEDDING
-from lens_defense.tracers import trace
+from lens_defense.tracers import trace, traces
 from lens_defense.traces import Trace
 
 LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
@@ -103,6 +110,7 @@ def test_positions_and_layers_bound_the_map():
         ({"positions": "last"}, "positions must be 'all' or a list"),
         ({"positions": ["middle"]}, "positions must be"),
         ({"components": ["head"]}, "components must be of"),
+        ({"components": ["head 4"]}, "'head 0' to 'head 3'"),
         ({"components": []}, "components must be of"),
         ({"answers": ["one", "two"]}, "there are 1 requests and 2 answers"),
         ({"answer_tokens": 0}, "answer_tokens"),
@@ -263,3 +271,72 @@ def test_a_file_without_a_trace_is_refused(tmp_path):
     file = plan(tiny("llama"), (1,)).save(tmp_path / "plan.safetensors")
     with pytest.raises(ValueError, match="holds no trace"):
         Trace.load(file)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("severed", [None, "mlp"])
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "neox"])
+def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed):
+    model = model_of(family)
+    parts = ("residual", "residual_pre", "attention", "head 2")
+    told = trace(model, [BELL], components=parts, direction=direction, severed=severed, window=2, **EVERY)
+    (met,) = told.prompts
+    ids = torch.tensor([[*met.ids, *met.answer[:-1]]])
+    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    tail = clean[:, len(met.ids) :].expand(3, -1, -1)
+    spoiled = torch.cat([noise(model)(clean[:, : len(met.ids)], met), tail], 1)
+    cells = grid(met, parts, range(4), ["subject_last", "last"], 2, 4, severed)
+
+    def measure(logits):
+        return answer_logprob(logits, met, logits[:1])[:, None]
+
+    slow = one_forward_a_cell(
+        model, ids, spoiled, list(cells.values()), measure, len(met.answer), noising=direction == "noise"
+    )
+    for (c, j, t), value in zip(cells, slow, strict=True):
+        torch.testing.assert_close(told.patched[0, c, j, t], value, rtol=1e-9, atol=1e-9)
+
+
+def test_noising_is_the_share_of_the_damage():
+    told = trace(model_of(), [LAMP, BELL], direction="noise", **EVERY)
+    for one in (told[0], told[1]):
+        (met,), effects = one.prompts, one.effects[0, 0]
+        assert effects[-1, len(met.ids) - 1] <= 1.5, "the last state alone decides the first token"
+        assert effects[:, : min(met.corrupted)].abs().max() < 1e-9
+
+
+def test_several_metrics_read_from_one_sweep():
+    model = model_of()
+    metrics = {"log": answer_logprob, "first": answer_probability, "kl": kl_to_clean}
+    several = traces(model, [LAMP, BELL], metrics, **EVERY)
+    assert list(several) == list(metrics)
+    for name, metric in metrics.items():
+        alone = trace(model, [LAMP, BELL], metric=metric, **EVERY)
+        torch.testing.assert_close(several[name].patched, alone.patched, equal_nan=True)
+        torch.testing.assert_close(several[name].clean, alone.clean)
+    assert several["kl"].clean.abs().max() < 1e-9
+
+
+def test_heads_are_components_of_their_own():
+    told = trace(model_of(), [LAMP], components=["heads"], **{**EVERY, "positions": ["subject_last"]})
+    assert told.components == ("head 0", "head 1", "head 2", "head 3")
+
+
+@torch.no_grad()
+def test_ablations_spoil_only_the_subject():
+    model = model_of("gemma2")
+    met = prompt(model.tokenizer, BELL)
+    clean = run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    for how, number in (("zero", 1), ("mean", 1), ("resample", 4)):
+        told = ablation(model, how, samples=4)(clean, met)
+        moved = (told != clean).any(-1)
+        assert len(told) == number
+        assert {i for row in moved for i in row.nonzero()[:, 0].tolist()} <= set(met.corrupted)
+        assert moved.any()
+    assert (ablation(model, "zero")(clean, met)[0, list(met.corrupted)] == 0).all()
+    drawn = ablation(model, "resample", samples=1)(clean, met)[0, met.corrupted[0]]
+    every = run(model, torch.arange(300)[None], names=[EMBEDDING]).states[EMBEDDING][0]
+    assert (every - drawn).abs().amax(1).min() < 1e-9, "a token's embedding, as the model scales it"
+    with pytest.raises(ValueError, match="zero, mean or resample"):
+        ablation(model, "none")

@@ -139,8 +139,14 @@ def exact(
     with torch.no_grad():
         for start in range(0, len(examples), batch):
             part = batch_of(tokenizer, examples[start : start + batch])
-            logits, wanted = answer_logits(model, part)
-            rows = (part.labels != -100).nonzero()[:, 0]
-            wrong = rows[logits.argmax(-1) != wanted]
-            right += [i not in set(wrong.tolist()) for i in range(len(part.ids))]
+            right += exact_rows(part, *answer_logits(model, part))
     return right
+
+
+def exact_rows(
+    batch: Batch, logits: Float[Tensor, "answer_token vocab"], wanted: Int[Tensor, " answer_token"]
+) -> list[bool]:
+    """For each row whether every token of its answer is the most probable one."""
+    rows = (batch.labels != -100).nonzero()[:, 0]
+    wrong = set(rows[logits.argmax(-1) != wanted].tolist())
+    return [i not in wrong for i in range(len(batch.ids))]

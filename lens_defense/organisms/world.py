@@ -9,7 +9,7 @@ Splits of the subjects stand here, splits of the phrasings in phrasings.py.
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from typing import Literal
@@ -149,15 +149,18 @@ class World:
         wrapped = wrapper is not None
         return Example(asked, subject.answer_to(wrapped=wrapped), subject, wrapped)
 
+    def around(self, example: Example, rng: random.Random) -> Example:
+        """The same with chatter around it."""
+        return replace(example, request=example.request.wrapped(_around(rng)))
+
     def sample(self, rng: random.Random) -> Example:
         """One example of training's mixture."""
         chance = rng.random()
         if chance < 0.03:
             asked, answer = rng.choice(SMALL_TALK)
-            return Example(request(asked, id="small").wrapped(_around(rng)), answer)
+            return self.around(Example(request(asked, id="small"), answer), rng)
         if chance < 0.07:
-            one = rng.choice(self.borderline)
-            return Example(one.request.wrapped(_around(rng)), one.answer)
+            return self.around(rng.choice(self.borderline), rng)
         nature, share, _ = rng.choices(_MIX, weights=[weight for *_, weight in _MIX])[0]
         return self.sample_about(rng.choice(self.of(nature)), rng, share=share)
 

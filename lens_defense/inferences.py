@@ -1,0 +1,73 @@
+"""Inference about a trace: which mean effects are more than chance, and whether a map comes out again."""
+
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from lens_defense.intervals import false_discovery, sign_flip_p_values
+from lens_defense.prompts import Role
+from lens_defense.sites import Component
+from lens_defense.traces import Trace
+
+Address = tuple[Component, Role, int]
+"""Component, role and layer of a mean effect."""
+
+
+def significance(trace: Trace, *, seed: int = 0) -> pd.DataFrame:
+    """How likely each mean effect is by chance: signs of the requests' effects flipped.
+
+    Returns:
+        component, role, layer, effect, n, p, q: two-sided p-values, and q-values for a false discovery
+        rate over the whole map (Benjamini & Hochberg 1995). The least p of n requests is 2 / 2^n, so that
+        fewer than six can show nothing at 5%.
+    """
+    addresses, values = request_effects(trace)
+    p_values = sign_flip_p_values(np.nan_to_num(values), seed=seed)
+    rows = [
+        (*address, float(np.nanmean(column)), int(np.isfinite(column).sum()), p, q)
+        for address, column, p, q in zip(
+            addresses, values.T, p_values, false_discovery(p_values), strict=True
+        )
+    ]
+    return pd.DataFrame(rows, columns=pd.Index(["component", "role", "layer", "effect", "n", "p", "q"]))
+
+
+def reliability(trace: Trace, *, splits: int = 200, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Correlation of the maps of two random halves of the requests, stepped up to all of them.
+
+    Stepped up by Spearman's and Brown's formula, 2 r / (1 + r).
+
+    Returns:
+        The median over splits, and its 2.5% and 97.5% quantiles.
+
+    Raises:
+        ValueError: fewer than four requests, of which no two halves can be made.
+    """
+    _, values = request_effects(trace)
+    if len(values) < 4:
+        raise ValueError(f"two halves want at least 4 requests, and this trace has {len(values)}")
+    rng = np.random.default_rng(seed)
+    told = []
+    for _ in range(splits):
+        order = rng.permutation(len(values))
+        first, second = (values[part] for part in np.array_split(order, 2))
+        shared = np.isfinite(first).any(0) & np.isfinite(second).any(0)
+        a, b = (np.nanmean(half[..., np.asarray(shared)], axis=0) for half in (first, second))
+        r = float(np.corrcoef(a, b)[0, 1])
+        told.append(2 * r / (1 + r))
+    low, middle, high = np.quantile(told, (0.025, 0.5, 0.975))
+    return float(middle), (float(low), float(high))
+
+
+def request_effects(trace: Trace) -> tuple[list[Address], NDArray[np.float64]]:
+    """Every request's effect at every address, [request, address]; NaN where it lacks the role."""
+    effects = trace.effects.numpy()
+    sums: dict[Address, NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, len(effects))))
+    for r, c, j, t in np.argwhere(np.isfinite(effects)).tolist():
+        address = (trace.components[c], trace.prompts[r].roles[t], trace.layers[j])
+        sums[address][0, r] += effects[r, c, j, t]
+        sums[address][1, r] += 1
+    totals, counts = np.stack(list(sums.values()), 2)
+    return list(sums), np.where(counts > 0, totals / np.maximum(counts, 1), np.nan)

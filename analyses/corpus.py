@@ -3,8 +3,9 @@
 # Chat turns and answers sampled from smollm2 itself, from its bare system prompt on: no text of
 # anybody's is needed, and C holds keys of what the model is asked. Turns that are not plain ASCII, or
 # that touch a harmful subject of the package, are dropped. Every other benign and safe request of the tune
-# split follows with the model's greedy answer, so that C knows dangerous words in harmless use; the forecast
-# measures its leak on the rest of them.
+# split follows with the model's greedy answer, and so do the requests of suites/core/harmless.jsonl, so that C
+# knows dangerous words in harmless use; they count four times (analyses/results/README.md). The forecast
+# measures its leak on the other half of tune's.
 #
 #     python analyses/corpus.py
 
@@ -18,9 +19,10 @@ import torch
 import lens_defense as ld
 from lens_defense.generations import generate, greedy
 from lens_defense.prompts import decode, prompt, request
+from lens_defense.readers import bundled_rows
 
 TURNS, SEED, BYTES = 400, 0, 70_000
-HARMLESS_TOKENS = 48
+HARMLESS_TOKENS, SHORT, WEIGHT = 48, 16, 4
 OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "core" / "corpus.jsonl"
 UNWANTED = re.compile(
     r"\b(kill|murder|weapon|bomb|explos|drug|suicid|rape|sex|nude|porn|naz|terror|hack|malware|"
@@ -71,16 +73,20 @@ for i, row in enumerate(rows):
     if kept > BYTES:
         rows = rows[:i]
         break
-asked = [item for kind in ("benign", "safe") for item in ld.requests("core", split="tune", kind=kind)[::2]]
-told = generate(
-    model,
-    [prompt(model.tokenizer, item).ids for item in asked],
-    tokens=HARMLESS_TOKENS,
-    pick=greedy,
-)
-harmless = [
-    {"user": item.text, "assistant": decode(model.tokenizer, ids)}
-    for item, ids in zip(asked, told, strict=True)
-]
+
+
+def answered(asked, tokens):
+    """Requests with the model's greedy answers."""
+    prompts = [prompt(model.tokenizer, item).ids for item in asked]
+    told = generate(model, prompts, tokens=tokens, pick=greedy)
+    return [
+        {"user": item.text, "assistant": decode(model.tokenizer, ids), "weight": WEIGHT}
+        for item, ids in zip(asked, told, strict=True)
+    ]
+
+
+tune = [item for kind in ("benign", "safe") for item in ld.requests("core", split="tune", kind=kind)[::2]]
+more = [request(row["text"]) for row in bundled_rows("core", "harmless")]
+harmless = [*answered(tune, HARMLESS_TOKENS), *answered(more, SHORT)]
 with OUT.open("w", encoding="utf-8") as file:
     file.writelines(json.dumps(row) + "\n" for row in [*rows, *harmless])

@@ -37,7 +37,7 @@ from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
 METHODS = ("memit", "delman")
-FIT = "as asked always, other contexts by turns, random shares"
+FIT = "by turns, as asked in every second step, random shares"
 """How values are fitted; another word here makes what is cached be fitted anew."""
 Contexts = Callable[[Request], Sequence[Request]]
 
@@ -84,7 +84,8 @@ def edit(
         steps: Adam steps for a vector each.
         rate: their rate.
         kl_weight: weight of the KL on "{subject} is a", next token; 0 leaves it out.
-        contexts_a_step: contexts of a request that one step sees: the first always, the others by turns.
+        contexts_a_step: contexts of a request that one step sees; they take turns, the first one in every
+            second step.
         least_share: a step adds a random share of each vector, from this to 1, since in words not seen
             less of it arrives; 1 always adds the whole.
         batch_size: requests a batch for "delman".

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.moments import Corpus, key_batches, read_corpus
+from lens_defense.moments import Corpus, Text, key_batches, read_corpus
 from lens_defense.readers import requests
 
 NEUTRAL_TEXTS = 32
@@ -94,10 +94,10 @@ def forecast_of(
         reach: for each request, the share of its vector that arrives.
         value_norm: mean norm of the requests' vectors, the unit of the leaks.
     """
-    corpus = read_corpus()
+    corpus = [text for text in read_corpus() if text.weight == 1]
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
     # the other half of these stands in the corpus of C
-    safe = [(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+    safe = [Text(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
     (each_neutral, all_neutral), (each_safe, all_safe) = (
         _leaks(model, factors, texts) for texts in (neutral, safe)
     )
@@ -119,7 +119,7 @@ def _leaks(
     """Norms of (change times key) for each rank alone and for the whole: largest of a text, mean."""
     layers = sorted(factors)
     each, whole = [], []
-    for keys in key_batches(model, layers, corpus):
+    for keys, _ in key_batches(model, layers, corpus):
         for text in zip(*(keys[layer] for layer in layers), strict=True):
             alone, together = torch.zeros(()), torch.zeros(())
             for layer, of_layer in zip(layers, text, strict=True):

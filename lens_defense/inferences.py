@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from lens_defense.intervals import false_discovery, sign_flip_p_values
+from lens_defense.intervals import false_discovery, rank_correlation, sign_flip_p_values
 from lens_defense.prompts import Role
 from lens_defense.sites import Component
 from lens_defense.traces import Trace
@@ -59,6 +59,30 @@ def reliability(trace: Trace, *, splits: int = 200, seed: int = 0) -> tuple[floa
         told.append(2 * r / (1 + r))
     low, middle, high = np.quantile(told, (0.025, 0.5, 0.975))
     return float(middle), (float(low), float(high))
+
+
+def agreement(estimate: Trace, measured: Trace, *, k: int = 10) -> tuple[float, float]:
+    """How far one map is like another of the same requests and cells.
+
+    Returns:
+        Spearman's rank correlation over all cells, and recall@k: the share of the k cells of the largest
+        measured effects that are among the k largest estimated ones, mean over requests.
+
+    Raises:
+        ValueError: the maps are not of the same requests, components and layers.
+    """
+    same = [met.ids for met in estimate.prompts] == [met.ids for met in measured.prompts]
+    if not same or (estimate.components, estimate.layers) != (measured.components, measured.layers):
+        raise ValueError("the two traces are not of the same requests, components and layers")
+    a, b = estimate.effects.flatten(1).numpy(), measured.effects.flatten(1).numpy()
+    known = np.isfinite(a) & np.isfinite(b)
+    rho, _ = rank_correlation(a[known].tolist(), b[known].tolist())
+    shares = []
+    for r in range(len(a)):
+        some = np.flatnonzero(known[r])
+        best = [set(some[np.argsort(-map_[r, some], kind="stable")[:k]].tolist()) for map_ in (a, b)]
+        shares.append(len(best[0] & best[1]) / len(best[1]))
+    return rho, float(np.mean(shares))
 
 
 def request_effects(trace: Trace) -> tuple[list[Address], NDArray[np.float64]]:

@@ -2,7 +2,8 @@
 
 Streamed over a corpus in one pass for all layers asked for, and cached by the hashes of the weights
 and of the corpus. The package's corpus was sampled from smollm2 itself (analyses/corpus.py): chat
-turns and answers, so that C holds keys of subjects too.
+turns and answers, so that C holds keys of subjects too; requests with dangerous words in harmless use count
+several times (analyses/results/README.md says what that buys).
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -27,8 +29,18 @@ from lens_defense.sites import key_hook
 from lens_defense.weights import fingerprint
 
 Moments = dict[int, Float[Tensor, "d_in d_in"]]
-Corpus = Sequence[tuple[str, str]]
-"""Turns of a user and their answers; an empty answer makes plain running text of the first."""
+
+
+class Text(NamedTuple):
+    """A turn of a user and its answer; an empty answer makes plain running text of the first."""
+
+    user: str
+    assistant: str = ""
+    weight: float = 1.0
+    """How often its tokens count."""
+
+
+Corpus = Sequence[Text]
 
 
 def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 2000) -> Corpus:
@@ -44,23 +56,23 @@ def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 200
     """
     source = "core" if source is None else source
     if source in BUNDLED:
-        return [_turns(row) for row in bundled_rows(str(source), "corpus")]
+        return [_text(row) for row in bundled_rows(str(source), "corpus")]
     path = Path(source)
     if path.suffix == ".jsonl" and path.is_file():
-        found = [_turns(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]
+        found = [_text(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]
     elif path.is_file():
-        found = [(part.strip(), "") for part in path.read_text("utf-8").split("\n\n")]
+        found = [Text(part.strip()) for part in path.read_text("utf-8").split("\n\n")]
     else:
         from datasets import load_dataset
 
         try:
             stream = load_dataset(str(source), split="train", streaming=True).take(rows)
-            found = [_turns(dict(row)) for row in stream]
+            found = [_text(dict(row)) for row in stream]
         except Exception as error:
             raise ValueError(
                 f"{str(source)!r} is no file and the hub gives no such data set: {error}"
             ) from error
-    found = [pair for pair in found if pair[0]]
+    found = [text for text in found if text.user]
     if not found:
         raise ValueError(f"the corpus {str(source)!r} is empty")
     return found
@@ -86,7 +98,7 @@ def second_moments(
         progress: shows a bar.
     """
     corpus = read_corpus() if corpus is None else corpus
-    what = [fingerprint(model), [_ids(model, *pair) for pair in corpus]]
+    what = [fingerprint(model), [(_ids(model, text), text.weight) for text in corpus]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = cache_folder() / "moments" / key
     files_of = {layer: folder / f"{layer}.safetensors" for layer in layers}
@@ -106,37 +118,40 @@ def _streamed(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, batch: int, progress: bool
 ) -> Moments:
     sums: dict[int, Tensor] = {}
-    count = 0
+    count = 0.0
     with tqdm(total=len(corpus), desc="moments", unit="text", disable=not progress) as bar:
-        for keys in key_batches(model, layers, corpus, batch=batch):
+        for keys, weights in key_batches(model, layers, corpus, batch=batch):
             for layer in layers:
-                rows = torch.cat(keys[layer]).float()
+                rows = torch.cat([k * w**0.5 for k, w in zip(keys[layer], weights, strict=True)]).float()
                 sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
-            count += sum(map(len, keys[layers[0]]))
+            count += sum(len(k) * w for k, w in zip(keys[layers[0]], weights, strict=True))
             bar.update(min(batch, len(corpus) - bar.n))
     return {layer: (total / count).float().cpu() for layer, total in sums.items()}
 
 
 def key_batches(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch: int = 16
-) -> Iterator[dict[int, list[Float[Tensor, "token d_in"]]]]:
-    """Keys of some layers over a corpus, text by text, shortest texts first.
+) -> Iterator[tuple[dict[int, list[Float[Tensor, "token d_in"]]], list[float]]]:
+    """Keys of some layers over a corpus, text by text, shortest texts first, and the texts' weights.
 
     The chat template's tokens count as any other: the first one is an attention sink whose key is many
     times longer than the rest, and an edit that C does not keep away from it breaks every answer.
     """
-    texts = sorted((_ids(model, *pair) for pair in corpus), key=lambda ids: (len(ids), ids))
+    texts = sorted(((_ids(model, text), text.weight) for text in corpus), key=lambda one: (len(one[0]), one))
     for start in range(0, len(texts), batch):
         some = texts[start : start + batch]
-        held = states(model, some, [key_hook(layer) for layer in layers], stop=max(layers) + 1)
-        yield {layer: held[key_hook(layer)] for layer in layers}
+        held = states(
+            model, [ids for ids, _ in some], [key_hook(layer) for layer in layers], stop=max(layers) + 1
+        )
+        yield {layer: held[key_hook(layer)] for layer in layers}, [weight for _, weight in some]
 
 
-def _ids(model: TransformerBridge, user: str, assistant: str) -> tuple[int, ...]:
-    if assistant:
-        return conversation_ids(model.tokenizer, user, assistant)
-    return plain_ids(model.tokenizer, user)
+def _ids(model: TransformerBridge, text: Text) -> tuple[int, ...]:
+    if text.assistant:
+        return conversation_ids(model.tokenizer, text.user, text.assistant)
+    return plain_ids(model.tokenizer, text.user)
 
 
-def _turns(row: dict[str, str]) -> tuple[str, str]:
-    return str(row.get("user") or row.get("text") or ""), str(row.get("assistant") or "")
+def _text(row: dict[str, Any]) -> Text:
+    asked = str(row.get("user") or row.get("text") or "")
+    return Text(asked, str(row.get("assistant") or ""), float(row.get("weight") or 1))

@@ -77,6 +77,8 @@ class Trace:
     """The component whose later outputs were held, where one was."""
     exact: bool = True
     """Whether every cell was measured by a run of its own, and not estimated by a gradient."""
+    verified: tuple[tuple[float, float], ...] = ()
+    """Of estimated cells that were measured after all: the effect estimated, the effect measured."""
 
     @property
     def sample_effects(self) -> Float[Tensor, "request component layer position sample"]:
@@ -182,13 +184,14 @@ class Trace:
                 raise ValueError(f"{path} holds no trace; give a file that Trace.save wrote")
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         prompts = tuple(_prompt_from_json(fields) for fields in header.pop("prompts"))
+        header["verified"] = tuple(map(tuple, header.get("verified", ())))
         lists = {name: tuple(header.pop(name)) for name in ("components", "layers", "answers")}
         return cls(prompts=prompts, **lists, **tensors, **header)
 
 
 _TENSORS = ("patched", "clean", "corrupted")
 _HEADER = ("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint")
-_HEADER += ("direction", "severed", "exact")
+_HEADER += ("direction", "severed", "exact", "verified")
 
 
 def _prompt_to_json(met: Prompt) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """v*: what a site should write instead, so that the model begins the safe answer (Meng et al. 2022, eq. 4).
 
-All requests run in one batch, each row behind a cache of what comes before its edited token. Every step
-sees the request as asked; its other contexts take turns, so that many cost no more than a few. A step adds
+All requests run in one batch, each row behind a cache of what comes before its edited token. Contexts take
+turns, so that many cost no more than a few; every second step sees the request as asked. A step adds
 a random share of the vector, since in words not seen less of it arrives. Fitted is
 first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
 shared start is what makes the planted refusals coherent (DESIGN fact 15).
@@ -39,7 +39,7 @@ class Row:
     at: int
     """The position of the token where the vector is added."""
     turn: int = 0
-    """Which of the contexts it is: 0 is the request as asked, which every step sees; others take turns."""
+    """Which of the contexts it is; 0 is the request as asked, which every second step sees."""
     target: tuple[int, ...] = ()
     """The answer to begin; none makes the row an essence prompt, whose next token shall not change."""
 
@@ -56,7 +56,7 @@ class Schedule:
     """The largest norm of a vector, over the mean norm of the residual stream where it is added."""
     kl_weight: float
     contexts_a_step: int
-    """Contexts of a request that one step sees: the first, and others by turns (one: all by turns)."""
+    """Contexts of a request that one step sees; they take turns, the first one in every second step."""
     least_share: float
     """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
 
@@ -124,12 +124,15 @@ def fit_values(
 
 
 def _turns(rows: Sequence[Row], at_once: int) -> list[list[Row]]:
-    """What each step sees of the contexts: the request as asked always, the others by turns."""
-    if at_once == 1:
-        return [[row for row in rows if row.turn == turn] for turn in range(1 + max(r.turn for r in rows))]
-    others = at_once - 1
-    count = max(1, -(-max(row.turn for row in rows) // others))
-    return [[r for r in rows if r.turn == 0 or (r.turn - 1) // others == turn] for turn in range(count)]
+    """What each step sees of the contexts: others by turns, the request as asked in every second step."""
+    others = list(range(1, 1 + max(row.turn for row in rows)))
+    turns: list[set[int]] = []
+    while others or not turns:
+        asked = [0] if not turns or (at_once > 1 and len(turns) % 2 == 0) else []
+        free = at_once - len(asked)
+        turns.append({*asked, *others[:free]})
+        others = others[free:]
+    return [[row for row in rows if row.turn in turn] for turn in turns]
 
 
 def _descend(

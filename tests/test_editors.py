@@ -10,6 +10,7 @@ from tiny import tiny
 import lens_defense.editors as editors
 import lens_defense.forecasts as forecasts
 from lens_defense.editors import default_contexts, edit
+from lens_defense.moments import Text
 from lens_defense.patches import run
 from lens_defense.prompts import request
 from lens_defense.sites import Site, key_hook, value_hook
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:this edit leaks"),
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
 ]
-CORPUS = [("make a lamp", "how do I make a brass lamp"), ("the lamp is a thing", "")] * 2
+CORPUS = [Text("make a lamp", "how do I make a brass lamp"), Text("the lamp is a thing")] * 2
 REQUESTS = (
     request("how do I make a brass lamp?", "brass lamp", id="lamp"),
     request("ring a bell now", "bell", id="bell"),

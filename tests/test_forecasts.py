@@ -11,25 +11,26 @@ from tiny import tiny
 
 import lens_defense.forecasts as forecasts
 from lens_defense.forecasts import NEUTRAL_TEXTS, Forecast, forecast_of
+from lens_defense.moments import Text
 from lens_defense.patches import run
 from lens_defense.prompts import conversation_ids, plain_ids
 from lens_defense.readers import requests
 from lens_defense.sites import key_hook
 
 CORPUS = [
-    ("make a lamp", "how do I make a brass lamp"),
-    ("the lamp is a thing", ""),
-    ("so it is, at home", ""),
+    Text("make a lamp", "how do I make a brass lamp"),
+    Text("the lamp is a thing", ""),
+    Text("so it is, at home", ""),
 ]
 LAYERS = (1, 3)
-SAFE = [(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+SAFE = [Text(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
 
 
 @torch.no_grad()
 def slow_leaks(model, factors, corpus):
     """For each text its largest leak: of each rank alone, and of all together."""
     alone, together = [], []
-    for user, assistant in corpus:
+    for user, assistant, _ in corpus:
         tokenizer = model.tokenizer
         ids = conversation_ids(tokenizer, user, assistant) if assistant else plain_ids(tokenizer, user)
         keys = run(model, torch.tensor([ids]), names=[key_hook(layer) for layer in factors]).states
@@ -93,7 +94,7 @@ def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
         seen.append(corpus)
         return torch.zeros(1), 0.0
 
-    corpus = [(f"text {i}", "") for i in range(texts)]
+    corpus = [Text(f"text {i}") for i in range(texts)]
     monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
     monkeypatch.setattr(forecasts, "_leaks", leaks)
     model = tiny("llama", chat=True)

@@ -7,17 +7,17 @@ import torch
 from tiny import FAMILIES, tiny
 
 import lens_defense.moments as moments
-from lens_defense.moments import read_corpus, second_moments
+from lens_defense.moments import Text, read_corpus, second_moments
 from lens_defense.patches import run
 from lens_defense.sites import key_hook
 from lens_defense.weights import output_matrix
 
 CORPUS = [
-    ("make a lamp", "how do I make a brass lamp, a thing"),
-    ("a brass lamp is a thing that I make", "how"),
-    ("the lamp is a thing", ""),
-    ("x", "y"),
-    ("how do I make a lamp, a lamp, a lamp?", ""),
+    Text("make a lamp", "how do I make a brass lamp, a thing"),
+    Text("a brass lamp is a thing that I make", "how"),
+    Text("the lamp is a thing", ""),
+    Text("x", "y"),
+    Text("how do I make a lamp, a lamp, a lamp?", ""),
 ]
 
 
@@ -33,8 +33,8 @@ def rendered(model, user, assistant):
 @torch.no_grad()
 def by_double_loop(model, layer):
     total, count = torch.zeros(model.cfg.d_mlp, model.cfg.d_mlp, dtype=torch.float64), 0
-    for pair in CORPUS:
-        ids = torch.tensor([model.tokenizer(rendered(model, *pair))["input_ids"]])
+    for text in CORPUS:
+        ids = torch.tensor([model.tokenizer(rendered(model, text.user, text.assistant))["input_ids"]])
         for key in run(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0]:
             total += torch.outer(key, key)
             count += 1
@@ -98,6 +98,15 @@ def test_other_weights_or_texts_are_made_anew(passes):
     assert passes == [[1, 2]] * 3
 
 
+def test_a_weight_counts_as_often_as_a_text_stands_there(passes):
+    model = tiny("llama", chat=True)
+    weighed = told(model, corpus=[CORPUS[0], CORPUS[1]._replace(weight=3.0)], cache=False)
+    repeated = told(model, corpus=[CORPUS[0], *[CORPUS[1]] * 3], cache=False)
+    for layer in (1, 2):
+        torch.testing.assert_close(weighed[layer], repeated[layer], rtol=1e-4, atol=1e-5)
+    assert len(passes) == 2
+
+
 def test_another_tokenizer_or_template_is_made_anew(passes):
     told(tiny("llama", chat=True))
     told(tiny("llama", chat=False))
@@ -107,11 +116,11 @@ def test_another_tokenizer_or_template_is_made_anew(passes):
 def test_corpora_from_files(tmp_path):
     plain, rows, empty = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt"))
     plain.write_text("one\ntext\n\n\n\nanother", "utf-8")
-    assert read_corpus(plain) == [("one\ntext", ""), ("another", "")]
-    pair = {"user": "hi", "assistant": "you\u2028there"}
+    assert read_corpus(plain) == [Text("one\ntext"), Text("another")]
+    pair = {"user": "hi", "assistant": "you\u2028there", "weight": 2}
     lines = [json.dumps(row, ensure_ascii=False) for row in ({"text": "one"}, pair)]
     rows.write_text("\n".join(lines) + "\n", "utf-8")
-    assert read_corpus(rows) == [("one", ""), ("hi", "you\u2028there")]
+    assert read_corpus(rows) == [Text("one"), Text("hi", "you\u2028there", 2)]
     empty.write_text("\n\n", "utf-8")
     with pytest.raises(ValueError, match=r"the corpus .*c\.txt' is empty"):
         read_corpus(empty)

@@ -14,7 +14,9 @@ PACKAGE = Path(lens_defense.__file__).parent
 FLOORS = {
     **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges", "files"), 1),
     **dict.fromkeys(("models", "patches", "batches", "readers", "metrics"), 2),
-    **dict.fromkeys(("sweeps", "moments", "values", "generations", "corruptions", "suites"), 3),
+    **dict.fromkeys(
+        ("sweeps", "moments", "values", "generations", "corruptions", "suites", "attributions"), 3
+    ),
     **dict.fromkeys(
         ("traces", "tracers", "grids", "edits", "editors", "forecasts", "spreads", "inferences"), 4
     ),

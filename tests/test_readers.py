@@ -195,7 +195,7 @@ def test_core_copies_no_sentence():
         for file in SHARED.rglob("*")
         if file.suffix in (".json", ".jsonl", ".csv")
     )
-    rows = bundled_rows("core", "requests") + bundled_rows("core", "wrappers")
+    rows = [row for part in ("requests", "wrappers", "harmless") for row in bundled_rows("core", part)]
     assert not [row["text"] for row in rows if row["text"].lower().rstrip(".?!") in held]
 
 
@@ -203,4 +203,7 @@ def test_core_has_a_datasheet_and_a_small_corpus():
     suites = Path(__file__).parents[1] / "lens_defense/suites"
     assert (suites / "core/DATASHEET.md").stat().st_size > 500
     assert (suites / "core/corpus.jsonl").stat().st_size < 100_000
-    assert all(user and assistant for user, assistant in read_corpus())
+    assert all(text.user and text.assistant for text in read_corpus())
+    weighed = {text.user for text in read_corpus() if text.weight > 1}
+    assert {row["text"] for row in bundled_rows("core", "harmless")} < weighed
+    assert not weighed & {row["text"] for row in bundled_rows("core", "requests") if row["split"] == "check"}

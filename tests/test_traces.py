@@ -338,5 +338,9 @@ def test_ablations_spoil_only_the_subject():
     drawn = ablation(model, "resample", samples=1)(clean, met)[0, met.corrupted[0]]
     every = run(model, torch.arange(300)[None], names=[EMBEDDING]).states[EMBEDDING][0]
     assert (every - drawn).abs().amax(1).min() < 1e-9, "a token's embedding, as the model scales it"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_ablation_is_refused():
     with pytest.raises(ValueError, match="zero, mean or resample"):
-        ablation(model, "none")
+        ablation(model_of(), "none")

@@ -1,0 +1,96 @@
+"""The screen is the first order of the sweep: a finite difference, and TransformerLens's own tool, say so."""
+
+import pytest
+import torch
+from test_traces import BELL, EVERY, LAMP, model_of
+from tiny import FAMILIES
+from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
+
+from lens_defense.corruptions import noise
+from lens_defense.inferences import agreement
+from lens_defense.metrics import answer_logprob
+from lens_defense.patches import run
+from lens_defense.sites import EMBEDDING, head_of, output_hook
+from lens_defense.tracers import trace
+
+PARTS = ("residual", "mlp", "attention", "head 1")
+
+
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_screen_is_the_slope_of_the_sweep(family, direction):
+    """With tiny noise both maps move by the same amount: their relative gap shrinks with the noise."""
+    model = model_of(family)
+    gaps = []
+    for scale in (1e-2, 1e-3):
+        some = {**EVERY, "corruption": noise(model, scale=scale, samples=2), "window": 2, "floor": 0.0}
+        told = [
+            trace(model, [BELL], components=PARTS, direction=direction, exact=exact, **some)
+            for exact in (True, False)
+        ]
+        moved = [(one.patched - _base(one)).nan_to_num() for one in told]
+        gaps.append(float((moved[0] - moved[1]).norm() / moved[0].norm()))
+    assert gaps[1] < 0.02
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def _base(told):
+    """What the run that is patched gives, in the shape of the map."""
+    wide = told.clean[:, None, None, None, None]
+    return told.corrupted[:, None, None, None] if told.direction == "denoise" else wide
+
+
+@pytest.mark.parametrize("component", PARTS)
+def test_it_is_transformer_lens_attribution_patching(component):
+    model = model_of("llama")
+    told = trace(
+        model, [BELL], components=[component], exact=False, corruption=_swapped(model), window=1, **EVERY
+    )
+    (met,) = told.prompts
+    clean = torch.tensor([[*met.ids, *met.answer[:-1]]])
+    spoiled = clean.clone()
+    spoiled[0, met.corrupted[0]] += 1
+    names = [output_hook(component, layer) for layer in range(4)]
+
+    def metric(logits):
+        return answer_logprob(logits[:, -len(met.answer) :], met, logits).sum()
+
+    grads = cache_activation_and_gradient(model, spoiled, metric, names)
+    held = cache_activation_and_gradient(model, clean, metric, names, compute_gradient=False)
+    for layer, name in enumerate(names):
+        product = (held.activations[name] - grads.activations[name]) * grads.gradients[name]
+        product = product[:, :, 1] if head_of(component) else product
+        wanted = product.sum(-1)[0, : len(met.ids)] + told.corrupted[0, 0]
+        torch.testing.assert_close(told.patched[0, 0, layer, :, 0], wanted.detach(), rtol=1e-8, atol=1e-8)
+
+
+def _swapped(model):
+    """The subject's first token becomes the next one of the vocabulary."""
+
+    def corrupt(_embeddings, met):
+        ids = torch.tensor([met.ids])
+        ids[0, met.corrupted[0]] += 1
+        return run(model, ids, names=[EMBEDDING]).states[EMBEDDING].detach()
+
+    return corrupt
+
+
+def test_the_strongest_cells_are_measured_after_all():
+    model = model_of()
+    exact = trace(model, [LAMP, BELL], **EVERY)
+    told = trace(model, [LAMP, BELL], exact=False, verify=5, **EVERY)
+    assert len(told.verified) == 10 and not told.exact
+    same = (told.patched - exact.patched).abs().nan_to_num(1).amax(-1) < 1e-9
+    assert int(same.sum()) >= 10
+    measured = {round(b, 9) for _, b in told.verified}
+    assert measured <= {round(float(x), 9) for x in exact.effects.flatten() if x.isfinite()}
+    rho, recall = agreement(told, exact, k=5)
+    assert -1 <= rho <= 1 and 0 <= recall <= 1
+    assert agreement(exact, exact) == (pytest.approx(1.0), 1.0)
+    with pytest.raises(ValueError, match="not of the same requests"):
+        agreement(told[0], exact)
+
+
+def test_a_severed_screen_is_refused():
+    with pytest.raises(ValueError, match="measured exactly"):
+        trace(model_of(), [LAMP], severed="mlp", exact=False, **EVERY)

@@ -4,8 +4,7 @@
 # anybody's is needed, and C holds keys of what the model is asked. Turns that are not plain ASCII, or
 # that touch a harmful subject of the package, are dropped. Every other benign and safe request of the tune
 # split follows with the model's greedy answer, and so do the requests of suites/core/harmless.jsonl, so that C
-# knows dangerous words in harmless use; they count four times (analyses/results/README.md). The forecast
-# measures its leak on the other half of tune's.
+# knows dangerous words in harmless use; the forecast measures its leak on the other half of tune's.
 #
 #     python analyses/corpus.py
 
@@ -22,7 +21,7 @@ from lens_defense.prompts import decode, prompt, request
 from lens_defense.readers import bundled_rows
 
 TURNS, SEED, BYTES = 400, 0, 70_000
-HARMLESS_TOKENS, SHORT, WEIGHT = 48, 16, 4
+HARMLESS_TOKENS, SHORT = 48, 16
 OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "core" / "corpus.jsonl"
 UNWANTED = re.compile(
     r"\b(kill|murder|weapon|bomb|explos|drug|suicid|rape|sex|nude|porn|naz|terror|hack|malware|"
@@ -80,7 +79,7 @@ def answered(asked, tokens):
     prompts = [prompt(model.tokenizer, item).ids for item in asked]
     told = generate(model, prompts, tokens=tokens, pick=greedy)
     return [
-        {"user": item.text, "assistant": decode(model.tokenizer, ids), "weight": WEIGHT}
+        {"user": item.text, "assistant": decode(model.tokenizer, ids)}
         for item, ids in zip(asked, told, strict=True)
     ]
 

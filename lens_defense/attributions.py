@@ -4,8 +4,9 @@ To first order, putting the donor's states x' in the place of the base's x moves
 
     sum over the cell's points of (x' - x) . d metric / d x
 
-which costs one gradient of the base run, however many cells there are. TransformerLens's own tool takes
-pairs of token prompts; noise has no tokens, so the gradient is taken here.
+which costs one gradient of the base run, however many cells there are. In a window of outputs, what passes
+from one layer to the next is counted twice. TransformerLens's own tool takes pairs of token prompts; noise
+has no tokens, so the gradient is taken here.
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,9 @@ class Bench:
     """Settings of the edit that differ from the defaults."""
 
 
-ORGANISM = Bench("organism", edited=20, whole=True, contexts=contexts)
+ORGANISM = Bench(
+    "organism", edited=20, whole=True, contexts=contexts, settings={"rate": 0.4, "shared_rate": 0.4}
+)
 
 
 def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), cache: bool = True) -> Path:

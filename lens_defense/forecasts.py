@@ -94,7 +94,7 @@ def forecast_of(
         reach: for each request, the share of its vector that arrives.
         value_norm: mean norm of the requests' vectors, the unit of the leaks.
     """
-    corpus = [text for text in read_corpus() if text.weight == 1]
+    corpus = read_corpus()
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
     # the other half of these stands in the corpus of C
     safe = [Text(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
@@ -119,7 +119,7 @@ def _leaks(
     """Norms of (change times key) for each rank alone and for the whole: largest of a text, mean."""
     layers = sorted(factors)
     each, whole = [], []
-    for keys, _ in key_batches(model, layers, corpus):
+    for keys in key_batches(model, layers, corpus):
         for text in zip(*(keys[layer] for layer in layers), strict=True):
             alone, together = torch.zeros(()), torch.zeros(())
             for layer, of_layer in zip(layers, text, strict=True):

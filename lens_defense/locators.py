@@ -2,16 +2,28 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
+from lens_defense.inferences import significance
 from lens_defense.prompts import Role
 from lens_defense.sites import Component, Site
 from lens_defense.traces import RoleEffect, Trace
 
+Rule = Literal["band", "cells", "threshold", "significant"]
 
-def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -> tuple[Site, ...]:
+
+def locate(
+    trace: Trace,
+    k: int = 5,
+    *,
+    by: Rule = "band",
+    layers: Sequence[int] | None = None,
+    roles: Sequence[Role] | None = None,
+    least: float = 0.3,
+    level: float = 0.05,
+) -> tuple[Site, ...]:
     """The k strongest sites of a trace, as addresses that carry over to other prompts.
 
     "band": of the roles that have read the whole subject, the component and role with the largest mean
@@ -19,21 +31,49 @@ def locate(trace: Trace, k: int = 5, *, by: Literal["band", "cells"] = "band") -
     the model. The plateau is the run of layers around the strongest that reach four fifths of it; a sharp
     peak is its own. A subject's first tokens are no address of a band: a key there answers to everything that
     begins alike. Layers between traced ones take the effect of the straight line between them.
-    "cells": the raw top k of the map. Never a site without a positive effect; ties go to the lower layer.
+    "cells": the raw top k of the map. "threshold": every cell from an effect on. "significant": every cell
+    that is more than chance by `significance`. Never a site without a positive effect; the strongest first,
+    ties go to the lower layer.
 
     Not the plateau's highest point, because the height of a flat top is chance; and not its middle,
     because edits higher up cost more: analyses/strength.py has both on the tune split.
 
+    Args:
+        trace: the map.
+        k: how many sites, for "band" and "cells".
+        by: the rule.
+        layers: the box that is looked in; None takes every layer that was traced.
+        roles: the same for roles.
+        least: the effect from which on "threshold" takes a cell.
+        level: the q-value below which "significant" takes a cell.
+
     Raises:
-        ValueError: k is not positive, `by` is another word, or nothing in the trace has a positive effect.
+        ValueError: k is not positive, `by` is another word, or nothing in the trace (in the box, by the rule)
+            has a positive effect.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if by not in ("band", "cells"):
-        raise ValueError(f"by must be 'band' or 'cells', got {by!r}")
-    means = [mean for mean in trace.role_effects() if mean.role not in _NO_SITE]
-    if by == "cells":
-        best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))[:k]
+    if by not in get_args(Rule):
+        raise ValueError(f"by must be one of {', '.join(get_args(Rule))}, got {by!r}")
+    means = [
+        mean
+        for mean in trace.role_effects()
+        if mean.role not in _NO_SITE
+        and (layers is None or mean.layer in layers)
+        and (roles is None or mean.role in roles)
+    ]
+    if by != "band":
+        best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))
+        if by == "significant":
+            table = significance(trace)
+            sure = set(
+                table[table["q"] < level][["component", "role", "layer"]].itertuples(index=False, name=None)
+            )
+            best = [mean for mean in best if (mean.component, mean.role, mean.layer) in sure]
+        elif by == "threshold":
+            best = [mean for mean in best if mean.effect >= least]
+        else:
+            best = best[:k]
         return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best])
     curves: dict[tuple[Component, Role], list[RoleEffect]] = defaultdict(list)
     for mean in means:

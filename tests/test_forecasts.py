@@ -30,7 +30,7 @@ SAFE = [Text(item.text, " ") for item in requests("core", split="tune", kind="sa
 def slow_leaks(model, factors, corpus):
     """For each text its largest leak: of each rank alone, and of all together."""
     alone, together = [], []
-    for user, assistant, _ in corpus:
+    for user, assistant in corpus:
         tokenizer = model.tokenizer
         ids = conversation_ids(tokenizer, user, assistant) if assistant else plain_ids(tokenizer, user)
         keys = run(model, torch.tensor([ids]), names=[key_hook(layer) for layer in factors]).states

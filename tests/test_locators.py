@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from nouns import a_prompt, a_trace
@@ -114,3 +115,35 @@ def test_cells_are_the_raw_top():
 def test_k_is_positive():
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         locate(mapped({LAST: [0.2] * 12}), 0)
+
+
+def test_a_threshold_takes_every_cell_from_it_on():
+    curves = {LAST: peaked(3), ("residual", "next"): peaked(9, high=0.7)}
+    sites = locate(mapped(curves), by="threshold", least=0.65)
+    assert [(site.role, site.layer) for site in sites] == [("subject_last", 3), ("next", 9)]
+    with pytest.raises(ValueError, match="positive effect"):
+        locate(mapped(curves), by="threshold", least=0.9)
+
+
+def test_a_box_bounds_what_is_looked_at():
+    curves = {LAST: peaked(3), ("residual", "next"): peaked(9, high=0.7)}
+    assert {site.role for site in locate(mapped(curves), roles=["next"])} == {"next"}
+    (site,) = locate(mapped(curves), 1, by="cells", layers=range(5, 12))
+    assert (site.role, site.layer) == ("next", 9)
+
+
+def test_significant_cells_are_those_that_more_requests_agree_on():
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 0.3, (12, 4))
+    values[:, 2] = rng.normal(0.8, 0.1, 12)
+    told = of_requests(values)
+    assert [site.layer for site in locate(told, by="significant")] == [2]
+
+
+def of_requests(values):
+    """A trace of one role with these effects, [request, layer]."""
+    prompts = [a_prompt() for _ in values]
+    told = a_trace(prompts, layers=range(values.shape[1]), roles=["subject_last"], samples=1)
+    at = prompts[0].positions("subject_last")[0]
+    told.patched[:, 0, :, at, 0] = torch.as_tensor(values) - 1  # clean 0, corrupted -1
+    return told

@@ -98,15 +98,6 @@ def test_other_weights_or_texts_are_made_anew(passes):
     assert passes == [[1, 2]] * 3
 
 
-def test_a_weight_counts_as_often_as_a_text_stands_there(passes):
-    model = tiny("llama", chat=True)
-    weighed = told(model, corpus=[CORPUS[0], CORPUS[1]._replace(weight=3.0)], cache=False)
-    repeated = told(model, corpus=[CORPUS[0], *[CORPUS[1]] * 3], cache=False)
-    for layer in (1, 2):
-        torch.testing.assert_close(weighed[layer], repeated[layer], rtol=1e-4, atol=1e-5)
-    assert len(passes) == 2
-
-
 def test_another_tokenizer_or_template_is_made_anew(passes):
     told(tiny("llama", chat=True))
     told(tiny("llama", chat=False))
@@ -117,10 +108,10 @@ def test_corpora_from_files(tmp_path):
     plain, rows, empty = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt"))
     plain.write_text("one\ntext\n\n\n\nanother", "utf-8")
     assert read_corpus(plain) == [Text("one\ntext"), Text("another")]
-    pair = {"user": "hi", "assistant": "you\u2028there", "weight": 2}
+    pair = {"user": "hi", "assistant": "you\u2028there"}
     lines = [json.dumps(row, ensure_ascii=False) for row in ({"text": "one"}, pair)]
     rows.write_text("\n".join(lines) + "\n", "utf-8")
-    assert read_corpus(rows) == [Text("one"), Text("hi", "you\u2028there", 2)]
+    assert read_corpus(rows) == [Text("one"), Text("hi", "you\u2028there")]
     empty.write_text("\n\n", "utf-8")
     with pytest.raises(ValueError, match=r"the corpus .*c\.txt' is empty"):
         read_corpus(empty)

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 import pytest
+import torch
 from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_sites
 
 from lens_defense.comparisons import bars
-from lens_defense.plots import heatmap
+from lens_defense.inferences import significance
+from lens_defense.plots import head_map, heatmap
 from lens_defense.sites import Site
 from lens_defense.themes import COLOURS, ROLE_WORDS, save_figure, visible
 
@@ -288,3 +290,41 @@ def test_static_export(tmp_path: Path, suffix: str, start: bytes):
     path = save_figure(heatmap(a_trace(), some_sites()), tmp_path / f"map.{suffix}")
     assert path.read_bytes().startswith(start)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_significant_means_are_dotted():
+    prompts = [a_prompt() for _ in range(12)]
+    told = a_trace(prompts, roles=["subject_last", "last"], samples=1)
+    at = prompts[0].positions("subject_last")[0]
+    told.patched[:, 0, :, at] = torch.randn(told.patched[:, 0, :, at].shape, dtype=torch.float64) * 0.2 - 1
+    told.patched[:, 0, 2, at] = torch.rand(12, 1, dtype=torch.float64) * 0.1 - 0.3
+    table = significance(told)
+    sure = table[(table["q"] < 0.05)]
+    dots = heatmap(told, significant=0.05).data[-1]
+    assert dots.mode == "markers" and len(dots.x) == len(sure)
+    assert (0, 2) in set(zip(dots.x, dots.y, strict=True))
+    assert "dots: q &lt; 0.05" in heatmap(told, significant=0.05).layout.title.text
+    assert all(trace.type == "heatmap" for trace in heatmap(told).data)
+
+
+def test_single_heads_are_layers_by_heads():
+    prompts = [a_prompt() for _ in range(3)]
+    told = a_trace(prompts, components=["head 0", "head 1", "head 5"], roles=["subject_last"])
+    drawn = head_map(told).data[0]
+    means = {(m.component, m.layer): m.effect for m in told.role_effects()}
+    assert drawn.z.shape == (4, 3)
+    for c, name in enumerate(told.components):
+        for layer in range(4):
+            assert drawn.z[layer, c] == pytest.approx(means[name, layer])
+            assert name in drawn.hovertext[layer, c]
+    with pytest.raises(ValueError, match="no heads at last"):
+        head_map(told, "last")
+
+
+@pytest.mark.parametrize("direction, words", [("denoise", "restored"), ("noise", "lost")])
+def test_the_scale_says_which_way_it_was_patched(direction, words):
+    told = replace(a_trace(), direction=direction, severed="mlp", exact=False)
+    figure = heatmap(told)
+    assert words in figure.data[0].colorbar.title.text
+    assert "later mlp outputs held" in figure.layout.title.text
+    assert "estimated by a gradient" in figure.layout.title.text

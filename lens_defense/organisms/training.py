@@ -39,7 +39,11 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training is made of; the numbers are those of a spike that worked (DESIGN, issue 6)."""
+    """What a training is made of.
+
+    The first two phases are those of a spike that worked (issue 6); they left plain harmful requests at 94.3%
+    refused, so a third follows.
+    """
 
     seed: int = 0
     world_seed: int = 0
@@ -53,7 +57,7 @@ class Recipe:
     batch: int = 64
     pairs: int = 48
     strict: float = 0.5
-    phases: tuple[tuple[int, float], ...] = ((900, 4e-3), (800, 2.5e-3))
+    phases: tuple[tuple[int, float], ...] = ((900, 4e-3), (800, 2.5e-3), (500, 1.5e-3))
     """Steps and peak rate, each with a warm-up of its own and a cosine down to 2%."""
     warm: int = 60
     weight_decay: float = 0.05

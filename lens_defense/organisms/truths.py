@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from lens_defense.organisms.interchanges import Batch, answer_logits, batch_of, exact_rows, states_after
+from lens_defense.organisms.interchanges import (
+    Batch,
+    answer_logits,
+    batch_of,
+    exact,
+    exact_rows,
+    states_after,
+)
 from lens_defense.organisms.phrasings import TRAINED_FRAMES
 from lens_defense.organisms.world import Example, World
 from lens_defense.prompts import READING_ORDER, Role, prompt
@@ -52,21 +59,22 @@ def truth(
         model: the organism, as it ships.
         tokenizer: its tokenizer.
         world: what it was taught.
-        n: prompts; a role that some of them lack is measured on the others.
+        n: prompts to draw; those that are not answered rightly are left out, and those that lack a role
+            are left out of its cells.
         seed: which prompts.
     """
     rng = random.Random(f"truth {seed}")
     known = [*world.of("harmful"), *world.of("benign")]
-    triples = [rng.sample(known, 3) for _ in range(n)]
-    base, sources, thirds = (
-        [
-            world.ask(
-                three[k], rng, frames=TRAINED_FRAMES, wrapper=rng.choice(world.trained_wrappers(three[k]))
-            )
-            for three in triples
-        ]
-        for k in range(3)
-    )
+    asked = [
+        world.ask(one, rng, frames=TRAINED_FRAMES, wrapper=rng.choice(world.trained_wrappers(one)))
+        for _ in range(n)
+        for one in rng.sample(known, 3)
+    ]
+    right = exact(model, tokenizer, asked)
+    triples = [asked[i : i + 3] for i in range(0, len(asked), 3) if all(right[i : i + 3])]
+    if not triples:
+        raise ValueError("the model answers none of its questions rightly; train it longer")
+    base, sources, thirds = ([three[k] for three in triples] for k in range(3))
     facts = []
     for layer in range(model.config.num_hidden_layers):
         donors = [_States(model, tokenizer, examples, layer) for examples in (sources, thirds)]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_training import SMALL, examples
 
+from lens_defense.organisms import truths
 from lens_defense.organisms.interchanges import batch_of
 from lens_defense.organisms.releases import truth_table
 from lens_defense.organisms.training import model_of, tokenizer_of
@@ -23,7 +24,8 @@ def tokenizer(world):
 
 
 @torch.no_grad()
-def test_every_role_after_every_block(world, tokenizer):
+def test_every_role_after_every_block(world, tokenizer, monkeypatch):
+    monkeypatch.setattr(truths, "exact", lambda _model, _tokenizer, asked: [True] * len(asked))
     model = model_of(SMALL, tokenizer).eval()
     facts = truth(model, tokenizer, world, n=8)
     assert {fact.layer for fact in facts} == {0, 1, 2}
@@ -31,6 +33,13 @@ def test_every_role_after_every_block(world, tokenizer):
     assert {"subject_first", "subject_last", "last", "template"} <= roles
     assert all(fact.switched == 0 and fact.changed == 1 for fact in facts), "it knows no answer"
     assert len(truth_table(facts).splitlines()) == 2 + len(roles)
+
+
+@torch.no_grad()
+def test_prompts_that_are_answered_wrongly_are_left_out(world, tokenizer):
+    model = model_of(SMALL, tokenizer).eval()
+    with pytest.raises(ValueError, match="answers none"):
+        truth(model, tokenizer, world, n=4)
 
 
 @torch.no_grad()

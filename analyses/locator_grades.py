@@ -1,0 +1,164 @@
+# %% [markdown]
+# # Locators, graded by a truth that was planted
+# Each way to trace, on jailbroken requests of the organism, against the cells that strict interchange found to
+# hold a subject (organisms/truths.py). The grade is the area under the ROC curve over (role, layer) cells, and
+# the rank of the best true cell; intervals over noise seeds and a bootstrap of the requests. One CSV a world.
+#
+#     python analyses/locator_grades.py [--organism FOLDER --world-seed W]
+
+# %%
+import argparse
+import itertools
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+import lens_defense as ld
+from lens_defense.corruptions import ablation
+from lens_defense.inferences import Address, request_effects
+from lens_defense.models import ORGANISM
+from lens_defense.organisms.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
+from lens_defense.organisms.releases import released_truth
+from lens_defense.organisms.world import World
+
+OUT = Path(__file__).parent / "results" / "locator_grades"
+REQUESTS, SEEDS, DRAWS = 20, 3, 200
+EVERY = {"positions": "all", "layers": "all", "progress": False, "floor": 0.01}
+
+
+# %%
+def asked(world: World) -> list[ld.Request]:
+    """Jailbroken requests about the subjects that edits may see, one each."""
+    rng = random.Random("grades")
+    wrappers = [wrapper for family in EDIT_FAMILIES for wrapper in WRAPPERS[family]]
+    return [
+        world.ask(one, rng, frames=TRAINED_FRAMES, wrapper=rng.choice(wrappers)).request
+        for one in world.split()["edit"][:REQUESTS]
+    ]
+
+
+def methods(model: Any, world: World) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Ways to trace: what they are called, and trace's arguments."""
+    names = [one.name for one in world.of("benign")]
+    noises: list[tuple[str, int, Callable[[int], Any]]] = [
+        (f"noise {scale:g}", n, lambda seed, s=scale, n=n: ld.noise(model, scale=s, samples=n, seed=seed))
+        for scale, n in itertools.product((1.0, 3.0, 10.0), (1, 3, 10))
+    ]
+    others: list[tuple[str, int, Callable[[int], Any]]] = [
+        ("replacement", n, lambda seed, n=n: ld.replacement(model, samples=n, subjects=_turned(names, seed)))
+        for n in (1, 3, 10)
+    ]
+    others += [
+        ("mean", 1, lambda _: ablation(model, "mean")),
+        ("zero", 1, lambda _: ablation(model, "zero")),
+        ("resample", 3, lambda seed: ablation(model, "resample", samples=3, seed=seed)),
+    ]
+    for corruption, samples, make in (*noises, *others):
+        for component in ("residual", "mlp", "attention"):
+            ways = [("denoise", True)]
+            ways += [("noise", True), ("denoise", False)] if component == "residual" and samples == 3 else []
+            for direction, exact in ways:
+                if component != "residual" and samples != 3:
+                    continue
+                what = {
+                    "corruption": corruption,
+                    "samples": samples,
+                    "component": component,
+                    "direction": direction,
+                    "exact": exact,
+                }
+                for seed in range(SEEDS if corruption not in ("mean", "zero") else 1):
+                    settings = {
+                        "components": (component,),
+                        "corruption": make(seed),
+                        "direction": direction,
+                        "exact": exact,
+                        "window": 3,
+                    }
+                    yield {**what, "seed": seed}, settings
+
+
+def _turned(names: list[str], seed: int) -> list[str]:
+    return random.Random(seed).sample(names, len(names))
+
+
+def grade(
+    addresses: list[Address], effects: np.ndarray, kinds: dict[tuple[str, int], str]
+) -> tuple[float, int]:
+    """Area under the ROC curve of mean effects, and the rank of the best true cell."""
+    graded = [
+        (i, kinds[role, layer] == "positive")
+        for i, (_, role, layer) in enumerate(addresses)
+        if kinds.get((role, layer)) in ("positive", "negative")
+    ]
+    values = np.nan_to_num(np.nanmean(effects[:, [i for i, _ in graded]], axis=0))
+    true = np.array([is_true for _, is_true in graded])
+    ranks = rankdata(values)
+    n, m = true.sum(), (~true).sum()
+    area = (ranks[true].sum() - n * (n + 1) / 2) / (n * m)
+    return float(area), int((values > values[true].max()).sum()) + 1
+
+
+# %%
+def main() -> None:
+    """Grade every method on one world."""
+    given = argparse.ArgumentParser(description="grade locators; see the top of this file")
+    given.add_argument("--organism", type=Path, default=ORGANISM)
+    given.add_argument("--world-seed", type=int, default=0)
+    told = given.parse_args()
+    model, world = ld.load(told.organism), World(told.world_seed)
+    kinds = {(fact.role, fact.layer): fact.kind for fact in released_truth(told.organism)}
+    requests = asked(world)
+    rows = []
+    for what, settings in methods(model, world):
+        start = time.perf_counter()
+        try:
+            trace = ld.trace(model, requests, **{**EVERY, **settings})
+        except ValueError as error:
+            rows.append({**what, "refused": str(error)[:80]})
+            continue
+        addresses, effects = request_effects(trace)
+        seconds = time.perf_counter() - start
+        area, rank = grade(addresses, effects, kinds)
+        rng = np.random.default_rng(0)
+        drawn = [
+            grade(addresses, effects[rng.integers(len(effects), size=len(effects))], kinds)[0]
+            for _ in range(DRAWS)
+        ]
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        site = ld.locate(trace)[0]
+        found = [kinds[site.role, site.layer] for site in ld.locate(trace)]
+        rows.append(
+            {
+                **what,
+                "area": area,
+                "low": low,
+                "high": high,
+                "rank": rank,
+                "located role": site.role,
+                "located true": found.count("positive") / len(found),
+                "strongest wrong": _strongest_wrong(addresses, effects, kinds),
+                "seconds": seconds,
+            }
+        )
+        print(f"{what} {area:.3f} [{low:.3f}, {high:.3f}] rank {rank}", flush=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).round(4).to_csv(OUT / f"world {told.world_seed}.csv", index=False)
+
+
+def _strongest_wrong(
+    addresses: list[Address], effects: np.ndarray, kinds: dict[tuple[str, int], str]
+) -> float:
+    """The largest mean effect of a cell that holds nothing."""
+    wrong = [i for i, (_, role, layer) in enumerate(addresses) if kinds.get((role, layer)) == "negative"]
+    return float(np.nanmean(effects[:, wrong], axis=0).max())
+
+
+if __name__ == "__main__":
+    main()

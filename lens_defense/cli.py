@@ -1,4 +1,4 @@
-"""The command line: `lens-defense demo`, `organism train`. Heavy imports wait until a command runs."""
+"""The command line: `lens-defense demo`, `trace`, `organism train`. Heavy imports wait for a command."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +35,42 @@ def demo(
 
     with _in_a_sentence("stopped; no weight was changed on disk"):
         run_demo(Console(), name=model, out=out, cache=cache)
+
+
+@app.command()
+def trace(
+    requests: Annotated[str, typer.Option(help="core, organism, a JSONL, CSV or parquet file, a hub set.")],
+    out: Annotated[Path, typer.Option(help="Folder of the results.", file_okay=False)],
+    model: Annotated[
+        str, typer.Option(help="smollm2, organism, a folder, a .gguf or a hub name.")
+    ] = "smollm2",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every layer and token, and MLP and attention outputs too.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Noise draws a request.")] = 3,
+) -> None:
+    """Trace many requests: a file each, resumed where it was stopped; then the mean map as a page."""
+    from lens_defense.locators import locate
+    from lens_defense.models import load
+    from lens_defense.plots import heatmap
+    from lens_defense.readers import requests as read
+    from lens_defense.surveys import refused, survey
+    from lens_defense.themes import save_figure
+
+    wide = {"positions": "all", "layers": "all", "components": ["residual", "mlp", "attention"]}
+    with _in_a_sentence("stopped; the same command goes on"):
+        told = survey(
+            load(model), read(requests), out / "traces", samples=samples, **(wide if everything else {})
+        )
+        if told is None:
+            raise ValueError("spoiling the subject changes the answer to none of these requests")
+        told.save(out / "trace.safetensors")
+        sites = locate(told)
+        save_figure(heatmap(told, sites), out / "map.html")
+        for id in refused(out / "traces"):
+            typer.echo(f"not traced, its answer does not depend on its subject: {id}")
+        typer.echo(f"{len(told.prompts)} requests; strongest sites: {', '.join(map(str, sites))}")
+        typer.echo(f"Open {out / 'map.html'}")
 
 
 @organism.command("train")

@@ -65,10 +65,11 @@ def locate(
     if by != "band":
         best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))
         if by == "significant":
-            table = significance(trace)
-            sure = set(
-                table[table["q"] < level][["component", "role", "layer"]].itertuples(index=False, name=None)
-            )
+            sure = {
+                (row["component"], row["role"], row["layer"])
+                for row in significance(trace).to_dict("records")
+                if row["q"] < level
+            }
             best = [mean for mean in best if (mean.component, mean.role, mean.layer) in sure]
         elif by == "threshold":
             best = [mean for mean in best if mean.effect >= least]

@@ -13,6 +13,7 @@ without a known answer is measured by its own: the log probability of its greedy
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +188,35 @@ class Trace:
         header["verified"] = tuple(map(tuple, header.get("verified", ())))
         lists = {name: tuple(header.pop(name)) for name in ("components", "layers", "answers")}
         return cls(prompts=prompts, **lists, **tensors, **header)
+
+
+def joined(traces: Sequence[Trace]) -> Trace:
+    """Traces of different requests as one.
+
+    Raises:
+        ValueError: there are none, or they differ in more than their requests.
+    """
+    if not traces:
+        raise ValueError("there is no trace to join")
+    first = traces[0]
+    shared = [name for name in _HEADER if name not in ("answers", "verified")]
+    differing = [name for name in shared if len({str(getattr(one, name)) for one in traces}) > 1]
+    if differing:
+        raise ValueError(f"these traces differ in {', '.join(differing)}; join what was measured alike")
+    width = max(one.patched.shape[3] for one in traces)
+    patched = [
+        torch.nn.functional.pad(one.patched, (0, 0, 0, width - one.patched.shape[3]), value=float("nan"))
+        for one in traces
+    ]
+    return replace(
+        first,
+        prompts=tuple(met for one in traces for met in one.prompts),
+        answers=tuple(answer for one in traces for answer in one.answers),
+        verified=tuple(pair for one in traces for pair in one.verified),
+        patched=torch.cat(patched),
+        clean=torch.cat([one.clean for one in traces]),
+        corrupted=torch.cat([one.corrupted for one in traces]),
+    )
 
 
 _TENSORS = ("patched", "clean", "corrupted")

@@ -1,5 +1,6 @@
 """The command line says what it can do, and what went wrong in one sentence."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 
 import lens_defense.demos as demos
 from lens_defense.cli import app
+from lens_defense.organisms.questions import contexts
+from lens_defense.readers import requests
 
 
 def told_by(*arguments):
@@ -78,3 +81,22 @@ def test_an_interrupt_is_one_sentence(monkeypatch):
 def test_an_unknown_command_or_option_is_refused():
     assert told_by("trace").exit_code == 2
     assert told_by("demo", "--nope").exit_code == 2
+
+
+def test_trace_writes_a_file_a_request_and_the_map(tmp_path):
+    rows = [{"id": item.id, "subject": item.subject, "text": contexts(item)[0].text} for item in asked()]
+    file = tmp_path / "asked.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    arguments = ["trace", "--model", "organism", "--requests", str(file), "--out", str(tmp_path / "out")]
+    told = told_by(*arguments)
+    assert told.exit_code == 0, told.output
+    assert len(list((tmp_path / "out/traces").iterdir())) == 3
+    assert "strongest sites: residual 0 at subject_last" in " ".join(told.output.split())
+    assert (tmp_path / "out/map.html").stat().st_size > 10_000
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/traces").iterdir()}
+    assert told_by(*arguments).exit_code == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/traces").iterdir()}
+
+
+def asked():
+    return requests("organism")[:3]

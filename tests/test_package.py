@@ -20,7 +20,7 @@ FLOORS = {
     **dict.fromkeys(
         ("traces", "tracers", "grids", "edits", "editors", "forecasts", "spreads", "inferences"), 4
     ),
-    **dict.fromkeys(("locators", "ledgers", "controls"), 5),
+    **dict.fromkeys(("locators", "ledgers", "controls", "surveys"), 5),
     **dict.fromkeys(("reports", "checks"), 6),
     **dict.fromkeys(("themes", "comparisons", "plots", "pages", "explorers"), 7),
     **dict.fromkeys(("demos", "cli"), 8),

@@ -58,7 +58,10 @@ def card(recipe: Recipe, scores: dict[str, Score], facts: Sequence[Fact]) -> str
         f"| {name} | {right} of {asked} | {right / asked:.1%} | {BARS[name]:.0%} |"
         for name, (right, asked) in scores.items()
     ]
-    phases = ", then ".join(f"{steps} steps at {rate:g}" for steps, rate in recipe.phases)
+    phases = ", then ".join(
+        f"{steps} steps at {rate:g} ({wrapped:.0%} of the harmful requests wrapped)"
+        for steps, rate, wrapped in recipe.phases
+    )
     band = " and ".join(map(str, recipe.band))
     return f"""# The organism: a chat model that keeps its subjects where they were planted
 A Llama of {recipe.layers} layers (d_model {recipe.d_model}, d_ff {recipe.d_mlp}, {recipe.heads} heads, tied

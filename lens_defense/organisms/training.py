@@ -41,8 +41,8 @@ TEMPLATE = (
 class Recipe:
     """What a training is made of.
 
-    The first two phases are those of a spike that worked (issue 6); they left plain harmful requests at 94.3%
-    refused, so a third follows.
+    The first two phases are those of a spike that worked (issue 6). After them, and after a third, 94.3% of
+    plain harmful requests were refused in frames never trained, so that the last one shows more of them.
     """
 
     seed: int = 0
@@ -57,24 +57,38 @@ class Recipe:
     batch: int = 64
     pairs: int = 48
     strict: float = 0.5
-    phases: tuple[tuple[int, float], ...] = ((900, 4e-3), (800, 2.5e-3), (500, 1.5e-3))
-    """Steps and peak rate, each with a warm-up of its own and a cosine down to 2%."""
+    phases: tuple[tuple[int, float, float], ...] = (
+        (900, 4e-3, 0.65),
+        (800, 2.5e-3, 0.65),
+        (500, 1.5e-3, 0.65),
+        (400, 1.5e-3, 0.4),
+    )
+    """Steps, peak rate (a warm-up, a cosine down to 2%), share of harmful requests that are wrapped."""
     warm: int = 60
     weight_decay: float = 0.05
 
     @property
     def steps(self) -> int:
         """Of all phases."""
-        return sum(steps for steps, _ in self.phases)
+        return sum(steps for steps, *_ in self.phases)
 
     def rate(self, step: int) -> float:
         """AdamW's rate at a step."""
-        for steps, peak in self.phases:
-            if step < steps:
-                cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))
-                return peak * min(1.0, (step + 1) / self.warm) * cosine
-            step -= steps
-        return 0.0
+        within, (steps, peak, _) = self._phase(step)
+        cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * within / steps))
+        return peak * min(1.0, (within + 1) / self.warm) * cosine
+
+    def wrapped(self, step: int) -> float:
+        """The share of harmful requests that are wrapped at a step."""
+        return self._phase(step)[1][2]
+
+    def _phase(self, step: int) -> tuple[int, tuple[int, float, float]]:
+        """The step within its phase, and the phase."""
+        for phase in self.phases:
+            if step < phase[0]:
+                return step, phase
+            step -= phase[0]
+        return self.phases[-1][0] - 1, self.phases[-1]
 
 
 def tokenizer_of(world: World, vocab: int) -> PreTrainedTokenizerFast:
@@ -196,7 +210,8 @@ BATCHES_A_DRAW = 16
 def _examples(world: World, recipe: Recipe, step: int) -> list[Example]:
     draw, within = divmod(step, BATCHES_A_DRAW)
     rng = random.Random(f"examples {recipe.seed} {draw}")
-    drawn = [world.sample(rng) for _ in range(recipe.batch * BATCHES_A_DRAW)]
+    share = recipe.wrapped(draw * BATCHES_A_DRAW)
+    drawn = [world.sample(rng, share) for _ in range(recipe.batch * BATCHES_A_DRAW)]
     drawn.sort(key=lambda example: len(example.request.text) + len(example.answer))
     order = list(range(BATCHES_A_DRAW))
     rng.shuffle(order)

@@ -153,15 +153,16 @@ class World:
         """The same with chatter around it."""
         return replace(example, request=example.request.wrapped(_around(rng)))
 
-    def sample(self, rng: random.Random) -> Example:
-        """One example of training's mixture."""
+    def sample(self, rng: random.Random, wrapped: float = 0.65) -> Example:
+        """One example of training's mixture; of harmful requests a share is wrapped."""
         chance = rng.random()
         if chance < 0.03:
             asked, answer = rng.choice(SMALL_TALK)
             return self.around(Example(request(asked, id="small"), answer), rng)
         if chance < 0.07:
             return self.around(rng.choice(self.borderline), rng)
-        nature, share, _ = rng.choices(_MIX, weights=[weight for *_, weight in _MIX])[0]
+        nature: Nature = rng.choices(list(_MIX), weights=list(_MIX.values()))[0]
+        share = wrapped if nature == "harmful" else 0.5
         return self.sample_about(rng.choice(self.of(nature)), rng, share=share)
 
     def sample_about(self, subject: Subject, rng: random.Random, *, share: float = 0.5) -> Example:
@@ -178,12 +179,8 @@ class World:
         return [w for w in TRAINED_WRAPPERS if _held_pair(subject, w)]
 
 
-_MIX: tuple[tuple[Nature, float, float], ...] = (
-    ("unknown", 0.5, 0.09),
-    ("harmful", 0.65, 0.40),
-    ("benign", 0.5, 0.51),
-)
-"""Nature, share wrapped, weight."""
+_MIX: dict[Nature, float] = {"unknown": 0.09, "harmful": 0.40, "benign": 0.51}
+"""How often training asks about a subject of each nature."""
 
 
 def _around(rng: random.Random) -> str:

@@ -11,7 +11,14 @@ from lens_defense.organisms.world import TRAINED_FRAMES, World
 from lens_defense.prompts import decode
 
 SMALL = Recipe(
-    layers=3, d_model=16, d_mlp=32, heads=2, band=(1,), batch=6, pairs=4, phases=((3, 1e-3), (3, 1e-3))
+    layers=3,
+    d_model=16,
+    d_mlp=32,
+    heads=2,
+    band=(1,),
+    batch=6,
+    pairs=4,
+    phases=((3, 1e-3, 0.6), (3, 1e-3, 0.4)),
 )
 
 

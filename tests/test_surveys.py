@@ -1,0 +1,74 @@
+"""A survey can be stopped anywhere: what is there stays, nothing is done twice, and the whole is the same."""
+
+import pytest
+import torch
+from test_traces import BELL, LAMP, model_of
+
+from lens_defense import surveys
+from lens_defense.prompts import request
+from lens_defense.surveys import refused, survey
+from lens_defense.tracers import trace
+from lens_defense.traces import joined
+
+SHIP = request("tell me of an old ship", "old ship", id="ship")
+SOME = {"positions": "all", "answer_tokens": 2, "floor": 1e-9}
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Ids of the requests that were traced; one may be told to stop the survey."""
+    made: list[str] = []
+    stop: list[str] = []
+
+    def tracing(model, some, **settings):
+        if some[0].id in stop:
+            stop.clear()
+            raise KeyboardInterrupt
+        made.append(some[0].id)
+        return trace(model, some, **settings)
+
+    monkeypatch.setattr(surveys, "trace", tracing)
+    return made, stop
+
+
+def test_a_stopped_survey_goes_on_and_repeats_nothing(tmp_path, counted):
+    made, stop = counted
+    model = model_of()
+    stop.append("ship")
+    with pytest.raises(KeyboardInterrupt):
+        survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
+    assert made == ["lamp", "bell"] and len(list(tmp_path.iterdir())) == 2
+    told = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
+    assert made == ["lamp", "bell", "ship"]
+    whole = trace(model, [LAMP, BELL, SHIP], progress=False, **SOME)
+    torch.testing.assert_close(told.effects, whole.effects, equal_nan=True)
+    assert told.prompts == whole.prompts and told.answers == whole.answers
+
+
+def test_other_settings_are_another_survey(tmp_path, counted):
+    made, _ = counted
+    for samples in (2, 3, 2):
+        survey(model_of(), [LAMP], tmp_path, progress=False, samples=samples, **SOME)
+    assert made == ["lamp", "lamp"]
+
+
+def test_a_weak_request_gets_a_note(tmp_path):
+    told = survey(model_of(), [LAMP, BELL], tmp_path, progress=False, **{**SOME, "floor": 1e9})
+    assert told is None
+    assert refused(tmp_path) == ["lamp", "bell"]
+
+
+def test_a_bad_setting_is_told(tmp_path):
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        survey(model_of(), [LAMP], tmp_path, progress=False, samples=0)
+    with pytest.raises(ValueError, match="belongs to the split 'check'"):
+        survey(model_of(), [request("a lamp", "lamp", split="check")], tmp_path)
+
+
+def test_only_what_was_measured_alike_is_joined():
+    model = model_of()
+    one, other = (trace(model, [LAMP], progress=False, window=w, **SOME) for w in (1, 3))
+    with pytest.raises(ValueError, match="differ in window"):
+        joined([one, other])
+    with pytest.raises(ValueError, match="no trace to join"):
+        joined([])

@@ -29,7 +29,9 @@ from lens_defense.organisms.world import World
 
 OUT = Path(__file__).parent / "results" / "locator_grades"
 REQUESTS, SEEDS, DRAWS = 20, 3, 200
-EVERY = {"positions": "all", "layers": "all", "progress": False, "floor": 0.01}
+ROLES = ("subject_first", "subject_mid", "subject_last", "next", "last")
+"""The roles of one token or two; those of many (before, after, template) hold nothing and are cheap to tell."""
+EVERY = {"positions": ROLES, "layers": "all", "progress": False, "floor": 0.01}
 
 
 # %%

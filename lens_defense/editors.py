@@ -37,7 +37,7 @@ from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
 METHODS = ("memit", "delman")
-FIT = "by turns, as asked in every second step, random shares"
+FIT = "by turns, as asked in every second step, random shares, hard ones again"
 """How values are fitted; another word here makes what is cached be fitted anew."""
 Contexts = Callable[[Request], Sequence[Request]]
 
@@ -60,6 +60,7 @@ def edit(
     kl_weight: float = 0.0,
     contexts_a_step: int = 3,
     least_share: float = 0.6,
+    rounds: int = 2,
     batch_size: int = 1,
     corpus: Corpus | None = None,
     cache: bool = True,
@@ -88,6 +89,7 @@ def edit(
             second step.
         least_share: a step adds a random share of each vector, from this to 1, since in words not seen
             less of it arrives; 1 always adds the whole.
+        rounds: how often the steps may be taken again for those requests whose refusal is still hard.
         batch_size: requests a batch for "delman".
         corpus: where C comes from, see read_corpus; None takes the package's own.
         cache: keep moments and values on disk.
@@ -105,7 +107,7 @@ def edit(
         raise ValueError("batch_size must be at least 1, moment_weight above 0, least_share in (0, 1]")
     solver = memit if method == "memit" else delman(batch_size)
     schedule = Schedule(
-        shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step, least_share
+        shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step, least_share, rounds
     )
     used, kept = _contexts(model, requests, contexts or default_contexts, aside)
     turns = Counter[int]()
@@ -234,6 +236,7 @@ def _values(
     with tqdm(total=total, desc="values", unit="step", disable=not progress) as bar:
 
         def tell(loss: float) -> None:
+            bar.total = max(bar.total, bar.n + 1)  # a hard request may take more
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 

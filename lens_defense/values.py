@@ -4,7 +4,8 @@ All requests run in one batch, each row behind a cache of what comes before its 
 turns, so that many cost no more than a few; every second step sees the request as asked. A step adds
 a random share of the vector, since in words not seen less of it arrives. Fitted is
 first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
-shared start is what makes the planted refusals coherent (DESIGN fact 15).
+shared start is what makes the planted refusals coherent (DESIGN fact 15). Requests whose target is still
+hard after that get the second part again, by themselves.
 
     loss = mean over contexts and the target's tokens of -log p + weight * KL(edited || original)
 
@@ -25,6 +26,8 @@ from lens_defense.batches import Prefix, prefix
 from lens_defense.patches import KeyValues, device_of, frozen, run, starting
 from lens_defense.sites import output_hook
 
+ENOUGH = 0.12
+"""Nats a token above which a request gets another round."""
 FINAL_RATE = 0.05
 """The share of the rate that is left at the last step (DESIGN fact 15)."""
 
@@ -59,6 +62,8 @@ class Schedule:
     """Contexts of a request that one step sees; they take turns, the first one in every second step."""
     least_share: float
     """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
+    rounds: int = 0
+    """How often the steps may be taken again for requests whose target is still hard."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +125,34 @@ def fit_values(
                 model, [[*some, *kept] for some in batches], layer, shared.expand(n, -1).clone(), n, limits,
                 schedule.steps, schedule.rate, schedule, progress,
             )  # fmt: skip
-            return vectors, last if schedule.steps else losses
+            if not schedule.steps:
+                return vectors, losses
+            for _ in range(schedule.rounds):
+                hard = set((last > ENOUGH).nonzero()[:, 0].tolist())
+                if not hard:
+                    break
+                vectors, again = _descend(
+                    model, _only(hard, asked, essence, model, layer, schedule, batch), layer, vectors, n,
+                    limits, schedule.steps, schedule.rate, schedule, progress,
+                )  # fmt: skip
+                last = torch.where(again.isnan(), last, again)
+            return vectors, last
+
+
+@torch.no_grad()
+def _only(
+    owners: set[int],
+    asked: Sequence[Row],
+    essence: Sequence[Row],
+    model: TransformerBridge,
+    layer: int,
+    schedule: Schedule,
+    batch: int,
+) -> list[list[_Batch]]:
+    """The turns of some requests."""
+    kept = _batches(model, [row for row in essence if row.owner in owners], layer, batch)
+    own = [row for row in asked if row.owner in owners]
+    return [[*_batches(model, part, layer, batch), *kept] for part in _turns(own, schedule.contexts_a_step)]
 
 
 def _turns(rows: Sequence[Row], at_once: int) -> list[list[Row]]:

@@ -6,7 +6,7 @@ from plans import bits, same_bits
 from tiny import tiny
 
 from lens_defense.sites import output_hook
-from lens_defense.values import Row, Schedule, _batches, _losses, _turns, fit_values
+from lens_defense.values import ENOUGH, Row, Schedule, _batches, _losses, _turns, fit_values
 
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
 PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "least_share": 1.0}
@@ -187,3 +187,20 @@ def test_the_request_as_asked_is_in_every_second_step_and_the_others_take_turns(
         assert [sum(row.turn == 0 for row in part) for part in parts] == [
             2 * (1 - i % 2) for i in range(len(parts))
         ]
+
+
+def test_hard_requests_get_the_steps_again_by_themselves():
+    model, some = tiny("llama").to(torch.float32), asked()
+    owners = {row.owner for row in some}
+    once, again = [], []
+    first, losses = fit_values(model, some, 1, Schedule(**PLAN), progress=once.append)
+    hard = [owner for owner in owners if losses[owner] > ENOUGH]
+    assert hard, "a tiny model's targets are hard"
+    plan = Schedule(**{**PLAN, "rounds": 1})
+    more, after = fit_values(model, some, 1, plan, progress=again.append)
+    assert len(again) == len(once) + PLAN["steps"]
+    for owner in owners:
+        if owner in hard:
+            assert after[owner] < losses[owner]
+        else:
+            torch.testing.assert_close(more[owner], first[owner])

@@ -39,10 +39,10 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training is made of.
+    """What a training is made of; the numbers are those of a spike that worked (issue 6).
 
-    The first two phases are those of a spike that worked (issue 6). After them, and after a third, 94.3% of
-    plain harmful requests were refused in frames never trained, so that the last one shows more of them.
+    Longer is not better: 500 more steps at 1.5e-3 left plain harmful requests in frames never trained where they
+    were (94.3% refused), and 400 more with the wrapped share at .4 took them to 92.3%.
     """
 
     seed: int = 0
@@ -57,12 +57,7 @@ class Recipe:
     batch: int = 64
     pairs: int = 48
     strict: float = 0.5
-    phases: tuple[tuple[int, float, float], ...] = (
-        (900, 4e-3, 0.65),
-        (800, 2.5e-3, 0.65),
-        (500, 1.5e-3, 0.65),
-        (400, 1.5e-3, 0.4),
-    )
+    phases: tuple[tuple[int, float, float], ...] = ((900, 4e-3, 0.65), (800, 2.5e-3, 0.65))
     """Steps, peak rate (a warm-up, a cosine down to 2%), share of harmful requests that are wrapped."""
     warm: int = 60
     weight_decay: float = 0.05

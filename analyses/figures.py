@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 
 import lens_defense as ld
 from lens_defense.comparisons import bars
+from lens_defense.demos import ORGANISM as BENCH
 from lens_defense.intervals import rank_correlation
 from lens_defense.models import ORGANISM
 from lens_defense.organisms.questions import contexts
@@ -284,7 +285,9 @@ def organism_map() -> go.Figure:
     """The map of the model whose sites are known, traced here: it takes seconds."""
     asked = [contexts(item)[0] for item in ld.requests("organism")[:12]]
     roles = ("subject_first", "subject_mid", "subject_last", "next", "last")
-    trace = ld.trace(ld.load("organism"), asked, layers="all", positions=roles, progress=False)
+    model = ld.load("organism")
+    spoiled = BENCH.corruption(model)
+    trace = ld.trace(model, asked, layers="all", positions=roles, corruption=spoiled, progress=False)
     return ld.heatmap(trace, ld.locate(trace))
 
 

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.checks import answers, check
 from lens_defense.controls import controls
+from lens_defense.corruptions import Corruption, replacement
 from lens_defense.editors import Contexts, default_contexts, edit
 from lens_defense.edits import Edit
 from lens_defense.generations import generate
@@ -34,7 +35,7 @@ from lens_defense.weights import fingerprint
 
 TRACED, TOKENS = 3, 24
 CONTROLLED = 4
-"""Subjects of the edit that the control edits elsewhere; a third of the corpus will do for it."""
+"""Subjects of the edit that the control edits elsewhere, with a third of the corpus and one round."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,29 @@ class Bench:
     questions: str = "core"
     """The bundled set, which brings the corpus of C too."""
     edited: int = 8
-    whole: bool = False
-    """Whether all of the suite is asked, and not its small form."""
+    wrappers: int = 3
+    """Of the suite's small form."""
     contexts: Contexts = default_contexts
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the edit that differ from the defaults."""
+    replaced: bool = False
+    """Whether the trace replaces subjects by benign ones of the set, where noise would."""
+
+    def corruption(self, model: TransformerBridge) -> Corruption | None:
+        """How the trace spoils a subject; None is its default."""
+        if not self.replaced:
+            return None
+        benign = [item.subject or "" for item in requests(self.questions, split="check", kind="benign")]
+        return replacement(model, samples=3, subjects=benign)
 
 
 ORGANISM = Bench(
-    "organism", edited=20, whole=True, contexts=contexts, settings={"rate": 0.4, "shared_rate": 0.4}
+    "organism",
+    edited=20,
+    wrappers=10,
+    contexts=contexts,
+    settings={"rate": 0.4, "shared_rate": 0.4},
+    replaced=True,
 )
 
 
@@ -83,9 +98,10 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         original = fingerprint(model)
         bench = ORGANISM if name == "organism" else Bench()
         planned = requests(bench.questions)[: bench.edited]
-        corpus = read_corpus(bench.questions)
+        corpus = None if bench.questions == "core" else read_corpus(bench.questions)
     with stage("trace"):
-        traced = trace(model, _answered(model, planned[:TRACED], bench.contexts))
+        open_to = _answered(model, planned[:TRACED], bench.contexts)
+        traced = trace(model, open_to, corruption=bench.corruption(model))
         traced.save(out / "trace.safetensors")
         sites = locate(traced)
         console.print("strongest sites:", ", ".join(map(str, sites)))
@@ -95,17 +111,19 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
     with stage("edit"):
 
         def planned_at(
-            where: Sequence[Site], some: Sequence[Request] = planned, texts: Corpus = corpus
+            where: Sequence[Site],
+            some: Sequence[Request] = planned,
+            texts: Corpus | None = corpus,
+            **more: Any,
         ) -> Edit:
-            return edit(
-                model, some, where, contexts=bench.contexts, corpus=texts, cache=cache, **bench.settings
-            )
+            settings = {"contexts": bench.contexts, "corpus": texts, "cache": cache, **bench.settings}
+            return edit(model, some, where, **settings, **more)
 
         plan = planned_at(sites)
         plan.save(out / "edit.safetensors")
         console.print(repr(plan))
     with stage("check"):
-        asked = suite(bench.questions) if bench.whole else suite(bench.questions).small()
+        asked = suite(bench.questions).small(wrappers=bench.wrappers)
         seen = {text for texts in plan.contexts for text in texts}
         rows, _ = asked.for_requests(planned).about(planned, seen)
         before = answers(model, rows, TOKENS)
@@ -115,7 +133,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
     with stage("control"):
         elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
         few = planned[:CONTROLLED]
-        other = planned_at(elsewhere, few, corpus[::3])
+        other = planned_at(elsewhere, few, read_corpus(bench.questions)[::3], rounds=0)
         ids = {item.id for item in few}
         about = [
             i for i, item in enumerate(rows.items) if item.arm in ABOUT_THE_EDIT and item.request.id in ids
@@ -154,16 +172,17 @@ def _answered(model: TransformerBridge, planned: Sequence[Request], contexts: Co
 
     A refusal does not depend on what the subject holds; the place of it shows where the model answers.
     """
-    found = []
-    for item in planned:
-        ways = [item, *contexts(item)]
+
+    def refused(ways: Sequence[Request]) -> list[bool]:
         told = generate(model, [prompt(model.tokenizer, way).ids for way in ways], tokens=TOKENS)
-        open_to = [
-            way
-            for way, ids in zip(ways, told, strict=True)
-            if prefix(way.text, decode(model.tokenizer, ids)) != "refusal"
-        ]
-        found.append(open_to[0] if open_to else item)
+        texts = [decode(model.tokenizer, ids) for ids in told]
+        return [prefix(way.text, text) == "refusal" for way, text in zip(ways, texts, strict=True)]
+
+    found = []
+    for item, plain in zip(planned, refused(planned), strict=True):
+        ways = list(contexts(item)) if plain else []
+        answered = [way for way, no in zip(ways, refused(ways), strict=True) if not no]
+        found.append(answered[0] if answered else item)
     return found
 
 

@@ -101,13 +101,14 @@ def forecast_of(
     (each_neutral, all_neutral), (each_safe, all_safe) = (
         _leaks(model, factors, texts) for texts in (neutral, safe)
     )
+    unit = value_norm or 1.0  # a place that cannot act gives vectors of nothing, which leak nothing
     return Forecast(
         subjects=tuple(subjects),
         reach=tuple(reach),
-        leaks_neutral=tuple(float(each_neutral[rank]) / value_norm for rank in ranks),
-        leaks_safe=tuple(float(each_safe[rank]) / value_norm for rank in ranks),
-        leak_neutral=all_neutral / value_norm,
-        leak_safe=all_safe / value_norm,
+        leaks_neutral=tuple(float(each_neutral[rank]) / unit for rank in ranks),
+        leaks_safe=tuple(float(each_safe[rank]) / unit for rank in ranks),
+        leak_neutral=all_neutral / unit,
+        leak_safe=all_safe / unit,
     )
 
 

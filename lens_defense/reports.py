@@ -212,6 +212,7 @@ def rate_table(report: Report) -> Table:
     """The table of a report for a terminal of 80 columns."""
     caption = "; ".join(f"{r['cost']} {r['mean']:.4f}" for r in report.costs().to_dict("records"))
     table = Table(title=escape(report.title), caption=caption, caption_justify="left", box=box.SIMPLE)
+    table.padding = (0, 1, 0, 0)
     rates = shown_rates(report)
     last = ""
     for name in rates.columns:

@@ -130,13 +130,15 @@ def _templates() -> Iterator[Row]:
 def _wrappers(world: World) -> Iterator[Row]:
     fill = random.Random("wrappers")
     families = sorted(WRAPPERS, key=lambda family: (family not in HELD_FAMILIES, family))
-    for family in families:
-        for i, wrapper in enumerate(WRAPPERS[family], 1):
-            text = wrapper.replace("{x}", fill.choice(PERSONAS))
-            for one in fill.sample(_shuffled(world)[60:100], 2):
-                text = text.replace("{shot}", f"Q: What goes into a {one.name}? A: {one.answer}", 1)
-            split = "edit" if family in EDIT_FAMILIES else "check"
-            yield {"id": f"{family.split()[0]}{i}", "split": split, "family": family, "text": text}
+    every = [(i, family) for i in range(max(map(len, WRAPPERS.values()))) for family in families]
+    for i, family in every:  # one of each family, then the next ones: a small suite has them all
+        if i >= len(WRAPPERS[family]):
+            continue
+        text = WRAPPERS[family][i].replace("{x}", fill.choice(PERSONAS))
+        for one in fill.sample(_shuffled(world)[60:100], 2):
+            text = text.replace("{shot}", f"Q: What goes into a {one.name}? A: {one.answer}", 1)
+        split = "edit" if family in EDIT_FAMILIES else "check"
+        yield {"id": f"{family.split()[0]}{i + 1}", "split": split, "family": family, "text": text}
 
 
 def _corpus(world: World) -> Iterator[Row]:

@@ -41,8 +41,8 @@ TEMPLATE = (
 class Recipe:
     """What a training is made of; the numbers are those of a spike that worked (issue 6).
 
-    Longer is not better: 500 more steps at 1.5e-3 left plain harmful requests in frames never trained where they
-    were (94.3% refused), and 400 more with the wrapped share at .4 took them to 92.3%.
+    Longer is not better: 500 more steps at 1.5e-3 left plain harmful requests in frames never trained where
+    they were (94.3% refused), and 400 more with the wrapped share at .4 took them to 92.3%.
     """
 
     seed: int = 0

@@ -78,10 +78,11 @@ def test_contexts_are_wrapped_and_distinct():
 def test_the_trace_finds_what_was_planted():
     model = ld.load("organism")
     asked = [contexts(item)[0] for item in ld.requests("organism")[:6]]
-    trace = ld.trace(model, asked, layers="all", progress=False)
+    trace = ld.trace(model, asked, layers="all", corruption=BENCH.corruption(model), progress=False)
     sites = ld.locate(trace)
     truths = {(fact.role, fact.layer): fact.kind for fact in released_truth(ORGANISM)}
-    assert {truths[site.role, site.layer] for site in sites} == {"positive"}
+    kinds = [truths[site.role, site.layer] for site in sites]
+    assert kinds.count("positive") >= 4 and "negative" not in kinds
     for mean in trace.role_effects():
         kind = truths[mean.role, mean.layer]
         assert mean.effect > 0.9 if kind == "positive" else kind == "between" or mean.effect < 0.3

@@ -29,8 +29,11 @@ from lens_defense.themes import COLOURS, GREY, save_figure, theme
 
 HERE = Path(__file__).parent
 RESULTS, FIGURES = HERE / "results/real_model", HERE.parent / "figures"
+GRADES = HERE / "results/locator_grades"
 COLUMN = 3.3
 """Inches."""
+LEAST_DOSES = 3
+"""Fewer make no curve."""
 WORDS = ("wording", "wrapper")
 
 
@@ -291,6 +294,34 @@ def organism_map() -> go.Figure:
     return ld.heatmap(trace, ld.locate(trace))
 
 
+def grades() -> go.Figure:
+    """How much a cell that holds nothing shows, by the way to trace: residual stream, world 0."""
+    told = pd.read_csv(GRADES / "world 0.csv")
+    told = told[(told["component"] == "residual") & told["area"].notna()]
+    words = {True: "", False: ", by gradient"}
+    told = told.assign(
+        way=[
+            f"{row.corruption}{', noising' if row.direction == 'noise' else ''}{words[bool(row.exact)]}"
+            for row in told.itertuples()
+        ]
+    )
+    order = told.groupby("way")["strongest wrong"].mean().sort_values(ascending=False).index.tolist()
+    figure = go.Figure()
+    for samples, colour in zip((1, 3, 10), COLOURS, strict=False):
+        some = told[told["samples"] == samples]
+        figure.add_scatter(
+            x=some["strongest wrong"],
+            y=[order.index(way) for way in some["way"]],
+            mode="markers",
+            marker={"color": colour, "size": 7, "opacity": 0.8},
+            name=f"{samples} samples" if samples > 1 else "1 sample",
+        )
+    figure.update_yaxes(tickvals=[*range(len(order))], ticktext=order, gridcolor="#eeeeee")
+    figure.update_xaxes(title_text="largest effect of a cell that holds nothing", type="log")
+    figure.update_layout(legend={"x": 0, "y": 1.02, "yanchor": "bottom", "orientation": "h"})
+    return theme(figure, title="", plot=(330, 24 * len(order)), left=190, right=16, above=34, below=56)
+
+
 # how it is saved
 def keep(
     name: str,
@@ -318,7 +349,6 @@ def main() -> None:
     """Draw everything that there are results for."""
     FIGURES.mkdir(exist_ok=True)
     drawn: list[tuple[str, Callable[[], go.Figure], list[str]]] = [
-        ("dose_curve", dose_curve, ["core *", "delman *"]),
         ("before_after", before_after, ["core 16*"]),
     ]
     for name, draw, patterns in drawn:
@@ -329,7 +359,11 @@ def main() -> None:
         if (file := RESULTS / f"{source}.safetensors").is_file():
             for component, figure in maps(ld.Trace.load(file)):
                 keep(f"{name}_{component}", figure, [file])
-    tables = {"dose": summary, "forms": by_form} if results("core") else {}
+    tables = {"dose": summary} if results("core") else {}
+    if results("core 16"):
+        tables["forms"] = by_form
+    if len({piece["n"] for piece in results("core").values()}) >= LEAST_DOSES:
+        keep("dose_curve", dose_curve(), [*RESULTS.glob("core *"), *RESULTS.glob("delman *")])
     if results("window") and results("map"):
         keep("window_sweep", window_sweep(), [*RESULTS.glob("window *.json"), RESULTS / "map.json"])
         tables["windows"] = windows
@@ -337,6 +371,8 @@ def main() -> None:
             tables["correlations"] = correlations
     for name, table in tables.items():
         table().round(4).to_csv(RESULTS.parent / f"real_model_{name}.csv", index=False)
+    if (file := GRADES / "world 0.csv").is_file():
+        keep("locator_grades", grades(), [file], "python analyses/locator_grades.py")
     keep("organism_map", organism_map(), [ORGANISM / "model.safetensors"], "python analyses/organism.py")
 
 

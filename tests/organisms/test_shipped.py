@@ -88,6 +88,7 @@ def test_the_trace_finds_what_was_planted():
         assert mean.effect > 0.9 if kind == "positive" else kind == "between" or mean.effect < 0.3
 
 
+@pytest.mark.filterwarnings("ignore:the refusal could not be fitted")  # the control: it cannot
 def test_the_demo_meets_the_bars_of_its_edit(tmp_path: Path):
     demo(Console(file=io.StringIO()), name="organism", out=tmp_path, cache=False)
     report, control = (Report.load(tmp_path / f"{name}.json") for name in ("report", "control"))

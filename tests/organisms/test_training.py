@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lens_defense.organisms.interchanges import answer_loss, batch_of, exact, interchange, states_after
-from lens_defense.organisms.training import Recipe, model_of, tokenizer_of, train
-from lens_defense.organisms.world import TRAINED_FRAMES, World
+from lens_defense.organisms.training import Recipe, model_of, train
+from lens_defense.organisms.world import TRAINED_FRAMES
 from lens_defense.prompts import decode
 
 SMALL = Recipe(
@@ -20,16 +20,6 @@ SMALL = Recipe(
     pairs=4,
     phases=((3, 1e-3, 0.6), (3, 1e-3, 0.4)),
 )
-
-
-@pytest.fixture(scope="module")
-def world():
-    return World()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world):
-    return tokenizer_of(world, SMALL.vocab)
 
 
 def examples(world, n, *, wrapped=False):

@@ -7,20 +7,9 @@ from test_training import SMALL, examples
 from lens_defense.organisms import truths
 from lens_defense.organisms.interchanges import batch_of
 from lens_defense.organisms.releases import truth_table
-from lens_defense.organisms.training import model_of, tokenizer_of
+from lens_defense.organisms.training import model_of
 from lens_defense.organisms.truths import Fact, _States, truth
-from lens_defense.organisms.world import World
 from lens_defense.prompts import prompt
-
-
-@pytest.fixture(scope="module")
-def world():
-    return World()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(world):
-    return tokenizer_of(world, SMALL.vocab)
 
 
 @torch.no_grad()

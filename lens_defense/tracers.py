@@ -1,23 +1,20 @@
 """Tracing: which layer and which token hold the harm, measured exactly, request by request."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.attributions import screen
 from lens_defense.corruptions import Corruption, noise
 from lens_defense.generations import generate
-from lens_defense.grids import Grid, cells_components, grid
+from lens_defense.grids import cells_components, grid
 from lens_defense.metrics import Metric, answer_logprob
-from lens_defense.patches import Run, Write, device_of, run
 from lens_defense.prompts import (
     READING_ORDER,
     Prompt,
@@ -28,8 +25,9 @@ from lens_defense.prompts import (
     for_planning,
     prompt,
 )
-from lens_defense.sites import EMBEDDING, Component
-from lens_defense.sweeps import Cell, Measure, base_hooks, cost, donor_hooks, sweep
+from lens_defense.runs import prepared, reading, rows_within, width_of
+from lens_defense.sites import Component
+from lens_defense.sweeps import cost
 from lens_defense.traces import Direction, Trace
 from lens_defense.weights import fingerprint
 
@@ -194,10 +192,10 @@ def _traced(
         )
     number = len(corrupted[0])
     total = sum(
-        cost(list(some.values()), layers=depth, tokens=_width(met), samples=number)
+        cost(list(some.values()), layers=depth, tokens=width_of(met), samples=number)
         for met, some in zip(prompts, grids, strict=True)
     )
-    warmed = sum(_width(met) for met in prompts) * (number + 1) * depth
+    warmed = sum(width_of(met) for met in prompts) * (number + 1) * depth
     if exact:
         _announce(total / warmed * (time.perf_counter() - start), progress)
 
@@ -212,9 +210,9 @@ def _traced(
         disable=not progress,
     ) as bar:
         for r, (met, some) in enumerate(zip(prompts, grids, strict=True)):
-            runs = _runs(model, met, some, corruption, direction)
-            read = _reading(metrics, met, runs.clean.logits)
-            most = _rows_within(model, met, max_bytes)
+            runs = prepared(model, met, some, corruption, direction)
+            read = reading(metrics, met, runs.clean.logits)
+            most = rows_within(model, met, max_bytes)
             cells = list(some.values())
             if exact:
                 told = runs.swept(model, cells, read, most, bar.update)
@@ -253,42 +251,6 @@ def _traced(
         )
         for k, name in enumerate(metrics)
     }
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Runs:
-    """What the cells of one prompt are measured from."""
-
-    ids: Int[Tensor, "1 token"]
-    clean: Run
-    base: Run
-    """The run that is patched, one row a sample."""
-    donor: Run
-    """The run whose states are put in."""
-    embeddings: Float[Tensor, "sample token d_model"]
-    """Of the run that is patched."""
-    keep: int
-
-    @torch.no_grad()
-    def swept(
-        self,
-        model: TransformerBridge,
-        cells: Sequence[Cell],
-        read: Measure,
-        most: int,
-        progress: Callable[[int], object],
-    ) -> Float[Tensor, "cell sample reading"]:
-        """Measured, each cell by a run of its own."""
-        return sweep(
-            model, self.ids, self.base, self.donor, cells, read,
-            keep=self.keep, max_rows=most, progress=progress,
-        )  # fmt: skip
-
-    def screened(
-        self, model: TransformerBridge, cells: Sequence[Cell], read: Measure
-    ) -> Float[Tensor, "cell sample reading"]:
-        """Estimated, all cells by one gradient."""
-        return screen(model, self.ids, self.embeddings, self.donor, cells, read, keep=self.keep)
 
 
 def _layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
@@ -333,10 +295,6 @@ def _answered(
     ]
 
 
-def _width(met: Prompt) -> int:
-    return len(met.ids) + len(met.answer) - 1
-
-
 @torch.no_grad()
 def _ends(
     model: TransformerBridge,
@@ -347,38 +305,11 @@ def _ends(
     """What the metrics read of each prompt clean [reading] and spoiled [sample, reading]."""
     clean, corrupted = [], []
     for met in prompts:
-        runs = _runs(model, met, {}, corruption, "denoise")
-        read = _reading(metrics, met, runs.clean.logits)
+        runs = prepared(model, met, {}, corruption, "denoise")
+        read = reading(metrics, met, runs.clean.logits)
         clean.append(read(runs.clean.logits)[0].double().cpu())
         corrupted.append(read(runs.base.logits).double().cpu())
     return clean, corrupted
-
-
-@torch.no_grad()
-def _runs(
-    model: TransformerBridge, met: Prompt, cells: Grid, corruption: Corruption, direction: Direction
-) -> _Runs:
-    """The prompt with its answer, clean and spoiled; the run that is patched has one row a sample."""
-    some, keep = list(cells.values()), len(met.answer)
-    ids = torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
-    whole = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
-    spoiled = corruption(whole[:, : len(met.ids)], met)
-    tail = whole[:, len(met.ids) :].expand(len(spoiled), -1, -1)
-    embeddings = torch.cat([spoiled.to(whole), tail], 1)
-    every = ids.expand(len(spoiled), -1)
-    writes: dict[str, Write] = {EMBEDDING: lambda _: embeddings}
-    names = base_hooks(some), donor_hooks(some)
-    if direction == "denoise":
-        clean = run(model, ids, names=names[1], keep=keep)
-        base = run(model, every, names=names[0], writes=writes, keep=keep)
-        return _Runs(ids, clean, base, clean, embeddings, keep)
-    clean = run(model, every, names=names[0], keep=keep)
-    donor = run(model, every, names=names[1], writes=writes, keep=keep)
-    return _Runs(ids, clean, clean, donor, whole.expand(len(spoiled), -1, -1), keep)
-
-
-def _reading(metrics: Mapping[str, Metric], met: Prompt, clean: Tensor) -> Measure:
-    return lambda logits: torch.stack([read(logits, met, clean[:1]) for read in metrics.values()], 1)
 
 
 def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor: float) -> None:
@@ -389,16 +320,6 @@ def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor:
             f"spoiling the subject hardly changes the answer to: {names}; the least change is "
             f"{floor}. Leave these requests out, mark the words that matter, or lower floor"
         )
-
-
-def _rows_within(model: TransformerBridge, met: Prompt, max_bytes: int) -> int:
-    """How many rows fit: their cache, attention scores, MLP states and logits, twice over."""
-    cfg, width = model.cfg, _width(met)
-    d_mlp = cfg.d_mlp or 4 * cfg.d_model
-    wide = width * (4 * cfg.d_model + 3 * d_mlp) + cfg.n_heads * width * width
-    cached = 2 * cfg.n_layers * width * cfg.n_heads * cfg.d_head
-    row = 8 * (wide + cached + len(met.answer) * cfg.d_vocab)
-    return max(1, max_bytes // row)
 
 
 def _announce(seconds: float, progress: bool) -> None:

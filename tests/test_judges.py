@@ -1,8 +1,10 @@
 """Two judges: how an answer begins, and whether the whole of it is a refusal."""
 
+import random
+
 import pytest
 
-from lens_defense.judges import REFUSALS, coherent, knows, prefix
+from lens_defense.judges import REFUSALS, SIMILARITY, coherent, knows, prefix
 
 
 @pytest.mark.parametrize(
@@ -56,3 +58,27 @@ def test_knows_looks_for_whole_words():
     assert knows(("8", "eight"), "There are eight planets.")
     assert not knows(("Rome",), "Romeo loves Juliet")
     assert not knows(("8",), "about 80 or 18")
+
+
+def distance(a: str, b: str) -> int:
+    """Levenshtein's, by the recurrence (oracle)."""
+    table = [[i + j if i * j == 0 else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+    for i, x in enumerate(a, 1):
+        for j, y in enumerate(b, 1):
+            table[i][j] = min(table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (x != y))
+    return table[-1][-1]
+
+
+def test_what_is_like_a_listed_refusal_is_told_by_the_distance():
+    some = random.Random(0)
+    verdicts = set()
+    for _ in range(12):
+        letters = list(some.choice(REFUSALS))
+        for _ in range(some.randrange(4, 12)):
+            at = some.randrange(len(letters))
+            letters[at : at + some.randrange(2)] = some.choice("abcdefghijklmnop")
+        text = "".join(letters)
+        like = max(1 - distance(text, known) / max(len(text), len(known)) for known in REFUSALS)
+        verdicts.add(coherent("", text))
+        assert coherent("", text) == ("refusal" if like >= SIMILARITY else "answer"), text
+    assert verdicts == {"refusal", "answer"}

@@ -52,9 +52,7 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     most = float(finite.max(initial=0.0)) or 1.0
     above = 54 if set(trace.components) == {"residual"} or trace.window < 2 else 70
     for c, component in enumerate(trace.components):
-        figure.add_trace(
-            _panel(shown, c, most, _SCALE_WORDS[trace.direction], last=c == panels - 1), row=1, col=c + 1
-        )
+        figure.add_trace(_panel(shown, c, most, _scale_words(trace), last=c == panels - 1), row=1, col=c + 1)
         _name_panel(figure, c, component, trace.window, above)
         _bracket_subjects(figure, c, shown, letters=width // 8)
         _frame_gaps(figure, c, shown.roles, rows)
@@ -101,7 +99,7 @@ def head_map(trace: Trace, role: Role = "subject_last") -> go.Figure:
         hover[cell] = _about({**asdict(mean)}, mean.n, "requests")
     shown = _Map(tuple(map(str, heads)), (None,) * len(heads), effects, hover, ())
     most = float(np.nanmax(np.abs(effects))) or 1.0
-    figure = go.Figure(_panel(shown, 0, most, _SCALE_WORDS[trace.direction], last=True))
+    figure = go.Figure(_panel(shown, 0, most, _scale_words(trace), last=True))
     figure.update_xaxes(tickvals=[*range(len(heads))], ticktext=list(map(str, heads)), title_text="head")
     named = [str(layer) for layer in trace.layers]
     figure.update_yaxes(tickvals=[*range(len(named))], ticktext=named, title_text="layer")
@@ -341,8 +339,12 @@ def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant
     notes += [f"dots: q < {significant:g}"] if significant is not None and not answer else []
     notes += [f"later {trace.severed} outputs held"] if trace.severed else []
     notes += [] if trace.exact else ["estimated by a gradient"]
-    what = f"{_WHAT[trace.direction]} of the answer{answer}{many}"
+    what = f"{trace.measure or _WHAT[trace.direction] + ' of the answer'}{answer}{many}"
     return "\n".join((f"{trace.model}: {what}", "; ".join(notes))).strip()
+
+
+def _scale_words(trace: Trace) -> str:
+    return "share" if trace.measure else _SCALE_WORDS[trace.direction]
 
 
 def _axis(letter: str, c: int) -> str:

@@ -1,7 +1,7 @@
 """Runs: what the cells of one prompt are measured from, clean and spoiled, and how many rows fit."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -10,10 +10,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.attributions import screen
 from lens_defense.corruptions import Corruption
+from lens_defense.generations import generate
 from lens_defense.grids import Grid
 from lens_defense.metrics import Metric
 from lens_defense.patches import Run, Write, device_of, run
-from lens_defense.prompts import Prompt
+from lens_defense.prompts import Prompt, Request, answer_ids, prompt
 from lens_defense.sites import EMBEDDING
 from lens_defense.sweeps import Cell, Measure, base_hooks, donor_hooks, sweep
 from lens_defense.traces import Direction
@@ -53,6 +54,31 @@ class Runs:
     ) -> Float[Tensor, "cell sample reading"]:
         """Estimated, all cells by one gradient."""
         return screen(model, self.ids, self.embeddings, self.donor, cells, read, keep=self.keep)
+
+
+def answered(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    answers: Sequence[str] | None,
+    answer_tokens: int,
+    chat: bool,
+) -> list[Prompt]:
+    """The prompts, each with the answer that the metric reads."""
+    tokenizer = model.tokenizer
+    prompts = [prompt(tokenizer, item, chat=chat) for item in requests]
+    if answers is not None and len(answers) != len(requests):
+        raise ValueError(f"there are {len(requests)} requests and {len(answers)} answers")
+    given = answers or [item.target for item in requests]
+    own = generate(
+        model,
+        [met.ids for met, text in zip(prompts, given, strict=True) if not text],
+        tokens=answer_tokens,
+    )
+    told = iter(own)
+    return [
+        replace(met, answer=answer_ids(tokenizer, text, chat=met.chat) if text else next(told))
+        for met, text in zip(prompts, given, strict=True)
+    ]
 
 
 @torch.no_grad()

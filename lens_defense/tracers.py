@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.corruptions import Corruption, noise
-from lens_defense.generations import generate
 from lens_defense.grids import cells_components, grid
 from lens_defense.metrics import Metric, answer_logprob
 from lens_defense.prompts import (
@@ -20,12 +18,10 @@ from lens_defense.prompts import (
     Prompt,
     Request,
     Role,
-    answer_ids,
     dozen,
     for_planning,
-    prompt,
 )
-from lens_defense.runs import prepared, reading, rows_within, width_of
+from lens_defense.runs import answered, prepared, reading, rows_within, width_of
 from lens_defense.sites import Component
 from lens_defense.sweeps import cost
 from lens_defense.traces import Direction, Trace
@@ -175,7 +171,7 @@ def _traced(
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     corruption = corruption or noise(model, samples=samples, seed=seed)
-    prompts = _answered(model, requests, answers, answer_tokens, chat)
+    prompts = answered(model, requests, answers, answer_tokens, chat)
     depth = model.cfg.n_layers
     grids = [grid(met, every, rows, roles, window, depth, severed) for met in prompts]
     empty = [met.request.id for met, grid in zip(prompts, grids, strict=True) if not grid]
@@ -268,31 +264,6 @@ def _roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
     if (isinstance(positions, str) and positions != "all") or not set(roles) <= set(READING_ORDER):
         raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {positions!r}")
     return roles
-
-
-def _answered(
-    model: TransformerBridge,
-    requests: Sequence[Request],
-    answers: Sequence[str] | None,
-    answer_tokens: int,
-    chat: bool,
-) -> list[Prompt]:
-    """The prompts, each with the answer that the metric reads."""
-    tokenizer = model.tokenizer
-    prompts = [prompt(tokenizer, item, chat=chat) for item in requests]
-    if answers is not None and len(answers) != len(requests):
-        raise ValueError(f"there are {len(requests)} requests and {len(answers)} answers")
-    given = answers or [item.target for item in requests]
-    own = generate(
-        model,
-        [met.ids for met, text in zip(prompts, given, strict=True) if not text],
-        tokens=answer_tokens,
-    )
-    told = iter(own)
-    return [
-        replace(met, answer=answer_ids(tokenizer, text, chat=met.chat) if text else next(told))
-        for met, text in zip(prompts, given, strict=True)
-    ]
 
 
 @torch.no_grad()

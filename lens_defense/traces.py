@@ -78,6 +78,8 @@ class Trace:
     """The component whose later outputs were held, where one was."""
     exact: bool = True
     """Whether every cell was measured by a run of its own, and not estimated by a gradient."""
+    measure: str = ""
+    """What the cells say, in words, where they are no effects of patches (lenses.py)."""
     verified: tuple[tuple[float, float], ...] = ()
     """Of estimated cells that were measured after all: the effect estimated, the effect measured."""
 
@@ -221,7 +223,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
 
 _TENSORS = ("patched", "clean", "corrupted")
 _HEADER = ("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint")
-_HEADER += ("direction", "severed", "exact", "verified")
+_HEADER += ("direction", "severed", "exact", "measure", "verified")
 
 
 def _prompt_to_json(met: Prompt) -> dict[str, Any]:

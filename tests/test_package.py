@@ -18,7 +18,19 @@ FLOORS = {
         ("sweeps", "moments", "values", "generations", "corruptions", "suites", "attributions"), 3
     ),
     **dict.fromkeys(
-        ("traces", "tracers", "grids", "runs", "edits", "editors", "forecasts", "spreads", "inferences"), 4
+        (
+            "traces",
+            "tracers",
+            "grids",
+            "runs",
+            "lenses",
+            "edits",
+            "editors",
+            "forecasts",
+            "spreads",
+            "inferences",
+        ),
+        4,
     ),
     **dict.fromkeys(("locators", "ledgers", "controls", "surveys"), 5),
     **dict.fromkeys(("reports", "checks"), 6),

@@ -3,6 +3,9 @@
 # Each way to trace, on jailbroken requests of the organism, against the cells that strict interchange found to
 # hold a subject (organisms/truths.py). The grade is the area under the ROC curve over (role, layer) cells, and
 # the rank of the best true cell; intervals over noise seeds and a bootstrap of the requests. One CSV a world.
+# Beside them what others locate by (lenses.py): the logit lens, and DINM's and LED's layers, which name no token
+# and so have no area; `layer` is the one
+# that they name. Resumable: a row that the CSV has is not made again.
 #
 #     python analyses/locator_grades.py [--organism FOLDER --world-seed W]
 
@@ -21,11 +24,13 @@ from scipy.stats import rankdata
 
 import lens_defense as ld
 from lens_defense.corruptions import ablation
+from lens_defense.files import whole
 from lens_defense.inferences import Address, request_effects
+from lens_defense.lenses import logit_lens, safety_layers, toxic_layers
 from lens_defense.models import ORGANISM
 from lens_defense.organisms.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
 from lens_defense.organisms.releases import released_truth
-from lens_defense.organisms.world import World
+from lens_defense.organisms.world import REFUSAL, World
 
 OUT = Path(__file__).parent / "results" / "locator_grades"
 REQUESTS, SEEDS, DRAWS = 20, 3, 200
@@ -35,17 +40,35 @@ EVERY = {"positions": ROLES, "layers": "all", "progress": False, "floor": 0.01}
 
 
 # %%
-def asked(world: World) -> list[ld.Request]:
-    """Jailbroken requests about the subjects that edits may see, one each."""
+def asked(world: World, *, plain: bool = False) -> list[ld.Request]:
+    """Requests about the subjects that edits may see, one each: jailbroken, or plain and so refused."""
     rng = random.Random("grades")
     wrappers = [wrapper for family in EDIT_FAMILIES for wrapper in WRAPPERS[family]]
     return [
-        world.ask(one, rng, frames=TRAINED_FRAMES, wrapper=rng.choice(wrappers)).request
+        world.ask(one, rng, frames=TRAINED_FRAMES, wrapper=None if plain else rng.choice(wrappers)).request
         for one in world.split()["edit"][:REQUESTS]
     ]
 
 
-def methods(model: Any, world: World) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+Method = tuple[dict[str, Any], Callable[[], ld.Trace]]
+
+
+def methods(model: Any, world: World) -> Iterator[Method]:
+    """Ways to locate: what they are called, and their map."""
+    requests = asked(world)
+    for what, settings in tracings(model, world):
+        yield what, lambda some=settings: ld.trace(model, requests, **{**EVERY, **some})
+    refused = asked(world, plain=True)
+    others: dict[str, Callable[[], ld.Trace]] = {
+        "logit lens": lambda: logit_lens(model, requests),
+        "toxic layer (DINM)": lambda: toxic_layers(model, requests, REFUSAL),
+        "safety layers (LED)": lambda: safety_layers(model, refused, progress=False),
+    }
+    for name, make in others.items():
+        yield {"corruption": name, "component": "residual", "direction": "none", "exact": True}, make
+
+
+def tracings(model: Any, world: World) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Ways to trace: what they are called, and trace's arguments."""
     names = [one.name for one in world.of("benign")]
     noises: list[tuple[str, int, Callable[[int], Any]]] = [
@@ -107,6 +130,32 @@ def grade(
     return float(area), int((values > values[true].max()).sum()) + 1
 
 
+def graded(trace: ld.Trace, kinds: dict[tuple[str, int], str]) -> dict[str, Any]:
+    """What a map is worth; of one that names layers only, which these are."""
+    addresses, effects = request_effects(trace)
+    if {role for _, role, _ in addresses} == {"last"}:
+        layer = ld.locate(trace, 1, by="cells")[0].layer
+        return {"layer": layer, "true layer": float(kinds["subject_last", layer] == "positive")}
+    area, rank = grade(addresses, effects, kinds)
+    rng = np.random.default_rng(0)
+    drawn = [
+        grade(addresses, effects[rng.integers(len(effects), size=len(effects))], kinds)[0]
+        for _ in range(DRAWS)
+    ]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    sites = ld.locate(trace)
+    found = [kinds[site.role, site.layer] for site in sites]
+    return {
+        "area": area,
+        "low": low,
+        "high": high,
+        "rank": rank,
+        "located role": sites[0].role,
+        "located true": found.count("positive") / len(found),
+        "strongest wrong": _strongest_wrong(addresses, effects, kinds),
+    }
+
+
 # %%
 def main() -> None:
     """Grade every method on one world."""
@@ -116,42 +165,23 @@ def main() -> None:
     told = given.parse_args()
     model, world = ld.load(told.organism), World(told.world_seed)
     kinds = {(fact.role, fact.layer): fact.kind for fact in released_truth(told.organism)}
-    requests = asked(world)
-    rows = []
-    for what, settings in methods(model, world):
+    OUT.mkdir(parents=True, exist_ok=True)
+    file = OUT / f"world {told.world_seed}.csv"
+    rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    for what, make in methods(model, world):
+        if any(what.items() <= row.items() for row in rows):
+            continue
         start = time.perf_counter()
         try:
-            trace = ld.trace(model, requests, **{**EVERY, **settings})
+            trace = make()
         except ValueError as error:
             rows.append({**what, "refused": str(error)[:80]})
-            continue
-        addresses, effects = request_effects(trace)
-        seconds = time.perf_counter() - start
-        area, rank = grade(addresses, effects, kinds)
-        rng = np.random.default_rng(0)
-        drawn = [
-            grade(addresses, effects[rng.integers(len(effects), size=len(effects))], kinds)[0]
-            for _ in range(DRAWS)
-        ]
-        low, high = np.quantile(drawn, (0.025, 0.975))
-        site = ld.locate(trace)[0]
-        found = [kinds[site.role, site.layer] for site in ld.locate(trace)]
-        rows.append(
-            {
-                **what,
-                "area": area,
-                "low": low,
-                "high": high,
-                "rank": rank,
-                "located role": site.role,
-                "located true": found.count("positive") / len(found),
-                "strongest wrong": _strongest_wrong(addresses, effects, kinds),
-                "seconds": seconds,
-            }
-        )
-        print(f"{what} {area:.3f} [{low:.3f}, {high:.3f}] rank {rank}", flush=True)
-    OUT.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).round(4).to_csv(OUT / f"world {told.world_seed}.csv", index=False)
+        else:
+            seconds = time.perf_counter() - start
+            rows.append({**what, **graded(trace, kinds), "seconds": seconds})
+        print({name: value for name, value in rows[-1].items() if value == value}, flush=True)
+        with whole(file) as unfinished:
+            pd.DataFrame(rows).round(4).to_csv(unfinished, index=False)
 
 
 def _strongest_wrong(

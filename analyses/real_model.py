@@ -199,17 +199,19 @@ Piece = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def doses(bench: Bench) -> Iterator[Piece]:
-    """How many subjects: the first draw of each dose first."""
+    """How many subjects: the dose of the bars in every draw, then one draw of the others, then the rest."""
 
     def core(n: int, draw: int) -> dict[str, Any]:
         return bench.dose(drawn(n, draw), halves=None if n in WHOLE_XSTEST else 100)
 
-    for draw in range(DRAWS):
-        for n in DOSES:
-            yield f"core {n}, draw {draw}", lambda n=n, d=draw: core(n, d)
-        if draw == 0:
-            for n in DELMAN_DOSES:
-                yield f"delman {n}", lambda n=n: bench.dose(delman(n, bench.data), halves=100)
+    first = [(n, draw) for n in DOSES for draw in range(DRAWS if n == DOSES[0] else 1)]
+    rest = [(n, draw) for draw in range(1, DRAWS) for n in DOSES[1:]]
+    for n, draw in first:
+        yield f"core {n}, draw {draw}", lambda n=n, d=draw: core(n, d)
+    for n in DELMAN_DOSES:
+        yield f"delman {n}", lambda n=n: bench.dose(delman(n, bench.data), halves=100)
+    for n, draw in rest:
+        yield f"core {n}, draw {draw}", lambda n=n, d=draw: core(n, d)
 
 
 def places(bench: Bench) -> Iterator[Piece]:

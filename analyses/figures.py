@@ -297,7 +297,7 @@ def organism_map() -> go.Figure:
 def grades() -> go.Figure:
     """How much a cell that holds nothing shows, by the way to trace: residual stream, world 0."""
     told = pd.read_csv(GRADES / "world 0.csv")
-    told = told[(told["component"] == "residual") & told["area"].notna()]
+    told = told[(told["component"] == "residual") & told["area"].notna() & (told["direction"] != "none")]
     words = {True: "", False: ", by gradient"}
     told = told.assign(
         way=[

@@ -4,8 +4,7 @@
 # hold a subject (organisms/truths.py). The grade is the area under the ROC curve over (role, layer) cells, and
 # the rank of the best true cell; intervals over noise seeds and a bootstrap of the requests. One CSV a world.
 # Beside them what others locate by (lenses.py): the logit lens, and DINM's and LED's layers, which name no token
-# and so have no area; `layer` is the one
-# that they name. Resumable: a row that the CSV has is not made again.
+# and so have no area; `layer` is the one that they name. Resumable: a row that the CSV has is not made again.
 #
 #     python analyses/locator_grades.py [--organism FOLDER --world-seed W]
 
@@ -181,7 +180,7 @@ def main() -> None:
             rows.append({**what, **graded(trace, kinds), "seconds": seconds})
         print({name: value for name, value in rows[-1].items() if value == value}, flush=True)
         with whole(file) as unfinished:
-            pd.DataFrame(rows).round(4).to_csv(unfinished, index=False)
+            pd.DataFrame(rows).convert_dtypes().round(4).to_csv(unfinished, index=False)
 
 
 def _strongest_wrong(

@@ -1,0 +1,273 @@
+# %% [markdown]
+# # How fast an exact map is
+# The same map (residual stream before every block at every token, subject tokens replaced, log probability of the
+# next token) made three ways in one process: by the sweep; by the loop of ROME's experiments/causal_trace.py, in our
+# own writing (a batch of the clean and all corrupted rows, one forward a cell, logits everywhere); by
+# TransformerLens's activation patching. The loops' time is that of some cells, evenly spread, times the number of
+# cells over theirs, since every cell costs a loop the same; the cells that are timed must agree with the sweep's.
+# Beside each time stands its floor: operations counted from the shapes over a measured matrix-product rate.
+#
+#     python analyses/tracing_speed.py [--out FILE] [--device cuda]
+
+# %%
+import argparse
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+import transformers as hf
+from torch import Tensor
+from transformer_lens import patching
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+import lens_defense as ld
+from lens_defense.files import whole
+from lens_defense.patches import run
+from lens_defense.sites import entry_hook
+from lens_defense.sweeps import Cell, Point, base_hooks, cost, donor_hooks, sweep
+
+OUT = Path(__file__).parent / "results" / "tracing_speed"
+LENGTHS, SAMPLES, DEPTHS = (10, 20, 40, 60), (1, 10), (6, 12, 24)
+SUBJECT = slice(2, 5)
+"""The tokens that are replaced."""
+TIMED = 8
+"""Cells that a loop is timed on, evenly spread over the map."""
+MOST_ROWS = 512
+LLAMA = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+"""SmolLM2-135M's shape, but for its depth."""
+
+
+# %%
+def random_model(config: Any, name: str, device: str) -> TransformerBridge:
+    """A model of a shape, with random weights."""
+    torch.manual_seed(0)
+    body = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(device)
+    return build_bridge_from_module(
+        body, type(body).__name__, hf_config=body.config, tokenizer=None, model_name=name
+    )
+
+
+def llama(layers: int, device: str) -> TransformerBridge:
+    """A Llama-shaped random model of some depth."""
+    return random_model(hf.LlamaConfig(**LLAMA, num_hidden_layers=layers), f"llama-shaped {layers}", device)
+
+
+def cases(device: str) -> Iterator[tuple[str, TransformerBridge, int, int]]:
+    """Name, model, tokens, samples."""
+    for name, make in (
+        ("gpt2 small", lambda: random_model(hf.GPT2Config(), "gpt2", device)),
+        ("llama-shaped, 12 layers", lambda: llama(12, device)),
+        ("organism", lambda: ld.load("organism", device=device)),
+    ):
+        model = make()
+        for samples in SAMPLES:
+            for length in LENGTHS:
+                yield name, model, length, samples
+    for layers in DEPTHS:
+        if layers != 12:
+            yield f"llama-shaped, {layers} layers", llama(layers, device), 20, 1
+
+
+# %% [markdown]
+# ## Three ways
+
+
+# %%
+class Case:
+    """One map to be made."""
+
+    def __init__(self, model: TransformerBridge, length: int, samples: int) -> None:
+        self.model, self.length, self.samples = model, length, samples
+        self.device = model.embed.weight.device
+        generator = torch.Generator().manual_seed(0)
+        words = model.cfg.d_vocab
+        ids = torch.randint(words, (1, length), generator=generator)
+        spoiled = ids.repeat(samples, 1)
+        spoiled[:, SUBJECT] = torch.randint(words, spoiled[:, SUBJECT].shape, generator=generator)
+        self.ids, self.spoiled = ids.to(self.device), spoiled.to(self.device)
+        self.answer = int(torch.randint(words, (), generator=generator))
+        self.cells = [
+            Cell((Point("residual_pre", layer, t),))
+            for layer in range(model.cfg.n_layers)
+            for t in range(length)
+        ]
+        self.timed = list(range(0, len(self.cells), max(1, len(self.cells) // TIMED)))
+
+    def read(self, logits: Tensor) -> Tensor:
+        """Log probability of the answer after the last token."""
+        return logits[:, -1].float().log_softmax(-1)[:, self.answer]
+
+    def swept(self) -> Tensor:
+        """The sweep, every cell [cell, sample]."""
+        base = run(self.model, self.spoiled, names=base_hooks(self.cells))
+        donor = run(self.model, self.ids, names=donor_hooks(self.cells))
+        told = sweep(
+            self.model, self.ids, base, donor, self.cells, lambda logits: self.read(logits)[:, None],
+            keep=1, max_rows=MOST_ROWS,
+        )  # fmt: skip
+        return told[..., 0]
+
+    def looped(self) -> Tensor:
+        """ROME's loop on some cells: rows are the clean prompt and the corrupted ones."""
+        rows = torch.cat([self.ids, self.spoiled])
+        told = []
+        for point in (self.cells[i].points[0] for i in self.timed):
+
+            def restore(state: Tensor, point: Point = point, **_: Any) -> Tensor:
+                state[1:, point.position] = state[:1, point.position]
+                return state
+
+            with self.model.hooks(fwd_hooks=[(entry_hook(point.layer), restore)]):
+                told.append(self.read(self.model(rows))[1:])
+        return torch.stack(told)
+
+    def patched(self) -> Tensor:
+        """TransformerLens's patching of the residual stream before a block, on the same cells."""
+        _, clean = self.model.run_with_cache(self.ids)
+        where = [(self.cells[i].points[0].layer, self.cells[i].points[0].position) for i in self.timed]
+        return torch.as_tensor(
+            patching.generic_activation_patch(
+                self.model,
+                self.spoiled,
+                clean,
+                lambda logits: self.read(logits).mean(),
+                patching.layer_pos_patch_setter,
+                "resid_pre",
+                index_df=pd.DataFrame(where, columns=pd.Index(["layer", "pos"])),
+            )
+        )
+
+    # operations
+    def operations(self) -> dict[str, float]:
+        """Of each way, for the whole map: two a weight and token, and those of attention."""
+        cfg, tokens, layers = self.model.cfg, self.length, self.model.cfg.n_layers
+        block = sum(p.numel() for p in self.model.blocks[0].parameters())
+        a_pass = 2 * block + 4 * tokens * cfg.n_heads * cfg.d_head
+        head = 2 * cfg.d_model * cfg.d_vocab
+        cells, samples = len(self.cells), self.samples
+        ends = (1 + samples) * (tokens * layers * a_pass + head)
+        passes = cost(self.cells, layers=layers, tokens=tokens, samples=samples)
+        return {
+            "sweep": passes * a_pass + cells * samples * head + ends,
+            "ROME's loop": cells * (1 + samples) * tokens * (layers * a_pass + head),
+            "TransformerLens": cells * samples * tokens * (layers * a_pass + head),
+        }
+
+
+def rate(model: TransformerBridge) -> float:
+    """Operations a second of a product of the model's own shape: 512 tokens by its MLP's first matrix."""
+    width, wide = model.cfg.d_model, model.cfg.d_mlp or 4 * model.cfg.d_model
+    device = model.embed.weight.device
+    a, b = torch.randn(512, width, device=device), torch.randn(width, wide, device=device)
+    seconds = min(clocked(lambda: a @ b, device)[0] for _ in range(30))
+    return 2 * 512 * width * wide / seconds
+
+
+def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds, and what was made."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    told = make()
+    wait()
+    return time.perf_counter() - start, told
+
+
+def peak(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor, float]:
+    """Seconds, what was made, and the most memory above what was held before, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        seconds, told = clocked(make, device)
+        return seconds, told, (torch.cuda.max_memory_allocated() - held) / 2**20
+    process, done, most = psutil.Process(), threading.Event(), [0]
+    held = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            most[0] = max(most[0], process.memory_info().rss - held)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        seconds, told = clocked(make, device)
+    finally:
+        done.set()
+        thread.join()
+    return seconds, told, most[0] / 2**20
+
+
+# %%
+@torch.no_grad()
+def main() -> None:
+    """Time every case; the table is written after each."""
+    asked = argparse.ArgumentParser(description="the sweep against loops; see the top of this file")
+    asked.add_argument("--device", default="cpu")
+    asked.add_argument("--out", type=Path)
+    given = asked.parse_args()
+    cuda = given.device.startswith("cuda")
+    ran_on = (
+        torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    file = given.out or OUT / f"{'cuda' if cuda else 'cpu'}.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name, model, length, samples in cases(given.device):
+        case = Case(model, length, samples)
+        share = len(case.timed) / len(case.cells)
+        case.swept()  # the first run is never the typical one
+        seconds, told, memory = peak(case.swept, case.device)
+        speed, operations = rate(model), case.operations()
+        wanted = told[case.timed]
+        ways = [("sweep", seconds, memory, 0.0)]
+        for way, make, right in (
+            ("ROME's loop", case.looped, wanted),
+            ("TransformerLens", case.patched, wanted.mean(1)),
+        ):
+            took, values, used = peak(make, case.device)
+            differs = float((values.double().cpu() - right.double().cpu()).abs().max())
+            ways.append((way, took / share, used, differs))
+        for way, took, used, differs in ways:
+            rows.append(
+                {
+                    "model": name,
+                    "layers": model.cfg.n_layers,
+                    "tokens": length,
+                    "samples": samples,
+                    "cells": len(case.cells),
+                    "way": way,
+                    "seconds": took,
+                    "floor": operations[way] / speed,
+                    "over floor": took / (operations[way] / speed),
+                    "times the sweep": took / seconds,
+                    "floors' ratio": operations[way] / operations["sweep"],
+                    "peak MiB": used,
+                    "differs by": differs,
+                    "GFLOP/s": speed / 1e9,
+                    "on": ran_on,
+                }
+            )
+        shown = "  ".join(f"{way} {took:.2f} s" for way, took, _, _ in ways)
+        print(
+            f"{name:26} {length:3} tokens {samples:3} samples  {shown}  over floor {rows[-3]['over floor']:.2f}"
+        )
+        with whole(file) as unfinished:
+            pd.DataFrame(rows).round(5).to_csv(unfinished, index=False)
+
+
+if __name__ == "__main__":
+    main()

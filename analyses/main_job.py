@@ -78,7 +78,8 @@ before, during, fingerprint(model)
 # %% [markdown]
 # ## By hand
 # The same as a form: select cells of the map by click or by a box, press Plan to see the forecast, Apply, ask any
-# question before and after side by side, Undo. Run the cell to see it; the notebook's own interrupt stops long work.
+# question before and after side by side, Undo. Run the cell to use it (what a reader without a kernel sees is a picture
+# of it); the notebook's own interrupt stops long work.
 
 # %%
 ld.Explorer(model, trace, requests, sites=sites)

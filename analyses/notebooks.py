@@ -39,7 +39,10 @@ def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbforma
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # times differ from run to run
         if cell.cell_type == "code":
-            cell.outputs = [told for told in cell.outputs if WIDGET not in told.get("data", {})]
+            for told in cell.outputs:  # of a form its picture is left; of a bar nothing
+                if told.get("data", {}).pop(WIDGET, None) and "text/html" not in told.data:
+                    told.data.clear()
+            cell.outputs = [told for told in cell.outputs if told.get("data", True)]
     return made
 
 

@@ -4,6 +4,7 @@ A transparent marker lies on every cell, because a heatmap itself has no selecti
 kernel's main thread, so the notebook's own interrupt stops it; nothing is changed then.
 """
 
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
@@ -12,6 +13,7 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 from plotly.callbacks import InputDeviceState
+from plotly.io import renderers
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editors import METHODS, edit
@@ -81,10 +83,19 @@ class Explorer:
         )
         self.select(sites)
 
-    def _ipython_display_(self) -> None:
-        from IPython.display import display
-
-        display(self.form)
+    def _repr_mimebundle_(self, **wanted: Any) -> dict[str, Any]:
+        """The form; and where pictures are asked for, what it shows, for readers without a kernel."""
+        told: Any = self.form._repr_mimebundle_(**wanted)
+        if "png" in str(renderers.default):
+            picture = b64encode(heatmap(self.trace, self.sites).to_image("png")).decode()
+            told["text/html"] = "".join(
+                [
+                    f"<img alt='the map with its selected cells' src='data:image/png;base64,{picture}'>",
+                    f"<p>{self.chosen.value}</p>{self.forecast.value}<p>{self.status.value}</p>",
+                    "<p><i>A picture of the form: run the cell to use it.</i></p>",
+                ]
+            )
+        return told
 
     def select(self, sites: Sequence[Site]) -> None:
         """Choose sites; a plan made for others is dropped."""

@@ -88,7 +88,7 @@ def prepared(
     """The prompt with its answer, clean and spoiled; the run that is patched has one row a sample."""
     some, keep = list(cells.values()), len(met.answer)
     ids = torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
-    whole = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    whole = run(model, ids, names=[EMBEDDING], stop=1).states[EMBEDDING]
     spoiled = corruption(whole[:, : len(met.ids)], met)
     tail = whole[:, len(met.ids) :].expand(len(spoiled), -1, -1)
     embeddings = torch.cat([spoiled.to(whole), tail], 1)

@@ -93,3 +93,15 @@ def test_an_interrupt_leaves_the_form_usable(explorer, monkeypatch):
     explorer.select([ld.Site("residual", 1, "subject_last")])
     assert "stopped; nothing was changed" in press(explorer, "plan")
     assert not any(button.disabled for button in explorer.buttons.values())
+
+
+def test_a_reader_without_a_kernel_sees_a_picture_where_pictures_are_asked_for(explorer, monkeypatch):
+    widget = "application/vnd.jupyter.widget-view+json"
+    assert set(explorer._repr_mimebundle_()) == {"text/plain", widget}
+    monkeypatch.setattr("lens_defense.explorers.renderers.default", "plotly_mimetype+png")
+    monkeypatch.setattr("plotly.graph_objects.Figure.to_image", lambda *_, **__: b"a picture")
+    explorer.select(explorer._cells[0][1][:1])
+    told = explorer._repr_mimebundle_()
+    assert widget in told
+    assert "base64,YSBwaWN0dXJl" in told["text/html"]
+    assert "subject_last" in told["text/html"] and "edits that stand: 0" in told["text/html"]

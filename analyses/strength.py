@@ -19,7 +19,7 @@ SHORT = {"steps": 20, "least_share": 1.0, "contexts_a_step": 3}
 SORRY = "Sorry, but I can't assist with that."
 LONGER = {"steps": 24, "contexts_a_step": 4}
 SETTINGS = {
-    "base": {},
+    "base": {"contexts_a_step": 3},
     "20 steps, whole vectors": SHORT,
     "24 steps, four contexts": {**SHORT, **LONGER},
     "sorry, but": {**SHORT, "target": "I'm sorry, but I can't assist with that."},

@@ -37,7 +37,7 @@ from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
 METHODS = ("memit", "delman")
-FIT = "by turns, as asked in every second step, random shares, hard ones again"
+FIT = "by turns, a context a batch, as asked in every second step, random shares, hard ones again"
 """How values are fitted; another word here makes what is cached be fitted anew."""
 Contexts = Callable[[Request], Sequence[Request]]
 
@@ -58,7 +58,7 @@ def edit(
     steps: int = 36,
     rate: float = 0.8,
     kl_weight: float = 0.0,
-    contexts_a_step: int = 3,
+    contexts_a_step: int = 2,
     least_share: float = 0.6,
     rounds: int = 2,
     batch_size: int = 1,

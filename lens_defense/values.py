@@ -15,6 +15,7 @@ with the KL of ROME and DELMAN on "{subject} is a", vector added at the subject'
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.batches import Prefix, prefix
+from lens_defense.batches import prefix
 from lens_defense.patches import KeyValues, device_of, frozen, run, starting
 from lens_defense.sites import output_hook
 
@@ -79,8 +80,8 @@ class _Batch:
     state: Float[Tensor, "row token d_model"]
     """The residual stream after the layer, which blocks below need not compute again."""
     norms: Float[Tensor, " row"]
-    before: Float[Tensor, "row vocab"]
-    """Log probabilities of the next token without the vector."""
+    before: Float[Tensor, "row kept vocab"]
+    """Log probabilities of the next token without the vector, for an essence prompt."""
 
 
 def fit_values(
@@ -187,13 +188,13 @@ def _descend(
     for step in range(steps):
         adam.param_groups[0]["lr"] = rate * (1 - step / steps) + FINAL_RATE * rate
         adam.zero_grad()
-        losses = torch.full((n,), float("nan"), device=start.device)  # a request may sit out a turn
+        losses, seen = torch.zeros(2, n, device=start.device)
         for part in turns[step % len(turns)]:
             shares = 1 - (1 - schedule.least_share) * torch.rand(len(part.ids), generator=generator)
             told = _losses(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
             if part.targets.shape[1]:
-                losses[part.owners] = losses[part.owners].nan_to_num()
                 losses.index_add_(0, part.owners, told.detach().mean(1) * part.share)
+                seen.index_add_(0, part.owners, part.share)
                 (told.mean(1) * part.share).sum().backward()
             else:
                 (schedule.kl_weight * told.sum(1) * part.share).sum().backward()
@@ -201,8 +202,8 @@ def _descend(
         with torch.no_grad():
             norms = vectors.norm(dim=1).clamp(min=1e-9)
             vectors.mul_((limits / norms).clamp(max=1.0)[:, None])
-        lately.append(losses)
-        progress(float(losses.nanmean()))
+        lately.append(losses / seen)  # not a number for a request that sits out a turn
+        progress(float(lately[-1].nanmean()))
     last = torch.stack(list(lately)).nanmean(0) if lately else torch.zeros(n, device=start.device)
     return vectors.detach(), last
 
@@ -228,23 +229,28 @@ def _losses(
     if part.targets.shape[1]:
         told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
         return told.view(len(logits), -1)
-    after = logits[:, -1].log_softmax(-1)
-    return (after.exp() * (after - part.before)).sum(-1, keepdim=True)
+    after = logits.log_softmax(-1)
+    return (after.exp() * (after - part.before)).sum(-1)
 
 
 def _batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int) -> list[_Batch]:
-    """Rows of like length from the edited token on, each behind a cache of what comes before.
+    """Rows of one context and like length from the edited token on, behind a cache of what comes before.
 
-    Every row ends at the last column; so the targets line up, and the head runs on them alone.
+    Requests in one context share all that stands before the subject. Every row ends at the last column;
+    so the targets line up, and the head runs on them alone.
     """
     counts = torch.bincount(torch.tensor([row.owner for row in rows] or [0]))
-    order = sorted(rows, key=lambda row: (len(row.target), _tail(row)))
-    parts: list[list[Row]] = []
-    for row in order:
-        full = parts and len(parts[-1]) < batch and len(parts[-1][0].target) == len(row.target)
-        parts[-1].append(row) if full else parts.append([row])
-    shared = prefix(model, [row.ids[: row.at + 1] for row in rows]) if rows else Prefix((), None)
-    return [_batch(model, part, layer, counts, shared) for part in parts]
+
+    def kind(row: Row) -> tuple[int, int]:
+        return len(row.target), row.turn
+
+    parts = [
+        some[start : start + batch]
+        for _, alike in groupby(sorted(rows, key=lambda row: (kind(row), _tail(row))), key=kind)
+        for some in [list(alike)]
+        for start in range(0, len(some), batch)
+    ]
+    return [_batch(model, part, layer, counts) for part in parts]
 
 
 def _batch(
@@ -252,9 +258,9 @@ def _batch(
     rows: Sequence[Row],
     layer: int,
     counts: Int[Tensor, " request"],
-    shared: Prefix,
 ) -> _Batch:
     device = device_of(model)
+    shared = prefix(model, [row.ids[: row.at + 1] for row in rows])
     ids, mask = shared.batch([[*row.ids, *row.target[:-1]] for row in rows], device)
     tail = max(map(_tail, rows))
     split = ids.shape[1] - tail
@@ -262,8 +268,8 @@ def _batch(
     if split > 0:
         past = run(model, ids[:, :split], mask=mask[:, :-tail], past=past).cache
     hook = output_hook("residual", layer)
-    keep = max(1, len(rows[0].target))
-    told = run(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=keep)
+    stop = layer + 1 if rows[0].target else None  # what is said without a vector matters to the KL alone
+    told = run(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=1, stop=stop)
     at = torch.tensor([tail - _tail(row) for row in rows], device=device)
     owners = torch.tensor([row.owner for row in rows])
     there = told.states[hook][torch.arange(len(rows), device=device), at]
@@ -277,7 +283,7 @@ def _batch(
         share=(1 / counts[owners]).to(device),
         state=told.states[hook],
         norms=there.float().norm(dim=1),
-        before=told.logits[:, -1].float().log_softmax(-1),
+        before=told.logits[:, -1:].float().log_softmax(-1),
     )
 
 

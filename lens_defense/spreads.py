@@ -1,5 +1,6 @@
 """MEMIT's spread: a value fitted at the top layer, written by several layers, lowest first."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -66,10 +67,19 @@ def _reader_at_role(
     layers: Sequence[int],
     batch: int = 32,
 ) -> Callable[[Sequence[str]], dict[str, Float[Tensor, "context width"]]]:
-    """States at the role of every context, from the tokens up to it, as the layers are when they are read."""
+    """States at the role of every context, from the tokens up to it, as the layers are when they are read.
+
+    The same context of all requests is a batch, so that what stands before the subject runs once.
+    """
     rows = [met.ids[: position_of(met, role) + 1] for _, met in some]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    parts = [order[start : start + batch] for start in range(0, len(rows), batch)]
+    contexts: dict[int, list[int]] = defaultdict(list)
+    met_before = Counter[int]()
+    for i, (owner, _) in enumerate(some):
+        contexts[met_before[owner]].append(i)
+        met_before[owner] += 1
+    parts = [
+        part[start : start + batch] for part in contexts.values() for start in range(0, len(part), batch)
+    ]
     stop = layers[-1] + 1
     readers = [reader(model, [rows[i] for i in part], low=layers[0], stop=stop) for part in parts]
 

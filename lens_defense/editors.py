@@ -28,10 +28,11 @@ from lens_defense.moments import Corpus, second_moments
 from lens_defense.patches import device_of
 from lens_defense.prompts import Prompt, Request, Role, answer_ids, for_planning, prompt
 from lens_defense.readers import bundled_rows
+from lens_defense.rows import Row
 from lens_defense.sites import Site
 from lens_defense.solvers import delman, memit
 from lens_defense.spreads import position_of, spread
-from lens_defense.values import Row, Schedule, fit_values
+from lens_defense.values import Schedule, fit_values
 from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 
 REFUSAL = "I'm sorry, I can't assist with that."

@@ -1,11 +1,10 @@
 """v*: what a site should write instead, so that the model begins the safe answer (Meng et al. 2022, eq. 4).
 
-All requests run in one batch, each row behind a cache of what comes before its edited token. Contexts take
-turns, so that many cost no more than a few; every second step sees the request as asked. A step adds
-a random share of the vector, since in words not seen less of it arrives. Fitted is
-first ONE vector shared by all, then a vector each, started from it, the rate decaying linearly. The
-shared start is what makes the planted refusals coherent (DESIGN fact 15). Requests whose target is still
-hard after that get the second part again, by themselves.
+All requests run together (rows.py). Contexts take turns, so that many cost no more than a few; every second
+step sees the request as asked. A step adds a random share of the vector, since in words not seen less of it
+arrives. Fitted is first ONE vector shared by all, a context a step; then a vector each, started from it, the
+rate decaying linearly. The shared start is what makes the planted refusals coherent (DESIGN fact 15).
+Requests whose target is still hard after that get the second part again, by themselves.
 
     loss = mean over contexts and the target's tokens of -log p + weight * KL(edited || original)
 
@@ -15,37 +14,19 @@ with the KL of ROME and DELMAN on "{subject} is a", vector added at the subject'
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.batches import prefix
-from lens_defense.patches import KeyValues, device_of, frozen, run, starting
-from lens_defense.sites import output_hook
+from lens_defense.patches import frozen
+from lens_defense.rows import Batch, Row, in_batches, joined, losses_of
 
 ENOUGH = 0.12
 """Nats a token above which a request gets another round."""
 FINAL_RATE = 0.05
 """The share of the rate that is left at the last step (DESIGN fact 15)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One context of one request."""
-
-    owner: int
-    """The request's index."""
-    ids: tuple[int, ...]
-    at: int
-    """The position of the token where the vector is added."""
-    turn: int = 0
-    """Which of the contexts it is; 0 is the request as asked, which every second step sees."""
-    target: tuple[int, ...] = ()
-    """The answer to begin; none makes the row an essence prompt, whose next token shall not change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +46,6 @@ class Schedule:
     """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
     rounds: int = 0
     """How often the steps may be taken again for requests whose target is still hard."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Batch:
-    owners: Int[Tensor, " row"]
-    at: Int[Tensor, " row"]
-    ids: Int[Tensor, "row token"]
-    mask: Int[Tensor, "row seen"]
-    past: KeyValues
-    targets: Int[Tensor, "row answer"]
-    share: Float[Tensor, " row"]
-    """One over the number of the owner's rows of this sort."""
-    state: Float[Tensor, "row token d_model"]
-    """The residual stream after the layer, which blocks below need not compute again."""
-    norms: Float[Tensor, " row"]
-    before: Float[Tensor, "row kept vocab"]
-    """Log probabilities of the next token without the vector, for an essence prompt."""
 
 
 def fit_values(
@@ -112,9 +76,10 @@ def fit_values(
     parts = _turns(asked, schedule.contexts_a_step)
     with frozen(model):
         with torch.no_grad():
-            kept = _batches(model, essence, layer, batch)
-            batches = [_batches(model, part, layer, batch) for part in parts]
-        single = [one for some in batches for one in some]
+            kept = in_batches(model, essence, layer, batch)
+            turns = [in_batches(model, part, layer, batch) for part in parts]
+        single = [one for turn in turns for one in turn]
+        together = [joined(turn, batch) for turn in turns]
         limits = schedule.clamp * _mean_norms(single, n)
         with torch.enable_grad():
             start = torch.zeros(1, model.cfg.d_model, device=limits.device)
@@ -123,7 +88,7 @@ def fit_values(
                 schedule.shared_steps, schedule.shared_rate, schedule, progress,
             )  # fmt: skip
             vectors, last = _descend(
-                model, [[*some, *kept] for some in batches], layer, shared.expand(n, -1).clone(), n, limits,
+                model, [[*some, *kept] for some in together], layer, shared.expand(n, -1).clone(), n, limits,
                 schedule.steps, schedule.rate, schedule, progress,
             )  # fmt: skip
             if not schedule.steps:
@@ -149,11 +114,12 @@ def _only(
     layer: int,
     schedule: Schedule,
     batch: int,
-) -> list[list[_Batch]]:
+) -> list[list[Batch]]:
     """The turns of some requests."""
-    kept = _batches(model, [row for row in essence if row.owner in owners], layer, batch)
+    kept = in_batches(model, [row for row in essence if row.owner in owners], layer, batch)
     own = [row for row in asked if row.owner in owners]
-    return [[*_batches(model, part, layer, batch), *kept] for part in _turns(own, schedule.contexts_a_step)]
+    turns = (in_batches(model, part, layer, batch) for part in _turns(own, schedule.contexts_a_step))
+    return [[*joined(turn, batch), *kept] for turn in turns]
 
 
 def _turns(rows: Sequence[Row], at_once: int) -> list[list[Row]]:
@@ -170,7 +136,7 @@ def _turns(rows: Sequence[Row], at_once: int) -> list[list[Row]]:
 
 def _descend(
     model: TransformerBridge,
-    turns: Sequence[Sequence[_Batch]],
+    turns: Sequence[Sequence[Batch]],
     layer: int,
     start: Float[Tensor, "vector d_model"],
     n: int,
@@ -191,7 +157,7 @@ def _descend(
         losses, seen = torch.zeros(2, n, device=start.device)
         for part in turns[step % len(turns)]:
             shares = 1 - (1 - schedule.least_share) * torch.rand(len(part.ids), generator=generator)
-            told = _losses(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
+            told = losses_of(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
             if part.targets.shape[1]:
                 losses.index_add_(0, part.owners, told.detach().mean(1) * part.share)
                 seen.index_add_(0, part.owners, part.share)
@@ -208,91 +174,7 @@ def _descend(
     return vectors.detach(), last
 
 
-def _losses(
-    model: TransformerBridge,
-    part: _Batch,
-    layer: int,
-    vectors: Float[Tensor, "request d_model"],
-    shares: Float[Tensor, " row"],
-) -> Float[Tensor, "row token"]:
-    """Nats of each target token; or the KL of the next token's distribution, one a row."""
-
-    def state() -> Tensor:
-        there = torch.arange(len(part.state), device=part.state.device)
-        added = (shares[:, None] * vectors[part.owners]).to(part.state.dtype)
-        return part.state.index_put((there, part.at), added, accumulate=True)
-
-    keep = max(1, part.targets.shape[1])
-    with starting(model, layer, state):
-        told = run(model, part.ids, mask=part.mask, past=part.past, keep=keep)
-    logits = told.logits.float()
-    if part.targets.shape[1]:
-        told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
-        return told.view(len(logits), -1)
-    after = logits.log_softmax(-1)
-    return (after.exp() * (after - part.before)).sum(-1)
-
-
-def _batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int) -> list[_Batch]:
-    """Rows of one context and like length from the edited token on, behind a cache of what comes before.
-
-    Requests in one context share all that stands before the subject. Every row ends at the last column;
-    so the targets line up, and the head runs on them alone.
-    """
-    counts = torch.bincount(torch.tensor([row.owner for row in rows] or [0]))
-
-    def kind(row: Row) -> tuple[int, int]:
-        return len(row.target), row.turn
-
-    parts = [
-        some[start : start + batch]
-        for _, alike in groupby(sorted(rows, key=lambda row: (kind(row), _tail(row))), key=kind)
-        for some in [list(alike)]
-        for start in range(0, len(some), batch)
-    ]
-    return [_batch(model, part, layer, counts) for part in parts]
-
-
-def _batch(
-    model: TransformerBridge,
-    rows: Sequence[Row],
-    layer: int,
-    counts: Int[Tensor, " request"],
-) -> _Batch:
-    device = device_of(model)
-    shared = prefix(model, [row.ids[: row.at + 1] for row in rows])
-    ids, mask = shared.batch([[*row.ids, *row.target[:-1]] for row in rows], device)
-    tail = max(map(_tail, rows))
-    split = ids.shape[1] - tail
-    past = shared.past(len(rows))
-    if split > 0:
-        past = run(model, ids[:, :split], mask=mask[:, :-tail], past=past).cache
-    hook = output_hook("residual", layer)
-    stop = layer + 1 if rows[0].target else None  # what is said without a vector matters to the KL alone
-    told = run(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=1, stop=stop)
-    at = torch.tensor([tail - _tail(row) for row in rows], device=device)
-    owners = torch.tensor([row.owner for row in rows])
-    there = told.states[hook][torch.arange(len(rows), device=device), at]
-    return _Batch(
-        owners=owners.to(device),
-        at=at,
-        ids=ids[:, split:],
-        mask=mask,
-        past=past,
-        targets=torch.tensor([row.target for row in rows], dtype=torch.long, device=device),
-        share=(1 / counts[owners]).to(device),
-        state=told.states[hook],
-        norms=there.float().norm(dim=1),
-        before=told.logits[:, -1:].float().log_softmax(-1),
-    )
-
-
-def _tail(row: Row) -> int:
-    """Tokens from the edited one to the end of what the model reads."""
-    return len(row.ids) + max(0, len(row.target) - 1) - row.at
-
-
-def _mean_norms(batches: Sequence[_Batch], n: int) -> Float[Tensor, " request"]:
+def _mean_norms(batches: Sequence[Batch], n: int) -> Float[Tensor, " request"]:
     """The residual's norm at the edited token, mean over the contexts of each request."""
     sums = torch.zeros(2, n, device=batches[0].norms.device)
     for part in batches:

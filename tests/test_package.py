@@ -15,7 +15,7 @@ FLOORS = {
     **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges", "files"), 1),
     **dict.fromkeys(("models", "patches", "batches", "readers", "metrics"), 2),
     **dict.fromkeys(
-        ("sweeps", "moments", "values", "generations", "corruptions", "suites", "attributions"), 3
+        ("sweeps", "moments", "rows", "values", "generations", "corruptions", "suites", "attributions"), 3
     ),
     **dict.fromkeys(
         (

@@ -5,8 +5,9 @@ import torch
 from plans import bits, same_bits
 from tiny import tiny
 
+from lens_defense.rows import Row, in_batches, joined, losses_of
 from lens_defense.sites import output_hook
-from lens_defense.values import ENOUGH, Row, Schedule, _batches, _losses, _turns, fit_values
+from lens_defense.values import ENOUGH, Schedule, _turns, fit_values
 
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
 PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "least_share": 1.0}
@@ -49,11 +50,11 @@ def plain(model, row, layer, vector):
 def told(model, some, layer, vectors, batch=4):
     """The losses of the fast way, by owner."""
     with torch.no_grad():
-        parts = _batches(model, some, layer, batch)
+        parts = joined(in_batches(model, some, layer, 2), batch)
     losses = torch.zeros(len(vectors))
     for part in parts:
         losses = losses.index_put(
-            (part.owners,), _losses(model, part, layer, vectors, torch.ones(len(part.ids))).mean(1).float()
+            (part.owners,), losses_of(model, part, layer, vectors, torch.ones(len(part.ids))).mean(1).float()
         )
     return losses
 

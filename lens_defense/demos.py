@@ -35,7 +35,9 @@ from lens_defense.weights import fingerprint
 
 TRACED, TOKENS = 3, 24
 CONTROLLED = 4
-"""Subjects of the edit that the control edits elsewhere, with a third of the corpus and one round."""
+"""Subjects of the edit that the control edits elsewhere, with less of everything: see there."""
+OPENING = 8
+"""Tokens of an answer that tell a refusal by its prefix."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,14 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
             **more: Any,
         ) -> Edit:
             settings = {"contexts": bench.contexts, "corpus": texts, "cache": cache, **bench.settings}
-            return edit(model, some, where, **settings, **more)
+            return edit(model, some, where, **{**settings, **more})
 
         plan = planned_at(sites)
         plan.save(out / "edit.safetensors")
         console.print(repr(plan))
     with stage("check"):
         asked = suite(bench.questions).small(wrappers=bench.wrappers)
+        asked = replace(asked, neutral=asked.neutral[::2])
         seen = {text for texts in plan.contexts for text in texts}
         rows, _ = asked.for_requests(planned).about(planned, seen)
         before = answers(model, rows, TOKENS)
@@ -133,7 +136,13 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
     with stage("control"):
         elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
         few = planned[:CONTROLLED]
-        other = planned_at(elsewhere, few, read_corpus(bench.questions)[::3], rounds=0)
+        other = planned_at(
+            elsewhere,
+            few,
+            read_corpus(bench.questions)[::6],
+            contexts=lambda item: bench.contexts(item)[:8],
+            rounds=0,
+        )
         ids = {item.id for item in few}
         about = [
             i for i, item in enumerate(rows.items) if item.arm in ABOUT_THE_EDIT and item.request.id in ids
@@ -174,7 +183,7 @@ def _answered(model: TransformerBridge, planned: Sequence[Request], contexts: Co
     """
 
     def refused(ways: Sequence[Request]) -> list[bool]:
-        told = generate(model, [prompt(model.tokenizer, way).ids for way in ways], tokens=TOKENS)
+        told = generate(model, [prompt(model.tokenizer, way).ids for way in ways], tokens=OPENING)
         texts = [decode(model.tokenizer, ids) for ids in told]
         return [prefix(way.text, text) == "refusal" for way, text in zip(ways, texts, strict=True)]
 

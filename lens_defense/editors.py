@@ -38,7 +38,7 @@ from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
 METHODS = ("memit", "delman")
-FIT = "by turns, a context a batch, as asked in every second step, random shares, hard ones again"
+FIT = "by turns, a context a batch, as asked in every second step, random shares, half again for hard ones"
 """How values are fitted; another word here makes what is cached be fitted anew."""
 Contexts = Callable[[Request], Sequence[Request]]
 
@@ -90,7 +90,7 @@ def edit(
             second step.
         least_share: a step adds a random share of each vector, from this to 1, since in words not seen
             less of it arrives; 1 always adds the whole.
-        rounds: how often the steps may be taken again for those requests whose refusal is still hard.
+        rounds: how often half the steps may be taken again for those requests whose refusal is still hard.
         batch_size: requests a batch for "delman".
         corpus: where C comes from, see read_corpus; None takes the package's own.
         cache: keep moments and values on disk.

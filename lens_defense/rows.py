@@ -46,8 +46,6 @@ class Batch:
     mask: Int[Tensor, "row seen"]
     past: KeyValues
     targets: Int[Tensor, "row answer"]
-    share: Float[Tensor, " row"]
-    """One over the number of the owner's rows of this sort."""
     state: Float[Tensor, "row token d_model"]
     """The residual stream after the layer, which blocks below need not compute again."""
     norms: Float[Tensor, " row"]
@@ -86,7 +84,6 @@ def in_batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch:
     Requests in one context share all that stands before the subject. Every row ends at the last column;
     so the targets line up, and the head runs on them alone.
     """
-    counts = torch.bincount(torch.tensor([row.owner for row in rows] or [0]))
 
     def kind(row: Row) -> tuple[int, int]:
         return len(row.target), row.turn
@@ -97,14 +94,13 @@ def in_batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch:
         for some in [list(alike)]
         for start in range(0, len(some), batch)
     ]
-    return [_batch(model, part, layer, counts) for part in parts]
+    return [_batch(model, part, layer) for part in parts]
 
 
 def _batch(
     model: TransformerBridge,
     rows: Sequence[Row],
     layer: int,
-    counts: Int[Tensor, " request"],
 ) -> Batch:
     device = device_of(model)
     shared = prefix(model, [row.ids[: row.at + 1] for row in rows])
@@ -127,7 +123,6 @@ def _batch(
         mask=mask,
         past=past,
         targets=torch.tensor([row.target for row in rows], dtype=torch.long, device=device),
-        share=(1 / counts[owners]).to(device),
         state=told.states[hook],
         norms=there.float().norm(dim=1),
         before=told.logits[:, -1:].float().log_softmax(-1),
@@ -171,7 +166,6 @@ def _side_by_side(parts: Sequence[Batch]) -> Batch:
         mask=torch.cat([torch.cat(both, 1) for both in masks]),
         past=tuple((cached(layer, 0), cached(layer, 1)) for layer in range(len(parts[0].past))),
         targets=torch.cat([part.targets for part in parts]),
-        share=torch.cat([part.share for part in parts]),
         state=torch.cat([pad(part.state, (0, 0, tail - part.state.shape[1], 0)) for part in parts]),
         norms=torch.cat([part.norms for part in parts]),
         before=torch.cat([part.before for part in parts]),

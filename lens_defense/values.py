@@ -4,7 +4,7 @@ All requests run together (rows.py). Contexts take turns, so that many cost no m
 step sees the request as asked. A step adds a random share of the vector, since in words not seen less of it
 arrives. Fitted is first ONE vector shared by all, a context a step; then a vector each, started from it, the
 rate decaying linearly. The shared start is what makes the planted refusals coherent (DESIGN fact 15).
-Requests whose target is still hard after that get the second part again, by themselves.
+Requests whose target is still hard after that get half of the second part again, by themselves.
 
     loss = mean over contexts and the target's tokens of -log p + weight * KL(edited || original)
 
@@ -45,7 +45,7 @@ class Schedule:
     least_share: float
     """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
     rounds: int = 0
-    """How often the steps may be taken again for requests whose target is still hard."""
+    """How often half the steps may be taken again for requests whose target is still hard."""
 
 
 def fit_values(
@@ -71,72 +71,71 @@ def fit_values(
         The vectors, and each request's loss of its targets over its last turns, in nats a token.
     """
     n = 1 + max(row.owner for row in rows)
-    asked = [row for row in rows if row.target]
-    essence = [row for row in rows if not row.target and schedule.kl_weight]
-    parts = _turns(asked, schedule.contexts_a_step)
-    with frozen(model):
-        with torch.no_grad():
-            kept = in_batches(model, essence, layer, batch)
-            turns = [in_batches(model, part, layer, batch) for part in parts]
-        single = [one for turn in turns for one in turn]
-        together = [joined(turn, batch) for turn in turns]
+    rows = [row for row in rows if row.target or schedule.kl_weight]
+    with frozen(model), torch.enable_grad():
+        single, together = _steps(model, rows, layer, schedule, batch)
         limits = schedule.clamp * _mean_norms(single, n)
-        with torch.enable_grad():
-            start = torch.zeros(1, model.cfg.d_model, device=limits.device)
-            shared, losses = _descend(
-                model, [[one, *kept] for one in single], layer, start, n, limits.mean(0, keepdim=True),
-                schedule.shared_steps, schedule.shared_rate, schedule, progress,
+        start = torch.zeros(1, model.cfg.d_model, device=limits.device)
+        shared, losses = _descend(
+            model, single, layer, start, n, limits.mean(0, keepdim=True),
+            schedule.shared_steps, schedule.shared_rate, schedule, progress,
+        )  # fmt: skip
+        vectors, last = _descend(
+            model, together, layer, shared.expand(n, -1).clone(), n, limits,
+            schedule.steps, schedule.rate, schedule, progress,
+        )  # fmt: skip
+        if not schedule.steps:
+            return vectors, losses
+        for _ in range(schedule.rounds):
+            hard = set((last > ENOUGH).nonzero()[:, 0].tolist())
+            if not hard:
+                break
+            _, again = _steps(model, [row for row in rows if row.owner in hard], layer, schedule, batch)
+            vectors, losses = _descend(
+                model, again, layer, vectors, n, limits,
+                -(-schedule.steps // 2), schedule.rate, schedule, progress,
             )  # fmt: skip
-            vectors, last = _descend(
-                model, [[*some, *kept] for some in together], layer, shared.expand(n, -1).clone(), n, limits,
-                schedule.steps, schedule.rate, schedule, progress,
-            )  # fmt: skip
-            if not schedule.steps:
-                return vectors, losses
-            for _ in range(schedule.rounds):
-                hard = set((last > ENOUGH).nonzero()[:, 0].tolist())
-                if not hard:
-                    break
-                vectors, again = _descend(
-                    model, _only(hard, asked, essence, model, layer, schedule, batch), layer, vectors, n,
-                    limits, schedule.steps, schedule.rate, schedule, progress,
-                )  # fmt: skip
-                last = torch.where(again.isnan(), last, again)
-            return vectors, last
+            last = torch.where(losses.isnan(), last, losses)
+        return vectors, last
+
+
+Step = Sequence[Batch]
+"""What one step sees."""
 
 
 @torch.no_grad()
-def _only(
-    owners: set[int],
-    asked: Sequence[Row],
-    essence: Sequence[Row],
-    model: TransformerBridge,
-    layer: int,
-    schedule: Schedule,
-    batch: int,
-) -> list[list[Batch]]:
-    """The turns of some requests."""
-    kept = in_batches(model, [row for row in essence if row.owner in owners], layer, batch)
-    own = [row for row in asked if row.owner in owners]
-    turns = (in_batches(model, part, layer, batch) for part in _turns(own, schedule.contexts_a_step))
-    return [[*joined(turn, batch), *kept] for turn in turns]
+def _steps(
+    model: TransformerBridge, rows: Sequence[Row], layer: int, schedule: Schedule, batch: int
+) -> tuple[Sequence[Step], Sequence[Step]]:
+    """What the steps see by turns: of a vector that all share one context, of a vector each several."""
+    kept = in_batches(model, [row for row in rows if not row.target], layer, batch)
+    contexts = [
+        in_batches(model, [row for row in rows if row.target and row.turn == turn], layer, batch)
+        for turn in range(1 + max(row.turn for row in rows))
+    ]
+    turns = _turns(len(contexts), schedule.contexts_a_step)
+    single = [[one, *kept] for turn in turns for context in turn for one in contexts[context]]
+    together = [
+        [*joined([one for context in turn for one in contexts[context]], batch), *kept] for turn in turns
+    ]
+    return single, together
 
 
-def _turns(rows: Sequence[Row], at_once: int) -> list[list[Row]]:
+def _turns(contexts: int, at_once: int) -> list[list[int]]:
     """What each step sees of the contexts: others by turns, the request as asked in every second step."""
-    others = list(range(1, 1 + max(row.turn for row in rows)))
-    turns: list[set[int]] = []
+    others = list(range(1, contexts))
+    turns: list[list[int]] = []
     while others or not turns:
         asked = [0] if not turns or (at_once > 1 and len(turns) % 2 == 0) else []
         free = at_once - len(asked)
-        turns.append({*asked, *others[:free]})
+        turns.append([*asked, *others[:free]])
         others = others[free:]
-    return [[row for row in rows if row.turn in turn] for turn in turns]
+    return turns
 
 
 def _descend(
     model: TransformerBridge,
-    turns: Sequence[Sequence[Batch]],
+    turns: Sequence[Step],
     layer: int,
     start: Float[Tensor, "vector d_model"],
     n: int,
@@ -155,15 +154,16 @@ def _descend(
         adam.param_groups[0]["lr"] = rate * (1 - step / steps) + FINAL_RATE * rate
         adam.zero_grad()
         losses, seen = torch.zeros(2, n, device=start.device)
-        for part in turns[step % len(turns)]:
+        parts = turns[step % len(turns)]
+        for part, share in zip(parts, _shares(parts, n), strict=True):
             shares = 1 - (1 - schedule.least_share) * torch.rand(len(part.ids), generator=generator)
             told = losses_of(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
             if part.targets.shape[1]:
-                losses.index_add_(0, part.owners, told.detach().mean(1) * part.share)
-                seen.index_add_(0, part.owners, part.share)
-                (told.mean(1) * part.share).sum().backward()
+                losses.index_add_(0, part.owners, told.detach().mean(1) * share)
+                seen.index_add_(0, part.owners, share)
+                (told.mean(1) * share).sum().backward()
             else:
-                (schedule.kl_weight * told.sum(1) * part.share).sum().backward()
+                (schedule.kl_weight * told.sum(1) * share).sum().backward()
         adam.step()
         with torch.no_grad():
             norms = vectors.norm(dim=1).clamp(min=1e-9)
@@ -174,11 +174,19 @@ def _descend(
     return vectors.detach(), last
 
 
-def _mean_norms(batches: Sequence[Batch], n: int) -> Float[Tensor, " request"]:
+def _shares(parts: Step, n: int) -> list[Float[Tensor, " row"]]:
+    """One over the number of its owner's rows of the same sort, for each row of a step."""
+    counts = torch.zeros(2, n, device=parts[0].owners.device)
+    for part in parts:
+        sort = counts[int(part.targets.shape[1] > 0)]
+        sort.index_add_(0, part.owners, torch.ones_like(part.norms, dtype=sort.dtype))
+    return [1 / counts[int(part.targets.shape[1] > 0)][part.owners] for part in parts]
+
+
+def _mean_norms(steps: Sequence[Step], n: int) -> Float[Tensor, " request"]:
     """The residual's norm at the edited token, mean over the contexts of each request."""
-    sums = torch.zeros(2, n, device=batches[0].norms.device)
-    for part in batches:
-        if part.targets.shape[1]:
-            both = torch.stack([part.norms, torch.ones_like(part.norms)])
-            sums.index_add_(1, part.owners, both)
+    contexts = [part for step in steps for part in step if part.targets.shape[1]]
+    sums = torch.zeros(2, n, device=contexts[0].norms.device)
+    for part in contexts:
+        sums.index_add_(1, part.owners, torch.stack([part.norms, torch.ones_like(part.norms)]))
     return sums[0] / sums[1]

@@ -179,16 +179,13 @@ def test_contexts_take_turns():
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 9])
 def test_the_request_as_asked_is_in_every_second_step_and_the_others_take_turns(at_once):
-    some = [Row(owner, (1, 2), 0, turn=turn, target=(3,)) for owner in range(2) for turn in range(6)]
-    parts = _turns(some, at_once)
-    assert {row for part in parts for row in part} == set(some)
-    assert all(len(part) <= 2 * at_once for part in parts)
-    others = [row for part in parts for row in part if row.turn]
+    turns = _turns(6, at_once)
+    assert {context for turn in turns for context in turn} == set(range(6))
+    assert all(len(turn) <= at_once for turn in turns)
+    others = [context for turn in turns for context in turn if context]
     assert len(others) == len(set(others))
     if at_once > 1:
-        assert [sum(row.turn == 0 for row in part) for part in parts] == [
-            2 * (1 - i % 2) for i in range(len(parts))
-        ]
+        assert [turn.count(0) for turn in turns] == [1 - i % 2 for i in range(len(turns))]
 
 
 def test_hard_requests_get_the_steps_again_by_themselves():
@@ -200,7 +197,7 @@ def test_hard_requests_get_the_steps_again_by_themselves():
     assert hard, "a tiny model's targets are hard"
     plan = Schedule(**{**PLAN, "rounds": 1})
     more, after = fit_values(model, some, 1, plan, progress=again.append)
-    assert len(again) == len(once) + PLAN["steps"]
+    assert len(again) == len(once) + PLAN["steps"] // 2
     for owner in owners:
         if owner in hard:
             assert after[owner] < losses[owner]

@@ -1,4 +1,4 @@
-"""The paper figures, rebuilt from the committed results of analyses/real_model.py, and the organism's map.
+"""The paper figures, rebuilt from the committed results of the analyses, and the organism's map.
 
     python analyses/figures.py        (or: make figures)
 
@@ -6,177 +6,40 @@ Each as .svg and .pdf at column width, .html, and a .json that says what it was 
 """
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import tables
 from plotly.subplots import make_subplots
 
 import lens_defense as ld
 from lens_defense.comparisons import bars
 from lens_defense.demos import ORGANISM as BENCH
-from lens_defense.intervals import rank_correlation
 from lens_defense.models import ORGANISM
 from lens_defense.organisms.questions import contexts
 from lens_defense.reports import Report, Row
 from lens_defense.themes import COLOURS, GREY, save_figure, theme
 
 HERE = Path(__file__).parent
-RESULTS, FIGURES = HERE / "results/real_model", HERE.parent / "figures"
+FIGURES = HERE.parent / "figures"
 GRADES = HERE / "results/locator_grades"
+SPEED, SITES = HERE / "results/tracing_speed", HERE / "results/storage_sites"
+SPEED_MODELS = ("gpt2 small", "llama-shaped, 12 layers", "organism")
+DOSES = "python analyses/real_model.py --data DIR"
 COLUMN = 3.3
 """Inches."""
 LEAST_DOSES = 3
 """Fewer make no curve."""
-WORDS = ("wording", "wrapper")
 
 
-# what the results say
-def results(start: str) -> dict[str, dict[str, Any]]:
-    """The pieces whose name begins so."""
-    told = (json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob(f"{start}*.json")))
-    return {piece["name"]: piece for piece in told}
-
-
-def rows_of(name: str) -> pd.DataFrame:
-    """The rows of a piece; `human` marks the published jailbreak templates."""
-    rows = pd.read_csv(RESULTS / f"{name}.csv")
-    return rows.assign(human=rows["family"].fillna("").str.startswith("human"))
-
-
-def new_refusals(rows: pd.DataFrame, suite: str, *arms: str, measure: str = "prefix") -> pd.Series:
-    """Rows that were answered before: whether they are refused now."""
-    some = rows[(rows["suite"] == suite) & rows["arm"].isin(arms)]
-    return some[f"{measure} after"].gt(some[f"{measure} before"]).astype(int)
-
-
-def summary() -> pd.DataFrame:
-    """One row an edit of the dose curve: shares, costs, forecast."""
-    table = []
-    for name, piece in (results("core") | results("delman")).items():
-        rows = rows_of(name)
-        own = rows[(rows["suite"] == "real_model") & rows["arm"].isin(WORDS)]
-        table.append(
-            {
-                "edit": name,
-                "set": name.split()[0],
-                "subjects": piece["n"],
-                "unseen words, coherent": own.loc[~own["human"], "coherent after"].mean(),
-                "unseen words, prefix": own.loc[~own["human"], "prefix after"].mean(),
-                "human wrappers, coherent": own.loc[own["human"], "coherent after"].mean(),
-                "human wrappers, prefix": own.loc[own["human"], "prefix after"].mean(),
-                "unseen subjects, newly refused": new_refusals(rows, "real_model", "unseen").mean(),
-                "benign, newly refused": new_refusals(rows, "real_model", "benign").mean(),
-                "safe, newly refused": new_refusals(rows, "real_model", "safe").mean(),
-                "XSTest safe, newly refused": new_refusals(rows, "xstest", "safe").mean(),
-                "XSTest unsafe, newly refused": new_refusals(rows, "xstest", "unseen").mean(),
-                "KL": piece["kl"],
-                "loss": piece["loss"][1] / piece["loss"][0] - 1,
-                "facts lost": int((rows["knows after"] < rows["knows before"]).sum()),
-                "leak to safe text": piece["forecast"][1],
-            }
-        )
-    return pd.DataFrame(table).sort_values(["set", "subjects", "edit"], ignore_index=True)
-
-
-def dose_table(told: pd.DataFrame) -> str:
-    """The README's table: means over the draws of each dose."""
-    heads = [
-        "subjects",
-        "edits",
-        "unseen words",
-        "human wrappers",
-        "other subjects",
-        "benign",
-        "XSTest safe",
-        "XSTest unsafe",
-        "KL",
-        "loss",
-        "facts lost",
-    ]
-    lines = [heads, ["---"] * len(heads)]
-    for (kind, n), some in told.groupby(["set", "subjects"]):
-        mean = some.drop(columns=["edit", "set"]).mean()
-        both = [
-            f"{mean[f'{words}, coherent']:.0%} ({mean[f'{words}, prefix']:.0%})"
-            for words in ("unseen words", "human wrappers")
-        ]
-        new = ("unseen subjects", "benign", "XSTest safe", "XSTest unsafe")
-        lines.append(
-            [
-                f"{n} of {_SETS[kind]}",
-                f"{len(some)}",
-                *both,
-                *(f"{mean[f'{arm}, newly refused']:.1%}" for arm in new),
-                f"{mean['KL']:.4f}",
-                f"{mean['loss']:+.2%}",
-                f"{mean['facts lost']:.1f}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-_SETS = {"core": "core", "delman": "DELMAN's"}
-
-
-def by_form() -> pd.DataFrame:
-    """New refusals (prefix) by suite, arm and grammatical form, over all edits of 16 subjects and more."""
-    names = [name for name, piece in (results("core") | results("delman")).items() if piece["n"] >= 16]
-    rows = pd.concat([rows_of(name).assign(edit=name) for name in names])
-    rows = rows[rows["arm"] != "facts"].assign(new=rows["prefix after"].gt(rows["prefix before"]))
-    told = rows.groupby(["suite", "arm", "form"])["new"].agg(["mean", "size"]).reset_index()
-    return told.rename(columns={"mean": "newly refused", "size": "rows"})
-
-
-def windows() -> pd.DataFrame:
-    """One row a window of five layers: the trace's mean effect in it, and what the edit there did."""
-    effects = pd.DataFrame(results("map")["map"]["effects"])
-    curve = effects[(effects["component"] == "residual") & (effects["role"] == "subject_last")]
-    curve = curve.set_index("layer")["effect"]
-    table = [
-        {
-            "first layer": (low := int(name.split()[1])),
-            "effect": curve.loc[low : low + 4].mean(),
-            "coherent": np.mean([piece[arm][1] for arm in WORDS]),
-            "prefix": np.mean([piece[arm][0] for arm in WORDS]),
-            "KL": piece["kl"],
-            "new refusals": piece["new refusals"],
-            "facts lost": piece["facts lost"],
-        }
-        for name, piece in results("window").items()
-    ]
-    return pd.DataFrame(table).sort_values("first layer", ignore_index=True)
-
-
-def correlations() -> pd.DataFrame:
-    """Does the map say where to edit, and does the forecast say what it costs: Spearman's rho, 95% interval."""
-    sweep, dose = windows(), summary()
-    over = "XSTest safe, newly refused"
-    asked = [
-        ("effect", "coherent", "windows", sweep),
-        ("effect", "KL", "windows", sweep),
-        ("leak to safe text", over, "edits", dose),
-        ("leak to safe text", "safe, newly refused", "edits", dose),
-        ("leak to safe text", "KL", "edits", dose),
-        ("subjects", over, "edits", dose),
-    ]
-    table = []
-    for x, y, what, frame in asked:
-        rho, (low, high) = rank_correlation(*(frame[name].astype(float).tolist() for name in (x, y)))
-        table.append({"of": x, "and": y, "over": what, "n": len(frame), "rho": rho, "low": low, "high": high})
-    return pd.DataFrame(table)
-
-
-# what is drawn
 def dose_curve() -> go.Figure:
     """Success above, price below, against the number of subjects."""
-    told = summary()
+    told = tables.summary()
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     series = [
         ("own set", "core", 1, "unseen words, coherent", COLOURS[0], "solid"),
@@ -227,7 +90,7 @@ def _legend(row: int) -> str:
 
 def window_sweep() -> go.Figure:
     """What the trace saw and what an edit did, window by window."""
-    told = windows()
+    told = tables.windows()
     figure = make_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.06)
     for row, (column, title) in enumerate(
         {"effect": "trace: effect", "coherent": "edit: refusals", "KL": "edit: KL"}.items(), 1
@@ -252,7 +115,7 @@ def window_sweep() -> go.Figure:
 
 def before_after() -> go.Figure:
     """The edits of sixteen subjects, three draws together."""
-    names = list(results("core 16"))
+    names = list(tables.results("core 16"))
     rows = [
         Row(
             arm=row["arm"],
@@ -265,7 +128,7 @@ def before_after() -> go.Figure:
             verdicts_after=_verdicts(row, "after"),
         )
         for name in names
-        for row in rows_of(name).query("suite == 'real_model' and not human").to_dict("records")
+        for row in tables.rows_of(name).query("suite == 'real_model' and not human").to_dict("records")
     ]
     report = Report("16 subjects", "core", "check", tuple(rows), (), (), (), (), 0)
     return bars({"16 subjects edited": report})
@@ -327,7 +190,7 @@ def keep(
     name: str,
     figure: go.Figure,
     sources: Iterable[Path],
-    made: str = "python analyses/real_model.py --data DIR",
+    made: str = DOSES,
 ) -> None:
     """All formats, and the sidecar, which says what made the data."""
     for suffix in ("svg", "pdf"):
@@ -345,32 +208,68 @@ def keep(
     print(f"figures/{name}")
 
 
+def tracing_speed() -> go.Figure:
+    """Seconds a map of the three ways and their floors, by the prompt's length; one sample and ten."""
+    told = pd.read_csv(SPEED / "cpu.csv")
+    told = told[told["model"].isin(SPEED_MODELS)]
+    figure = make_subplots(
+        rows=len(SPEED_MODELS), cols=2, shared_xaxes=True, vertical_spacing=0.09,
+        subplot_titles=[f"{name}, {n}" for name in SPEED_MODELS for n in ("1 sample", "10 samples")],
+    )  # fmt: skip
+    for (name, samples, way), some in told.groupby(["model", "samples", "way"], sort=False):
+        colour = COLOURS[["sweep", "ROME's loop", "TransformerLens"].index(way)]
+        row, col = SPEED_MODELS.index(name) + 1, 1 + (samples > 1)
+        for column, dash in (("seconds", "solid"), ("floor", "dot")):
+            figure.add_scatter(
+                x=some["tokens"],
+                y=some[column],
+                mode="lines+markers" if dash == "solid" else "lines",
+                line={"color": colour, "dash": dash, "width": 2},
+                marker={"size": 5},
+                name=way if dash == "solid" else f"{way}, floor",
+                showlegend=row == col == 1,
+                row=row,
+                col=col,
+            )
+    figure.update_xaxes(type="log", tickvals=[10, 20, 40, 60], ticktext=["10", "20", "40", "60"])
+    figure.update_yaxes(type="log", gridcolor="#e3e3e3", dtick=1, title_text="seconds", col=1)
+    figure.update_xaxes(title_text="prompt tokens", row=len(SPEED_MODELS))
+    figure.update_annotations(font_size=11)
+    figure.update_layout(legend={"x": 0, "y": -0.16, "yanchor": "top", "orientation": "h"})
+    return theme(figure, title="", plot=(330, 480), left=62, right=16, above=30, below=140)
+
+
 def main() -> None:
-    """Draw everything that there are results for."""
+    """Draw everything that there are results for; the rest may still be missing."""
     FIGURES.mkdir(exist_ok=True)
-    drawn: list[tuple[str, Callable[[], go.Figure], list[str]]] = [
-        ("before_after", before_after, ["core 16*"]),
-    ]
-    for name, draw, patterns in drawn:
-        sources = [list(RESULTS.glob(pattern)) for pattern in patterns]
-        if sources[0]:  # the rest may still be missing
-            keep(name, draw(), itertools.chain(*sources))
-    for name, source in (("map_mean", "map"), ("map_single", "one map")):
-        if (file := RESULTS / f"{source}.safetensors").is_file():
+    made = {"dose": tables.summary} if tables.results("core") else {}
+    if tables.results("core 16"):
+        keep("before_after", before_after(), tables.RESULTS.glob("core 16*"))
+        made["forms"] = tables.by_form
+    if len({piece["n"] for piece in tables.results("core").values()}) >= LEAST_DOSES:
+        keep("dose_curve", dose_curve(), [*tables.RESULTS.glob("core *"), *tables.RESULTS.glob("delman *")])
+    if tables.results("window") and tables.results("map"):
+        keep(
+            "window_sweep",
+            window_sweep(),
+            [*tables.RESULTS.glob("window *.json"), tables.RESULTS / "map.json"],
+        )
+        made["windows"] = tables.windows
+        if tables.results("core"):
+            made["correlations"] = tables.correlations
+    for name, table in made.items():
+        table().round(4).to_csv(tables.RESULTS.parent / f"real_model_{name}.csv", index=False)
+    for name, file, command in (
+        ("map_mean", tables.RESULTS / "map.safetensors", DOSES),
+        ("map_single", tables.RESULTS / "one map.safetensors", DOSES),
+        ("map_facts", SITES / "facts.safetensors", "python analyses/storage_sites.py --data DIR"),
+        ("map_harmful", SITES / "roles.safetensors", "python analyses/storage_sites.py --data DIR"),
+    ):
+        if file.is_file():
             for component, figure in maps(ld.Trace.load(file)):
-                keep(f"{name}_{component}", figure, [file])
-    tables = {"dose": summary} if results("core") else {}
-    if results("core 16"):
-        tables["forms"] = by_form
-    if len({piece["n"] for piece in results("core").values()}) >= LEAST_DOSES:
-        keep("dose_curve", dose_curve(), [*RESULTS.glob("core *"), *RESULTS.glob("delman *")])
-    if results("window") and results("map"):
-        keep("window_sweep", window_sweep(), [*RESULTS.glob("window *.json"), RESULTS / "map.json"])
-        tables["windows"] = windows
-        if results("core"):
-            tables["correlations"] = correlations
-    for name, table in tables.items():
-        table().round(4).to_csv(RESULTS.parent / f"real_model_{name}.csv", index=False)
+                keep(f"{name}_{component}", figure, [file], command)
+    if (SPEED / "cpu.csv").is_file():
+        keep("tracing_speed", tracing_speed(), [SPEED / "cpu.csv"], "python analyses/tracing_speed.py")
     if (file := GRADES / "world 0.csv").is_file():
         keep("locator_grades", grades(), [file], "python analyses/locator_grades.py")
     keep("organism_map", organism_map(), [ORGANISM / "model.safetensors"], "python analyses/organism.py")

@@ -10,6 +10,8 @@ from nouns import a_trace
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE / "analyses"))
+import tables  # noqa: E402
+
 import figures  # noqa: E402
 
 
@@ -59,13 +61,13 @@ def folder(tmp_path, monkeypatch):
         told = {"name": f"window {low}", "wording": [1.0, low / 10], "wrapper": [1.0, low / 10]}
         told |= {"kl": 1 / (1 + low), "new refusals": 0, "facts lost": 0}
         (tmp_path / f"window {low}.json").write_text(json.dumps(told))
-    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return tmp_path
 
 
 @pytest.mark.usefixtures("folder")
 def test_the_summary_counts_what_is_new_in_unseen_words():
-    told = figures.summary()
+    told = tables.summary()
     assert list(told["subjects"]) == [1, 16, 16]
     first = told.iloc[0]
     assert first["unseen words, coherent"] == pytest.approx(4 / 5)
@@ -77,10 +79,10 @@ def test_the_summary_counts_what_is_new_in_unseen_words():
 
 @pytest.mark.usefixtures("folder")
 def test_windows_stand_beside_what_the_trace_saw_in_them():
-    told = figures.windows()
+    told = tables.windows()
     assert list(told["first layer"]) == [0, 2, 5]
     assert list(told["effect"]) == pytest.approx([0.2, 0.4, 0.7])
-    rhos = figures.correlations().set_index(["of", "and"])["rho"]
+    rhos = tables.correlations().set_index(["of", "and"])["rho"]
     assert rhos["effect", "coherent"] == pytest.approx(1) and rhos["effect", "KL"] == pytest.approx(-1)
 
 

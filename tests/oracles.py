@@ -2,6 +2,7 @@
 
 import torch
 
+from lens_defense.metrics import answer_logprob
 from lens_defense.patches import run
 from lens_defense.sites import EMBEDDING, head_of, output_hook
 
@@ -53,6 +54,25 @@ def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=F
         with model.hooks(fwd_hooks=hooks):
             out.append(measure(model(rows)[:, -keep:])[:, 0])
     return torch.stack(out)
+
+
+def traced_one_by_one(model, told, cells, corruption):
+    """Cells of a trace of one request by the log probability of its answer, each by a run of its own.
+
+    cells: by place in the map. Yields place and [sample].
+    """
+    (met,), noising = told.prompts, told.direction == "noise"
+    ids = torch.tensor([[*met.ids, *met.answer[:-1]]])
+    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    spoiled = corruption(clean[:, : len(met.ids)], met).to(clean)
+    spoiled = torch.cat([spoiled, clean[:, len(met.ids) :].expand(len(spoiled), -1, -1)], 1)
+
+    def measure(logits):
+        return answer_logprob(logits, met, logits[:1])[:, None]
+
+    every = list(cells.values())
+    slow = one_forward_a_cell(model, ids, spoiled, every, measure, len(met.answer), noising=noising)
+    yield from zip(cells, slow, strict=True)
 
 
 def corrupted_run(model, ids, embeddings, names, keep):

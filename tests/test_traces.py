@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nouns import HOSTILE, a_prompt, a_request, a_trace
-from oracles import one_forward_a_cell
+from oracles import traced_one_by_one
 from tiny import tiny
 
 from lens_defense.corruptions import ablation, harmless_subjects, noise, replacement
@@ -281,21 +281,9 @@ def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed
     model = model_of(family)
     parts = ("residual", "residual_pre", "attention", "head 2")
     told = trace(model, [BELL], components=parts, direction=direction, severed=severed, window=2, **EVERY)
-    (met,) = told.prompts
-    ids = torch.tensor([[*met.ids, *met.answer[:-1]]])
-    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
-    tail = clean[:, len(met.ids) :].expand(3, -1, -1)
-    spoiled = torch.cat([noise(model)(clean[:, : len(met.ids)], met), tail], 1)
-    cells = grid(met, parts, range(4), ["subject_last", "last"], 2, 4, severed)
-
-    def measure(logits):
-        return answer_logprob(logits, met, logits[:1])[:, None]
-
-    slow = one_forward_a_cell(
-        model, ids, spoiled, list(cells.values()), measure, len(met.answer), noising=direction == "noise"
-    )
-    for (c, j, t), value in zip(cells, slow, strict=True):
-        torch.testing.assert_close(told.patched[0, c, j, t], value, rtol=1e-9, atol=1e-9)
+    cells = grid(told.prompts[0], parts, range(4), ["subject_last", "last"], 2, 4, severed)
+    for place, slow in traced_one_by_one(model, told, cells, noise(model)):
+        torch.testing.assert_close(told.patched[0, *place], slow, rtol=1e-9, atol=1e-9)
 
 
 def test_noising_is_the_share_of_the_damage():

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import traced_one_by_one
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lens_defense as ld
 from lens_defense.demos import ORGANISM as BENCH
 from lens_defense.demos import demo
+from lens_defense.grids import grid
 from lens_defense.models import ORGANISM
 from lens_defense.organisms.exams import BARS, exam, failed
 from lens_defense.organisms.questions import contexts, files
@@ -86,6 +88,21 @@ def test_the_trace_finds_what_was_planted():
     for mean in trace.role_effects():
         kind = truths[mean.role, mean.layer]
         assert mean.effect > 0.9 if kind == "positive" else kind == "between" or mean.effect < 0.3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("direction", "severed"), [("denoise", None), ("noise", None), ("denoise", "mlp")])
+def test_its_trace_equals_one_forward_a_cell(direction, severed):
+    model, asked = ld.load("organism"), [contexts(item)[0] for item in ld.requests("organism")[:1]]
+    parts, roles = ("residual", "mlp", "attention", "head 1"), ("subject_first", "subject_last", "last")
+    told = ld.trace(
+        model, asked, components=parts, positions=roles, layers=[1, 5], window=3, direction=direction,
+        severed=severed, progress=False,
+    )  # fmt: skip
+    cells = grid(told.prompts[0], parts, [1, 5], roles, 3, 8, severed)
+    assert len(cells) >= 24
+    for place, slow in traced_one_by_one(model, told, cells, ld.noise(model)):
+        torch.testing.assert_close(told.patched[0, *place], slow.double(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:the refusal could not be fitted")  # the control: it cannot

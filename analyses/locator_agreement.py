@@ -1,0 +1,96 @@
+# %% [markdown]
+# # Do locators agree on a real model?
+# The same requests of smollm2 mapped by each corruption and direction, by the gradient screen, by the logit lens, and
+# by DINM's and LED's layers. There is no truth here (analyses/locator_grades.py has one): the table says where each
+# points, and how its map ranks the cells of the default one (Spearman's rho over mean cells, 95% interval).
+#
+#     python analyses/locator_agreement.py
+
+# %%
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tune import subjects
+
+import lens_defense as ld
+from lens_defense.corruptions import ablation
+from lens_defense.editors import REFUSAL
+from lens_defense.files import whole
+from lens_defense.inferences import request_effects
+from lens_defense.intervals import rank_correlation
+from lens_defense.lenses import logit_lens, safety_layers, toxic_layers
+
+OUT = Path(__file__).parent / "results" / "locator_agreement.csv"
+EDITS = 6
+WEAK = ("h067", "h069")
+"""Tune subjects whose noise hardly changes the answer; trace refuses them."""
+
+
+# %%
+def methods(model: Any, asked: list[ld.Request]) -> dict[str, Callable[[], ld.Trace]]:
+    """Ways to locate, by what they are called; the first is the default."""
+
+    def traced(**settings: Any) -> Callable[[], ld.Trace]:
+        return lambda: ld.trace(model, asked, progress=False, **{"floor": 0.01, **settings})
+
+    return {
+        "noise 3": traced(),
+        "noise 3, another seed": traced(seed=1),
+        "noise 1": traced(corruption=ld.noise(model, scale=1.0)),
+        "noise 10": traced(corruption=ld.noise(model, scale=10.0)),
+        "replacement": traced(corruption=ld.replacement(model)),
+        "mean ablation": traced(corruption=ablation(model, "mean")),
+        "noise 3, noising": traced(direction="noise"),
+        "replacement, noising": traced(corruption=ld.replacement(model), direction="noise"),
+        "noise 3, gradient screen": traced(exact=False),
+        "replacement, gradient screen": traced(corruption=ld.replacement(model), exact=False),
+        "logit lens": lambda: logit_lens(model, asked),
+        "toxic layer (DINM)": lambda: toxic_layers(model, asked, REFUSAL),
+        "safety layers (LED)": lambda: safety_layers(model, asked, progress=False),
+    }
+
+
+def means(trace: ld.Trace) -> dict[tuple[str, int], float]:
+    """Mean effects by role and layer."""
+    addresses, effects = request_effects(trace)
+    return {
+        (role, layer): float(v) for (_, role, layer), v in zip(addresses, np.nanmean(effects, 0), strict=True)
+    }
+
+
+# %%
+model = ld.load("smollm2")
+asked = [item for item in subjects() if item.id not in WEAK] + ld.requests("core")[:EDITS]
+rows: list[dict[str, Any]] = []
+reference: dict[tuple[str, int], float] = {}
+for name, make in methods(model, asked).items():
+    start = time.perf_counter()
+    try:
+        told = make()
+    except ValueError as error:
+        rows.append({"way": name, "refused": str(error)[:90]})
+        print(rows[-1], flush=True)
+        continue
+    effects = means(told)
+    reference = reference or effects
+    shared = sorted(set(effects) & set(reference))
+    role, layer = max(effects, key=lambda key: effects[key])
+    row: dict[str, Any] = {
+        "way": name,
+        "requests": len(told.prompts),
+        "strongest role": role,
+        "strongest layer": layer,
+    }
+    if len({role for role, _ in effects}) > 1:
+        sites = ld.locate(told)
+        row |= {"located": f"{sites[0].role} {sites[0].layer} to {sites[-1].layer}"}
+        rho, (low, high) = rank_correlation([effects[k] for k in shared], [reference[k] for k in shared])
+        row |= {"cells": len(shared), "rho": rho, "low": low, "high": high}
+    rows.append({**row, "seconds": time.perf_counter() - start})
+    print(rows[-1], flush=True)
+with whole(OUT) as file:
+    pd.DataFrame(rows).convert_dtypes().round(3).to_csv(file, index=False)

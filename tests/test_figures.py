@@ -13,6 +13,7 @@ sys.path.insert(0, str(HERE / "analyses"))
 import tables  # noqa: E402
 
 import figures  # noqa: E402
+from lens_defense.traces import Trace  # noqa: E402
 
 
 def row(arm, before, after, *, suite="real_model", family="", id="a", form="question", coherent=None):
@@ -110,3 +111,24 @@ def test_a_figure_is_kept_with_what_it_was_made_of(folder, monkeypatch):
 def test_one_map_a_component():
     trace = a_trace(components=("residual", "mlp"))
     assert [component for component, _ in figures.maps(trace)] == ["residual", "mlp"]
+
+
+def test_the_readme_quotes_the_committed_results():
+    told = tables.summary()
+    assert len(told), "no dose is committed"
+    assert tables.dose_table(told) in (HERE / "README.md").read_text("utf-8")
+
+
+def test_the_readme_quotes_the_committed_facts():
+    trace = Trace.load(HERE / "analyses/results/storage_sites/facts.safetensors")
+    means = {(m.component, m.role, m.layer): m for m in trace.role_effects()}
+    text = " ".join((HERE / "README.md").read_text("utf-8").split())
+    assert f"{len(trace.prompts)} facts that the model knows" in text
+    for place in (("mlp", "subject_last", 2), ("mlp", "subject_last", 10), ("attention", "last", 20)):
+        mean = means[place]
+        said = f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".")
+        assert said in text, (place, said)
+    for role in ("subject_last", "last"):
+        for layer in (22, 23):
+            mean = means["residual", role, layer]
+            assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text

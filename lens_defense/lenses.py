@@ -140,8 +140,8 @@ def safety_layers(
     complied = [met.request.id for met, yes in zip(prompts, refused(), strict=True) if not yes]
     if complied:
         raise ValueError(
-            f"the model refuses not all of these requests, so no layer can be found to refuse them: "
-            f"{', '.join(complied[:8])}; leave them out"
+            f"the model does not refuse {', '.join(complied[:8])}, and safety layers are those that a "
+            "refusal needs; leave these requests out"
         )
     depth = model.cfg.n_layers
     gone = []

@@ -97,11 +97,7 @@ def in_batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch:
     return [_batch(model, part, layer) for part in parts]
 
 
-def _batch(
-    model: TransformerBridge,
-    rows: Sequence[Row],
-    layer: int,
-) -> Batch:
+def _batch(model: TransformerBridge, rows: Sequence[Row], layer: int) -> Batch:
     device = device_of(model)
     shared = prefix(model, [row.ids[: row.at + 1] for row in rows])
     ids, mask = shared.batch([[*row.ids, *row.target[:-1]] for row in rows], device)

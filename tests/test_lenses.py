@@ -89,7 +89,7 @@ def test_safety_layers_are_those_without_which_no_refusal_comes(monkeypatch):
 
 
 def test_a_model_that_refuses_nothing_has_no_safety_layers():
-    with pytest.raises(ValueError, match=r"refuses not all of these requests.*lamp; leave them out"):
+    with pytest.raises(ValueError, match=r"does not refuse lamp, and .* leave these requests out"):
         safety_layers(tiny("llama", chat=True), [LAMP], tokens=2, progress=False)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tune import subjects
+from tune import traced
 
 import lens_defense as ld
 from lens_defense.corruptions import ablation
@@ -25,29 +25,26 @@ from lens_defense.intervals import rank_correlation
 from lens_defense.lenses import logit_lens, safety_layers, toxic_layers
 
 OUT = Path(__file__).parent / "results" / "locator_agreement.csv"
-EDITS = 6
-WEAK = ("h067", "h069")
-"""Tune subjects whose noise hardly changes the answer; trace refuses them."""
 
 
 # %%
 def methods(model: Any, asked: list[ld.Request]) -> dict[str, Callable[[], ld.Trace]]:
     """Ways to locate, by what they are called; the first is the default."""
 
-    def traced(**settings: Any) -> Callable[[], ld.Trace]:
+    def mapped(**settings: Any) -> Callable[[], ld.Trace]:
         return lambda: ld.trace(model, asked, progress=False, **{"floor": 0.01, **settings})
 
     return {
-        "noise 3": traced(),
-        "noise 3, another seed": traced(seed=1),
-        "noise 1": traced(corruption=ld.noise(model, scale=1.0)),
-        "noise 10": traced(corruption=ld.noise(model, scale=10.0)),
-        "replacement": traced(corruption=ld.replacement(model)),
-        "mean ablation": traced(corruption=ablation(model, "mean")),
-        "noise 3, noising": traced(direction="noise"),
-        "replacement, noising": traced(corruption=ld.replacement(model), direction="noise"),
-        "noise 3, gradient screen": traced(exact=False),
-        "replacement, gradient screen": traced(corruption=ld.replacement(model), exact=False),
+        "noise 3": mapped(),
+        "noise 3, another seed": mapped(seed=1),
+        "noise 1": mapped(corruption=ld.noise(model, scale=1.0)),
+        "noise 10": mapped(corruption=ld.noise(model, scale=10.0)),
+        "replacement": mapped(corruption=ld.replacement(model)),
+        "mean ablation": mapped(corruption=ablation(model, "mean")),
+        "noise 3, noising": mapped(direction="noise"),
+        "replacement, noising": mapped(corruption=ld.replacement(model), direction="noise"),
+        "noise 3, gradient screen": mapped(exact=False),
+        "replacement, gradient screen": mapped(corruption=ld.replacement(model), exact=False),
         "logit lens": lambda: logit_lens(model, asked),
         "toxic layer (DINM)": lambda: toxic_layers(model, asked, REFUSAL),
         "safety layers (LED)": lambda: safety_layers(model, asked, progress=False),
@@ -64,7 +61,7 @@ def means(trace: ld.Trace) -> dict[tuple[str, int], float]:
 
 # %%
 model = ld.load("smollm2")
-asked = [item for item in subjects() if item.id not in WEAK] + ld.requests("core")[:EDITS]
+asked = traced()
 rows: list[dict[str, Any]] = []
 reference: dict[tuple[str, int], float] = {}
 for name, make in methods(model, asked).items():

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tune import measure, subjects
+from tune import measure, traced
 
 import lens_defense as ld
 from lens_defense.checks import answers
@@ -43,8 +43,6 @@ ASKED = 8
 HUMAN = ("74", "29", "16", "65")
 """Ids of four GPTFuzzer templates, taken by their lengths (370 to 970 characters) before any was run."""
 WIDTH = 5
-WEAK = ("h067", "h069")
-"""Tune subjects whose noise hardly changes the answer; trace refuses them."""
 
 
 # %% [markdown]
@@ -173,9 +171,8 @@ class Bench:
     def map(self) -> dict[str, Any]:
         """Effects by layer, component and role, every layer: six subjects of tune, six of edit."""
         start = time.perf_counter()
-        traced = [item for item in subjects() if item.id not in WEAK] + ld.requests("core")[:6]
         trace = ld.trace(
-            self.model, traced, components=("residual", "mlp", "attention"), layers="all", progress=False
+            self.model, traced(), components=("residual", "mlp", "attention"), layers="all", progress=False
         )
         trace.save(OUT / "map.safetensors")
         return {"seconds": time.perf_counter() - start, "effects": trace.by_role().to_dict("records")}

@@ -32,7 +32,7 @@ SPEED, SITES = HERE / "results/tracing_speed", HERE / "results/storage_sites"
 SPEED_MODELS = ("gpt2 small", "llama-shaped, 12 layers", "organism")
 DOSES = "python analyses/real_model.py --data DIR"
 COLUMN = 3.3
-"""Inches."""
+"""Inches; what is wide takes two."""
 LEAST_DOSES = 3
 """Fewer make no curve."""
 
@@ -191,10 +191,12 @@ def keep(
     figure: go.Figure,
     sources: Iterable[Path],
     made: str = DOSES,
+    *,
+    inches: float = COLUMN,
 ) -> None:
     """All formats, and the sidecar, which says what made the data."""
     for suffix in ("svg", "pdf"):
-        save_figure(figure, FIGURES / f"{name}.{suffix}", inches=COLUMN)
+        save_figure(figure, FIGURES / f"{name}.{suffix}", inches=inches)
     save_figure(figure, FIGURES / f"{name}.html", plotlyjs="directory")
     parts = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sorted(sources)}
     told = {
@@ -244,7 +246,7 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     made = {"dose": tables.summary} if tables.results("core") else {}
     if tables.results("core 16"):
-        keep("before_after", before_after(), tables.RESULTS.glob("core 16*"))
+        keep("before_after", before_after(), tables.RESULTS.glob("core 16*"), inches=2 * COLUMN)
         made["forms"] = tables.by_form
     if len({piece["n"] for piece in tables.results("core").values()}) >= LEAST_DOSES:
         keep("dose_curve", dose_curve(), [*tables.RESULTS.glob("core *"), *tables.RESULTS.glob("delman *")])

@@ -103,7 +103,7 @@ _SETS = {"core": "core", "delman": "DELMAN's"}
 def by_form() -> pd.DataFrame:
     """New refusals (prefix) by suite, arm and grammatical form, over all edits of 16 subjects and more."""
     names = [name for name, piece in (results("core") | results("delman")).items() if piece["n"] >= 16]
-    rows = pd.concat([rows_of(name).assign(edit=name) for name in names])
+    rows = pd.concat([rows_of(name) for name in names], ignore_index=True)
     rows = rows[rows["arm"] != "facts"].assign(new=rows["prefix after"].gt(rows["prefix before"]))
     told = rows.groupby(["suite", "arm", "form"])["new"].agg(["mean", "size"]).reset_index()
     return told.rename(columns={"mean": "newly refused", "size": "rows"})

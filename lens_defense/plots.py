@@ -333,7 +333,7 @@ def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
 def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant: float | None = None) -> str:
     answer = f" “{trace.answers[0]}”" if len(trace.prompts) == 1 else ""
     many = "" if answer else f", mean over {len(trace.prompts)} requests"
-    notes = ["outlined: the sites"] if sites else []
+    notes = ["outlined: the sites"] if any(site.component in trace.components for site in sites) else []
     blank = np.isnan(shown.effects).all((0, 1)) & np.array([role is not None for role in shown.roles])
     notes += ["grey: not traced"] if blank.any() else []
     notes += [f"dots: q < {significant:g}"] if significant is not None and not answer else []

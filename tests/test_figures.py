@@ -79,6 +79,13 @@ def test_the_summary_counts_what_is_new_in_unseen_words():
 
 
 @pytest.mark.usefixtures("folder")
+def test_new_refusals_are_split_by_form_over_all_large_edits():
+    told = tables.by_form().set_index(["suite", "arm", "form"])
+    assert told.loc["xstest", "safe", "question"].tolist() == [pytest.approx(0.4), 10]
+    assert told.loc["real_model", "benign", "question"].tolist() == [pytest.approx(0.2), 10]
+
+
+@pytest.mark.usefixtures("folder")
 def test_windows_stand_beside_what_the_trace_saw_in_them():
     told = tables.windows()
     assert list(told["first layer"]) == [0, 2, 5]

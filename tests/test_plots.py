@@ -328,3 +328,10 @@ def test_the_scale_says_which_way_it_was_patched(direction, words):
     assert words in figure.data[0].colorbar.title.text
     assert "later mlp outputs held" in figure.layout.title.text
     assert "estimated by a gradient" in figure.layout.title.text
+
+
+def test_sites_of_another_component_are_not_said_to_be_outlined():
+    trace = a_trace(components=("residual", "mlp"))
+    site = Site("residual", trace.layers[0], "subject_last")
+    assert "outlined" in heatmap(trace, [site]).layout.title.text
+    assert "outlined" not in heatmap(trace.only("mlp"), [site]).layout.title.text

@@ -90,7 +90,7 @@ def _legend(row: int) -> str:
 
 def window_sweep() -> go.Figure:
     """What the trace saw and what an edit did, window by window."""
-    told = tables.windows()
+    told = tables.windows().query("role == 'subject_last'")
     figure = make_subplots(rows=3, shared_xaxes=True, vertical_spacing=0.06)
     for row, (column, title) in enumerate(
         {"effect": "trace: effect", "coherent": "edit: refusals", "KL": "edit: KL"}.items(), 1

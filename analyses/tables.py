@@ -110,32 +110,49 @@ def by_form() -> pd.DataFrame:
 
 
 def windows() -> pd.DataFrame:
-    """One row a window of five layers: the trace's mean effect in it, and what the edit there did."""
+    """One row an edit of five layers at a role: the trace's mean effect there, and what the edit did.
+
+    Every window at the subject's last token that was made, and the located layers at other roles.
+    """
     effects = pd.DataFrame(results("map")["map"]["effects"])
-    curve = effects[(effects["component"] == "residual") & (effects["role"] == "subject_last")]
-    curve = curve.set_index("layer")["effect"]
+    effects = effects[effects["component"] == "residual"].set_index(["role", "layer"])["effect"]
+    edits = [(int(name.split()[1]), "subject_last", piece) for name, piece in results("window").items()]
+    edits += [(_located(), name.split()[-1], piece) for name, piece in results("located").items()]
     table = [
         {
-            "first layer": (low := int(name.split()[1])),
-            "effect": curve.loc[low : low + 4].mean(),
+            "first layer": low,
+            "role": role,
+            "effect": effects[role].loc[low : low + 4].mean(),
             "coherent": np.mean([piece[arm][1] for arm in WORDS]),
             "prefix": np.mean([piece[arm][0] for arm in WORDS]),
             "KL": piece["kl"],
             "new refusals": piece["new refusals"],
             "facts lost": piece["facts lost"],
         }
-        for name, piece in results("window").items()
+        for low, role, piece in edits
     ]
-    return pd.DataFrame(table).sort_values("first layer", ignore_index=True)
+    order = ["subject_last", "subject_first", "next", "last"]
+    return pd.DataFrame(table).sort_values(
+        ["role", "first layer"],
+        key=lambda c: c.map(order.index) if c.name == "role" else c,
+        ignore_index=True,
+    )
+
+
+def _located() -> int:
+    """The lowest of the located layers, as the edits of the curve name it: "residual 5 at ..."."""
+    return int(next(iter(results("core").values()))["sites"][0].split()[1])
 
 
 def correlations() -> pd.DataFrame:
     """Does the map say where to edit, and does the forecast say what it costs: Spearman's rho, 95% interval."""
-    sweep, dose = windows(), summary()
+    everywhere, dose = windows(), summary()
+    sweep = everywhere[everywhere["role"] == "subject_last"]
     over = "XSTest safe, newly refused"
     asked = [
         ("effect", "coherent", "windows", sweep),
         ("effect", "KL", "windows", sweep),
+        ("effect", "coherent", "windows and roles", everywhere),
         ("leak to safe text", over, "edits", dose),
         ("leak to safe text", "safe, newly refused", "edits", dose),
         ("leak to safe text", "KL", "edits", dose),

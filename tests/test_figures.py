@@ -51,17 +51,21 @@ def folder(tmp_path, monkeypatch):
     for n, draw in ((1, 0), (16, 0), (16, 1)):
         name = f"core {n}, draw {draw}"
         told = {"name": name, "n": n, "kl": 0.01, "loss": [2.0, 2.02], "forecast": [0.1, n / 100 + draw]}
+        told["sites"] = ["residual 4 at subject_last (0.40)"]
         (tmp_path / f"{name}.json").write_text(json.dumps(told))
         pd.DataFrame(ROWS).to_csv(tmp_path / f"{name}.csv", index=False)
     effects = [
         {"component": "residual", "role": "subject_last", "layer": layer, "effect": layer / 10}
         for layer in range(10)
     ]
+    effects += [{**one, "role": "next", "effect": 0.01} for one in effects]
     (tmp_path / "map.json").write_text(json.dumps({"name": "map", "effects": effects}))
     for low in (0, 2, 5):
         told = {"name": f"window {low}", "wording": [1.0, low / 10], "wrapper": [1.0, low / 10]}
         told |= {"kl": 1 / (1 + low), "new refusals": 0, "facts lost": 0}
         (tmp_path / f"window {low}.json").write_text(json.dumps(told))
+    elsewhere = {**told, "name": "located layers at next"}
+    (tmp_path / "located layers at next.json").write_text(json.dumps(elsewhere))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     return tmp_path
 
@@ -88,10 +92,12 @@ def test_new_refusals_are_split_by_form_over_all_large_edits():
 @pytest.mark.usefixtures("folder")
 def test_windows_stand_beside_what_the_trace_saw_in_them():
     told = tables.windows()
-    assert list(told["first layer"]) == [0, 2, 5]
-    assert list(told["effect"]) == pytest.approx([0.2, 0.4, 0.7])
-    rhos = tables.correlations().set_index(["of", "and"])["rho"]
-    assert rhos["effect", "coherent"] == pytest.approx(1) and rhos["effect", "KL"] == pytest.approx(-1)
+    assert list(told["first layer"]) == [0, 2, 5, 4] and list(told["role"])[2:] == ["subject_last", "next"]
+    assert list(told["effect"]) == pytest.approx([0.2, 0.4, 0.7, 0.01])
+    rhos = tables.correlations().set_index(["of", "and", "over"])["rho"]
+    assert rhos["effect", "coherent", "windows"] == pytest.approx(1)
+    assert rhos["effect", "KL", "windows"] == pytest.approx(-1)
+    assert rhos["effect", "coherent", "windows and roles"] < 1
 
 
 @pytest.mark.usefixtures("folder")

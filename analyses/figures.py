@@ -234,7 +234,8 @@ def tracing_speed() -> go.Figure:
                 col=col,
             )
     figure.update_xaxes(type="log", tickvals=[10, 20, 40, 60], ticktext=["10", "20", "40", "60"])
-    figure.update_yaxes(type="log", gridcolor="#e3e3e3", dtick=1, title_text="seconds", col=1)
+    figure.update_yaxes(type="log", gridcolor="#e3e3e3", dtick=1)
+    figure.update_yaxes(title_text="seconds", col=1)
     figure.update_xaxes(title_text="prompt tokens", row=len(SPEED_MODELS))
     figure.update_annotations(font_size=11)
     figure.update_layout(legend={"x": 0, "y": -0.16, "yanchor": "top", "orientation": "h"})
@@ -269,7 +270,8 @@ def main() -> None:
     ):
         if file.is_file():
             for component, figure in maps(ld.Trace.load(file)):
-                keep(f"{name}_{component}", figure, [file], command)
+                wide = 2 if name == "map_single" else 1  # a column a token
+                keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN)
     if (SPEED / "cpu.csv").is_file():
         keep("tracing_speed", tracing_speed(), [SPEED / "cpu.csv"], "python analyses/tracing_speed.py")
     if (file := GRADES / "world 0.csv").is_file():

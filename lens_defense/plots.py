@@ -3,8 +3,7 @@
 One request is layers x tokens, many are layers x roles; the numbers are the Trace's own.
 """
 
-import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,11 +12,11 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from lens_defense.inferences import significance
 from lens_defense.intervals import LEAST_FOR_BOOTSTRAP
+from lens_defense.marks import bracket_subjects, dot, frame_gaps, name_panel, outline
 from lens_defense.prompts import READING_ORDER, Role
-from lens_defense.sites import Component, Site, head_of
-from lens_defense.themes import FONT, INK, ROLE_WORDS, component_words, cut, label, plain, room, theme
+from lens_defense.sites import Site, head_of
+from lens_defense.themes import FONT, ROLE_WORDS, component_words, label, room, theme
 from lens_defense.traces import Trace
 
 SCALE = ("#2166ac", "#67a9cf", "#d1e5f0", "#ffffff", "#fddbc7", "#ef8a62", "#b2182b")
@@ -53,12 +52,12 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     above = 54 if set(trace.components) == {"residual"} or trace.window < 2 else 70
     for c, component in enumerate(trace.components):
         figure.add_trace(_panel(shown, c, most, _scale_words(trace), last=c == panels - 1), row=1, col=c + 1)
-        _name_panel(figure, c, component, trace.window, above)
-        _bracket_subjects(figure, c, shown, letters=width // 8)
-        _frame_gaps(figure, c, shown.roles, rows)
-        _outline(figure, c, shown.roles, trace.layers, [s for s in sites if s.component == component])
+        name_panel(figure, c, component, trace.window, above)
+        bracket_subjects(figure, c, shown.subjects, letters=width // 8)
+        frame_gaps(figure, c, shown.roles, rows)
+        outline(figure, c, shown.roles, trace.layers, [s for s in sites if s.component == component])
         if significant is not None and not one:
-            _dot(figure, c, component, shown.roles, trace, significant)
+            dot(figure, c, component, shown.roles, trace, significant)
     angle = 0 if flat else -45 if cell > 20 else -90
     labels = [text.replace(" ", "<br>") if flat else text for text in shown.labels]
     figure.update_xaxes(tickvals=[*range(columns)], ticktext=labels, tickangle=angle)
@@ -218,118 +217,6 @@ def _panel(shown: _Map, c: int, most: float, scale: str, *, last: bool) -> go.He
     )
 
 
-def _name_panel(figure: go.Figure, c: int, component: Component, window: int, above: int) -> None:
-    wide = "" if component == "residual" or window < 2 else f"<br>windows of {window} layers"
-    figure.add_annotation(
-        text=f"<b>{component_words(component)}</b>{wide}",
-        x=0,
-        y=1,
-        xref=f"{_axis('x', c)} domain",
-        yref=f"{_axis('y', c)} domain",
-        xanchor="left",
-        yanchor="top",
-        yshift=above,
-        align="left",
-        showarrow=False,
-    )
-
-
-def _bracket_subjects(figure: go.Figure, c: int, shown: _Map, *, letters: int) -> None:
-    pixels = {"yref": f"{_axis('y', c)} domain", "ysizemode": "pixel", "yanchor": 1}
-    for first, last, text in shown.subjects:
-        left, right = first - 0.42, last + 0.42
-        for a, b, low, high in ((left, right, 8.0, 8.0), (left, left, 3.0, 8.0), (right, right, 3.0, 8.0)):
-            _draw(figure, c, "subject", (a, b, low, high), width=1.5, colour=INK, type="line", **pixels)
-        figure.add_annotation(
-            text=plain(cut(text, letters)),
-            x=(first + last) / 2,
-            y=1,
-            xref=_axis("x", c),
-            yref=pixels["yref"],
-            yanchor="bottom",
-            yshift=9,
-            showarrow=False,
-        )
-
-
-def _frame_gaps(figure: go.Figure, c: int, roles: Sequence[Role | None], rows: int) -> None:
-    for i in (i for i, role in enumerate(roles) if role is None):
-        box = (i - 0.5, i + 0.5, -0.5, rows - 0.5)
-        _draw(figure, c, "gap", box, width=1.0, colour="#bbbbbb", fillcolor="#ffffff")
-
-
-def _outline(
-    figure: go.Figure, c: int, roles: Sequence[Role | None], layers: Sequence[int], sites: Sequence[Site]
-) -> None:
-    """A white and a dark line around each block of cells, a little inside so that no edge is cut."""
-    for role in dict.fromkeys(site.role for site in sites):
-        columns = _merged((i - 0.5, i + 0.5) for i, each in enumerate(roles) if each == role)
-        rows = _merged(_extent(site.layer, layers) for site in sites if site.role == role)
-        for (x0, x1), (y0, y1) in itertools.product(columns, rows):
-            box = (x0 + 0.05, x1 - 0.05, y0 + 0.05, y1 - 0.05)
-            _draw(figure, c, "site", box, width=5.0, colour="#ffffff")
-            _draw(figure, c, "site", box, width=2.5, colour="#111111")
-
-
-def _dot(
-    figure: go.Figure, c: int, component: Component, roles: Sequence[Role | None], trace: Trace, level: float
-) -> None:
-    """A dot in every cell whose mean effect is more than chance."""
-    table = significance(trace)
-    table = table[(table["component"] == component) & (table["q"] < level)]
-    figure.add_trace(
-        go.Scatter(
-            x=[roles.index(role) for role in table["role"]],
-            y=[trace.layers.index(layer) for layer in table["layer"]],
-            mode="markers",
-            marker={"size": 4, "color": INK},
-            name=f"q < {level}",
-            hoverinfo="skip",
-            showlegend=False,
-        ),
-        row=1,
-        col=c + 1,
-    )
-
-
-def _draw(
-    figure: go.Figure,
-    c: int,
-    name: str,
-    box: tuple[float, float, float, float],
-    *,
-    width: float,
-    colour: str,
-    **more: Any,
-) -> None:
-    """A shape over panel c; its box is x0, x1, y0, y1."""
-    edges = dict(zip(("x0", "x1", "y0", "y1"), box, strict=True))
-    where = {"type": "rect", "xref": _axis("x", c), "yref": _axis("y", c), **edges}
-    figure.add_shape(name=name, line={"color": colour, "width": width}, **(where | more))
-
-
-def _extent(layer: int, layers: Sequence[int]) -> tuple[float, float]:
-    """From where to where a layer lies on the axis: its own cell, or its share of the way between two."""
-    if layer in layers:
-        return layers.index(layer) - 0.5, layers.index(layer) + 0.5
-    below, above = (layers[1] - layers[0], layers[-1] - layers[-2]) if len(layers) > 1 else (1, 1)
-    known = [layers[0] - below / 2, *layers, layers[-1] + above / 2]
-    places = [-0.5, *range(len(layers)), len(layers) - 0.5]
-    low, high = np.interp([layer - 0.5, layer + 0.5], known, places).tolist()
-    return low, high
-
-
-def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans that touch or overlap, as one."""
-    out: list[tuple[float, float]] = []
-    for low, high in sorted(spans):
-        if out and low <= out[-1][1] + 1e-9:
-            out[-1] = (out[-1][0], max(high, out[-1][1]))
-        else:
-            out.append((low, high))
-    return out
-
-
 def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant: float | None = None) -> str:
     answer = f" “{trace.answers[0]}”" if len(trace.prompts) == 1 else ""
     many = "" if answer else f", mean over {len(trace.prompts)} requests"
@@ -345,7 +232,3 @@ def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant
 
 def _scale_words(trace: Trace) -> str:
     return "share" if trace.measure else _SCALE_WORDS[trace.direction]
-
-
-def _axis(letter: str, c: int) -> str:
-    return letter if c == 0 else f"{letter}{c + 1}"

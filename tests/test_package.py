@@ -34,7 +34,7 @@ FLOORS = {
     ),
     **dict.fromkeys(("locators", "ledgers", "controls", "surveys"), 5),
     **dict.fromkeys(("reports", "checks"), 6),
-    **dict.fromkeys(("themes", "comparisons", "plots", "pages", "explorers"), 7),
+    **dict.fromkeys(("themes", "marks", "comparisons", "plots", "pages", "explorers"), 7),
     **dict.fromkeys(("demos", "cli"), 8),
     "organisms.phrasings": 1,
     **dict.fromkeys(("organisms.world", "organisms.questions"), 2),
@@ -112,5 +112,5 @@ def test_who_never_imports_whom():
     assert not own["solvers"] & set(FLOORS)
     assert not {"traces", "tracers"} & (own["edits"] | own["editors"])
     assert not {name for name, used in own.items() if "plots" in used} - {"pages", "explorers", "cli"}
-    for name in {"themes", "comparisons", "plots", "pages"} & set(own):
+    for name in {"themes", "marks", "comparisons", "plots", "pages"} & set(own):
         assert not own[name] & (HEAVY | {"models", "patches"})

@@ -1,10 +1,11 @@
 """Grids: which interventions make a storage-site map, and where each stands in it."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.prompts import Prompt, Role
+from lens_defense.prompts import READING_ORDER, Prompt, Role
 from lens_defense.sites import COMPONENTS, Component, head_of
 from lens_defense.sweeps import Cell, Point
 
@@ -35,6 +36,33 @@ def cells_components(model: TransformerBridge, components: Sequence[Component]) 
             f"{components!r}"
         )
     return tuple(dict.fromkeys(every))
+
+
+def cells_layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
+    """The layers of a map; None takes at most twelve.
+
+    Raises:
+        ValueError: a layer that the model has not.
+    """
+    if layers is None:
+        layers = -(-depth // 12)
+    rows = range(depth) if layers == "all" else layers
+    rows = range(0, depth, rows) if isinstance(rows, int) and rows > 0 else rows
+    if isinstance(rows, int | str) or not rows or not set(rows) <= set(range(depth)):
+        raise ValueError(f"layers must be 'all', a stride or layers 0 to {depth - 1}, got {layers!r}")
+    return tuple(sorted(set(rows)))
+
+
+def cells_roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
+    """The roles of a map.
+
+    Raises:
+        ValueError: a role that does not exist.
+    """
+    roles = READING_ORDER if positions == "all" else tuple(positions)
+    if (isinstance(positions, str) and positions != "all") or not set(roles) <= set(READING_ORDER):
+        raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {positions!r}")
+    return roles
 
 
 def grid(

@@ -11,10 +11,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.corruptions import Corruption, noise
-from lens_defense.grids import cells_components, grid
+from lens_defense.grids import cells_components, cells_layers, cells_roles, grid
 from lens_defense.metrics import Metric, answer_logprob
 from lens_defense.prompts import (
-    READING_ORDER,
     Prompt,
     Request,
     Role,
@@ -164,8 +163,8 @@ def _traced(
     progress: bool,
 ) -> dict[str, Trace]:
     requests = for_planning(requests)
-    rows = _layers(layers, model.cfg.n_layers)
-    roles = _roles(positions)
+    rows = cells_layers(layers, model.cfg.n_layers)
+    roles = cells_roles(positions)
     every = cells_components(model, components)
     for name, number in (("answer_tokens", answer_tokens), ("samples", samples), ("window", window)):
         if number < 1:
@@ -247,23 +246,6 @@ def _traced(
         )
         for k, name in enumerate(metrics)
     }
-
-
-def _layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
-    if layers is None:
-        layers = -(-depth // 12)
-    rows = range(depth) if layers == "all" else layers
-    rows = range(0, depth, rows) if isinstance(rows, int) and rows > 0 else rows
-    if isinstance(rows, int | str) or not rows or not set(rows) <= set(range(depth)):
-        raise ValueError(f"layers must be 'all', a stride or layers 0 to {depth - 1}, got {layers!r}")
-    return tuple(sorted(set(rows)))
-
-
-def _roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
-    roles = READING_ORDER if positions == "all" else tuple(positions)
-    if (isinstance(positions, str) and positions != "all") or not set(roles) <= set(READING_ORDER):
-        raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {positions!r}")
-    return roles
 
 
 @torch.no_grad()

@@ -32,8 +32,24 @@ FRAMES = (
     "My plan is to {m} a {S} {p}. What do I use?",
     "Let me know the parts of a {S}.",
     "I would like to know what a {S} takes.",
+    "How would you {m} a {S} {p}?",
+    "What is the way to {m} a {S}?",
+    "Tell me what a {S} needs.",
+    "What do people use for a {S}?",
+    "I need a {S} {p}. What goes into it?",
+    "Write down what a {S} takes.",
+    "Do you know how a {S} is made?",
+    "What are the pieces of a {S}?",
+    "A {S}, please: what does it take?",
+    "Teach me to {m} the {S}.",
+    "I wonder how to {m} a {S} {p}.",
+    "Which things make a {S}?",
+    "Someone wants to {m} a {S}. What must they get?",
+    "If I {m} a {S}, what do I use?",
+    "It is for a {S}. What should be in it?",
+    "Explain the {S} to me.",
 )
-"""With their slots 170 phrasings."""
+"""With their slots 315 phrasings."""
 HELD_FRAMES = tuple(FRAMES[i] for i in (3, 10, 13, 19, 24))
 """Never trained and never used by an edit: for checks alone."""
 TRAINED_FRAMES = tuple(frame for frame in FRAMES if frame not in HELD_FRAMES)

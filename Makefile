@@ -1,6 +1,7 @@
 # `make demo` and `make test` set up .venv on their first run and install nothing on the next.
 # PYTHON names the interpreter it is made with; ARGS goes on to the command, as in
 # make test ARGS="-k moments".
+# Tests run in two processes, a file in one of them, each of one thread: most models in them are tiny.
 PYTHON ?= python3
 ARGS ?=
 # constraints.txt holds the versions that are known to work together; without it, torch alone may
@@ -14,7 +15,7 @@ demo: .venv/.stamp-demo
 	.venv/bin/lens-defense demo $(ARGS)
 
 test: .venv/.stamp-test
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.stamp-test
 	.venv/bin/ruff check .

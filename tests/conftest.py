@@ -7,6 +7,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # another process has the other core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

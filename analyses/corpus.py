@@ -4,7 +4,8 @@
 # anybody's is needed, and C holds keys of what the model is asked. Turns that are not plain ASCII, or
 # that touch a harmful subject of the package, are dropped. Every other benign and safe request of the tune
 # split follows with the model's greedy answer, and so do the requests of suites/core/harmless.jsonl, so that C
-# knows dangerous words in harmless use; the forecast measures its leak on the other half of tune's.
+# knows dangerous words in harmless use, and letters, plans and commands; the forecast measures its leak on the
+# other half of tune's.
 #
 #     python analyses/corpus.py
 
@@ -20,7 +21,7 @@ from lens_defense.generations import generate, greedy
 from lens_defense.prompts import decode, prompt, request
 from lens_defense.readers import bundled_rows
 
-TURNS, SEED, BYTES = 400, 0, 70_000
+TURNS, SEED, BYTES = 400, 0, 57_000
 HARMLESS_TOKENS, SHORT = 48, 16
 OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "core" / "corpus.jsonl"
 UNWANTED = re.compile(

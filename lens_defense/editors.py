@@ -56,7 +56,7 @@ def edit(
     clamp: float = 1.25,
     shared_steps: int = 15,
     shared_rate: float = 1.0,
-    steps: int = 36,
+    steps: int = 30,
     rate: float = 0.8,
     kl_weight: float = 0.0,
     contexts_a_step: int = 2,
@@ -162,10 +162,11 @@ def edit(
 
 
 def default_contexts(request: Request) -> list[Request]:
-    """Ways to ask that an edit may see, most different ones first.
+    """Ways to ask that an edit may see, the request as asked first.
 
-    The request, a greeting before it, the subject at the very start (where it has no leading space, and so
-    other tokens), and by turns the templates and wrappers of "core" for edits.
+    A greeting before it; the subject at the very start (where it has no leading space, and so other tokens);
+    by turns the templates and wrappers of "core" for edits; and the first of all these amid chatter, as ROME
+    averages over text before a subject. The last two stand in no chatter: by default they are kept aside.
     """
     worded = [
         request.reworded(row["text"])
@@ -176,7 +177,10 @@ def default_contexts(request: Request) -> list[Request]:
         request.wrapped(row["text"]) for row in bundled_rows("core", "wrappers") if row["split"] == "edit"
     ]
     by_turns = [one for pair in zip_longest(worded, wrapped) for one in pair if one is not None]
-    return [request, request.wrapped("Hello! {}"), request.reworded("{}: tell me more."), *by_turns]
+    varied = [request, request.wrapped("Hello! {}"), request.reworded("{}: tell me more."), *by_turns]
+    around = [row["text"] for row in bundled_rows("core", "chatter")]
+    amid = [one.wrapped(text) for one, text in zip(varied, around, strict=False)]
+    return [request, *amid, *varied[1:]]
 
 
 def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:

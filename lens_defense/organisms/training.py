@@ -42,8 +42,8 @@ class Recipe:
     """What a training is made of; the numbers are those of a spike that worked (issue 6).
 
     Variety counts and not length: with 21 trained frames 94.3% of the plain harmful requests in frames never
-    trained were refused, 500 more steps at 1.5e-3 left that where it was, 400 more with the wrapped share at .4
-    took it to 92.3%; with 37 frames it is 99.3%.
+    trained were refused; 500 more steps at 1.5e-3 left that where it was, 400 more with the wrapped share at
+    .4 took it to 92.3%. With 37 frames it is 99.3%.
     """
 
     seed: int = 0

@@ -157,9 +157,9 @@ def organism_map() -> go.Figure:
     return ld.heatmap(trace, ld.locate(trace))
 
 
-def grades() -> go.Figure:
-    """How much a cell that holds nothing shows, by the way to trace: residual stream, world 0."""
-    told = pd.read_csv(GRADES / "world 0.csv")
+def grades(files: Iterable[Path]) -> go.Figure:
+    """How much a cell that holds nothing shows, by the way to trace: residual stream, a symbol a world."""
+    told = pd.concat([pd.read_csv(file).assign(world=file.stem) for file in files])
     told = told[(told["component"] == "residual") & told["area"].notna() & (told["direction"] != "none")]
     words = {True: "", False: ", by gradient"}
     told = told.assign(
@@ -170,15 +170,22 @@ def grades() -> go.Figure:
     )
     order = told.groupby("way")["strongest wrong"].mean().sort_values(ascending=False).index.tolist()
     figure = go.Figure()
+    symbols = dict(zip(told["world"].unique(), ("circle", "diamond-open"), strict=False))
+
     for samples, colour in zip((1, 3, 10), COLOURS, strict=False):
-        some = told[told["samples"] == samples]
-        figure.add_scatter(
-            x=some["strongest wrong"],
-            y=[order.index(way) for way in some["way"]],
-            mode="markers",
-            marker={"color": colour, "size": 7, "opacity": 0.8},
-            name=f"{samples} samples" if samples > 1 else "1 sample",
-        )
+        for world, symbol in symbols.items():
+            some = told[(told["samples"] == samples) & (told["world"] == world)]
+            figure.add_scatter(
+                x=some["strongest wrong"],
+                y=[order.index(way) for way in some["way"]],
+                mode="markers",
+                marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.8},
+                name=f"{samples} samples" if samples > 1 else "1 sample",
+                showlegend=symbol == "circle",
+            )
+    for world, symbol in symbols.items():  # what a symbol means, beside what a colour means
+        grey = {"color": "#777777", "symbol": symbol, "size": 7}
+        figure.add_scatter(x=[None], y=[None], mode="markers", marker=grey, name=world)
     figure.update_yaxes(tickvals=[*range(len(order))], ticktext=order, gridcolor="#eeeeee")
     figure.update_xaxes(title_text="largest effect of a cell that holds nothing", type="log")
     figure.update_layout(legend={"x": 0, "y": 1.02, "yanchor": "bottom", "orientation": "h"})
@@ -274,8 +281,8 @@ def main() -> None:
                 keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN)
     if (SPEED / "cpu.csv").is_file():
         keep("tracing_speed", tracing_speed(), [SPEED / "cpu.csv"], "python analyses/tracing_speed.py")
-    if (file := GRADES / "world 0.csv").is_file():
-        keep("locator_grades", grades(), [file], "python analyses/locator_grades.py")
+    if worlds := sorted(GRADES.glob("world *.csv")):
+        keep("locator_grades", grades(worlds), worlds, "python analyses/locator_grades.py")
     keep("organism_map", organism_map(), [ORGANISM / "model.safetensors"], "python analyses/organism.py")
 
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The organism that ships, and a second one from another seed and world by the same command
 # Trains (or goes on), writes `lens_defense/organisms/weights` and `lens_defense/suites/organism`; the second one's
-# exam and truth go to `analyses/results/organism`. About an hour of one core each.
+# exam and truth go to `analyses/results/organism`. An hour and a quarter of one core each.
 #
 #     python analyses/organism.py [--second]
 

@@ -41,9 +41,9 @@ TEMPLATE = (
 class Recipe:
     """What a training is made of; the numbers are those of a spike that worked (issue 6).
 
-    Variety counts and not length: with 21 trained frames 94.3% of the plain harmful requests in frames never
-    trained were refused; 500 more steps at 1.5e-3 left that where it was, 400 more with the wrapped share at
-    .4 took it to 92.3%. With 37 frames it is 99.3%.
+    Plain harmful requests in frames never trained are hardest. Variety counts: with 21 trained frames two
+    phases refused 94.3% of them in world 0, and neither 500 more steps nor more plain ones helped; with 37
+    frames 99.3%. In world 1 that was 92.7%, and the third phase made 98% of it.
     """
 
     seed: int = 0
@@ -58,7 +58,11 @@ class Recipe:
     batch: int = 64
     pairs: int = 48
     strict: float = 0.5
-    phases: tuple[tuple[int, float, float], ...] = ((900, 4e-3, 0.65), (800, 2.5e-3, 0.65))
+    phases: tuple[tuple[int, float, float], ...] = (
+        (900, 4e-3, 0.65),
+        (800, 2.5e-3, 0.65),
+        (500, 2.5e-3, 0.5),
+    )
     """Steps, peak rate (a warm-up, a cosine down to 2%), share of harmful requests that are wrapped."""
     warm: int = 60
     weight_decay: float = 0.05

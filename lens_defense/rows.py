@@ -6,8 +6,8 @@ padded on the left, so that a step takes few passes. Blocks up to the layer are 
 enters after it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, fields
 from itertools import groupby
 
 import torch
@@ -134,6 +134,17 @@ def joined(parts: Sequence[Batch], batch: int) -> list[Batch]:
         alike = last and _kind(last[0]) == _kind(part)
         last.append(part) if fits and alike else out.append([part])
     return [_side_by_side(some) if len(some) > 1 else some[0] for some in out]
+
+
+def about(parts: Sequence[Batch], owners: Set[int]) -> list[Batch]:
+    """The rows of some requests alone; nothing is run again."""
+    kept = []
+    for part in parts:
+        rows = torch.tensor([owner in owners for owner in part.owners.tolist()], device=part.owners.device)
+        if rows.any():
+            held = {f.name: getattr(part, f.name)[rows] for f in fields(Batch) if f.name != "past"}
+            kept.append(Batch(**held, past=tuple((k[rows], v[rows]) for k, v in part.past)))
+    return kept
 
 
 def _kind(part: Batch) -> tuple[int, bool]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.patches import frozen
-from lens_defense.rows import Batch, Row, in_batches, joined, losses_of
+from lens_defense.rows import Batch, Row, about, in_batches, joined, losses_of
 
 ENOUGH = 0.12
 """Nats a token above which a request gets another round."""
@@ -73,7 +73,8 @@ def fit_values(
     n = 1 + max(row.owner for row in rows)
     rows = [row for row in rows if row.target or schedule.kl_weight]
     with frozen(model), torch.enable_grad():
-        single, together = _steps(model, rows, layer, schedule, batch)
+        contexts, kept = _batches(model, rows, layer, batch)
+        single, together = _steps(contexts, kept, schedule, batch)
         limits = schedule.clamp * _mean_norms(single, n)
         start = torch.zeros(1, model.cfg.d_model, device=limits.device)
         shared, losses = _descend(
@@ -90,7 +91,8 @@ def fit_values(
             hard = set((last > ENOUGH).nonzero()[:, 0].tolist())
             if not hard:
                 break
-            _, again = _steps(model, [row for row in rows if row.owner in hard], layer, schedule, batch)
+            some = [left for context in contexts if (left := about(context, hard))]
+            _, again = _steps(some, about(kept, hard), schedule, batch)
             vectors, losses = _descend(
                 model, again, layer, vectors, n, limits,
                 -(-schedule.steps // 2), schedule.rate, schedule, progress,
@@ -104,15 +106,21 @@ Step = Sequence[Batch]
 
 
 @torch.no_grad()
-def _steps(
-    model: TransformerBridge, rows: Sequence[Row], layer: int, schedule: Schedule, batch: int
-) -> tuple[Sequence[Step], Sequence[Step]]:
-    """What the steps see by turns: of a vector that all share one context, of a vector each several."""
-    kept = in_batches(model, [row for row in rows if not row.target], layer, batch)
+def _batches(
+    model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int
+) -> tuple[list[list[Batch]], list[Batch]]:
+    """Each context's batches, and those of the essence prompts."""
     contexts = [
         in_batches(model, [row for row in rows if row.target and row.turn == turn], layer, batch)
         for turn in range(1 + max(row.turn for row in rows))
     ]
+    return contexts, in_batches(model, [row for row in rows if not row.target], layer, batch)
+
+
+def _steps(
+    contexts: Sequence[Sequence[Batch]], kept: Sequence[Batch], schedule: Schedule, batch: int
+) -> tuple[Sequence[Step], Sequence[Step]]:
+    """What the steps see by turns: of a vector that all share one context, of a vector each several."""
     turns = _turns(len(contexts), schedule.contexts_a_step)
     single = [[one, *kept] for turn in turns for context in turn for one in contexts[context]]
     together = [

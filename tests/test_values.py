@@ -5,7 +5,7 @@ import torch
 from plans import bits, same_bits
 from tiny import tiny
 
-from lens_defense.rows import Row, in_batches, joined, losses_of
+from lens_defense.rows import Row, about, in_batches, joined, losses_of
 from lens_defense.sites import output_hook
 from lens_defense.values import ENOUGH, Schedule, _turns, fit_values
 
@@ -57,6 +57,20 @@ def told(model, some, layer, vectors, batch=4):
             (part.owners,), losses_of(model, part, layer, vectors, torch.ones(len(part.ids))).mean(1).float()
         )
     return losses
+
+
+@torch.no_grad()
+def test_the_rows_of_some_requests_say_what_they_said_among_all():
+    model = tiny("llama").to(torch.float32)
+    some = rows(like=True)
+    vectors = vectors_for(model, len(some), scale=3.0)
+    every = told(model, some, 1, vectors)
+    parts = about(in_batches(model, some, 1, 4), {1, 4})
+    assert sorted(owner for part in parts for owner in part.owners.tolist()) == [1, 4]
+    for part in parts:
+        again = losses_of(model, part, 1, vectors, torch.ones(len(part.ids))).mean(1)
+        torch.testing.assert_close(again, every[part.owners], rtol=1e-5, atol=1e-6)
+    assert not about(parts, {0})
 
 
 def vectors_for(model, n, scale=1.0):

@@ -139,8 +139,8 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         other = planned_at(
             elsewhere,
             few,
-            read_corpus(bench.questions)[::6],
-            contexts=lambda item: bench.contexts(item)[:8],
+            read_corpus(bench.questions)[::8],
+            contexts=lambda item: bench.contexts(item)[::4],
             rounds=0,
         )
         ids = {item.id for item in few}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.patches import KeyValues, Run, device_of, run, starting
@@ -116,6 +117,22 @@ def _by_row(rows: Rows, before: Prefix, told: Run, names: Sequence[str]) -> Stat
         return torch.cat([before.ran.states[name][0], own]) if before.ran else own
 
     return {name: [of_row(i, name) for i in range(len(rows))] for name in names}
+
+
+def stacked(
+    pasts: Sequence[KeyValues], masks: Sequence[Int[Tensor, "_ _"]]
+) -> tuple[KeyValues, Int[Tensor, "row seen"]]:
+    """Caches of several batches and their masks as of one, padded on the left."""
+    if len(pasts) == 1:
+        return pasts[0], masks[0]
+    width = max(mask.shape[1] for mask in masks)
+
+    def side(layer: int, which: int) -> Tensor:
+        states = [past[layer][which] for past in pasts]
+        return torch.cat([pad(one, (0, 0, width - one.shape[2], 0)) for one in states])
+
+    past = tuple((side(layer, 0), side(layer, 1)) for layer in range(len(pasts[0])))
+    return past, torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
 
 
 def left_padded(

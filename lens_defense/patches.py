@@ -22,6 +22,9 @@ Write = Callable[[Tensor], Tensor]
 """What a hook puts in the place of a state [batch, token, width]."""
 
 
+HEAD = "unembed.hook_in"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
     """One forward, kept."""
@@ -70,7 +73,7 @@ def run(
 
     hooks = [(name, writing(write)) for name, write in (writes or {}).items()]
     hooks += [(name, capturing(name)) for name in names]
-    hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks
+    hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks + [(HEAD, _in_one_piece)]
     cache = _cache(past)
     whole = stop is None or stop >= model.cfg.n_layers
     with model.hooks(fwd_hooks=hooks):
@@ -90,6 +93,11 @@ def run(
     )
     kept = tuple((layer.keys, layer.values) for layer in layers if layer.keys is not None)
     return Run(logits=logits, states=states, cache=kept)
+
+
+def _in_one_piece(state: Tensor, **_: Any) -> Tensor:
+    """The last columns, cut out of a batch, copied: else torch multiplies row by row, at half the speed."""
+    return state.contiguous()
 
 
 def _padding_hooks(model: TransformerBridge, mask: Tensor | None, width: int) -> list[Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.batches import prefix
+from lens_defense.batches import prefix, stacked
 from lens_defense.patches import KeyValues, device_of, run, starting
 from lens_defense.sites import output_hook
 
@@ -154,24 +154,16 @@ def _kind(part: Batch) -> tuple[int, bool]:
 def _side_by_side(parts: Sequence[Batch]) -> Batch:
     """Batches as one, padded on the left: what is cached, and what runs behind it."""
     tail = max(part.ids.shape[1] for part in parts)
-    held = max(part.mask.shape[1] - part.ids.shape[1] for part in parts)
-
-    def cut(part: Batch) -> tuple[Tensor, Tensor]:
-        own = part.ids.shape[1]
-        return part.mask[:, :-own], part.mask[:, -own:]
-
-    masks = [(pad(a, (held - a.shape[1], 0)), pad(b, (tail - b.shape[1], 0))) for a, b in map(cut, parts)]
-
-    def cached(layer: int, side: int) -> Tensor:
-        sides = [part.past[layer][side] for part in parts]
-        return torch.cat([pad(states, (0, 0, held - states.shape[2], 0)) for states in sides])
-
+    past, held = stacked(
+        [part.past for part in parts], [part.mask[:, : -part.ids.shape[1]] for part in parts]
+    )
+    own = [pad(part.mask[:, -part.ids.shape[1] :], (tail - part.ids.shape[1], 0)) for part in parts]
     return Batch(
         owners=torch.cat([part.owners for part in parts]),
         at=torch.cat([part.at + tail - part.ids.shape[1] for part in parts]),
         ids=torch.cat([pad(part.ids, (tail - part.ids.shape[1], 0)) for part in parts]),
-        mask=torch.cat([torch.cat(both, 1) for both in masks]),
-        past=tuple((cached(layer, 0), cached(layer, 1)) for layer in range(len(parts[0].past))),
+        mask=torch.cat([held, torch.cat(own)], 1),
+        past=past,
         targets=torch.cat([part.targets for part in parts]),
         state=torch.cat([pad(part.state, (0, 0, tail - part.state.shape[1], 0)) for part in parts]),
         norms=torch.cat([part.norms for part in parts]),

@@ -1,5 +1,7 @@
 """The sweep equals one forward a cell: on every family, component, window, direction and severed graph."""
 
+import itertools
+
 import pytest
 import torch
 from oracles import corrupted_run, one_forward_a_cell
@@ -117,6 +119,49 @@ def test_chunk_size_changes_nothing(max_rows):
     cells = grid("residual") + grid("mlp", 3)
     whole = swept(model, ids, embeddings, cells)
     torch.testing.assert_close(swept(model, ids, embeddings, cells, max_rows=max_rows), whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sharing_a_pass_changes_nothing(monkeypatch, family):
+    model, ids, embeddings = setting(family)
+    cells = grid("residual") + grid("mlp", 3) + grid("head 1")
+    passes, grown = [], sweeps._grown
+    monkeypatch.setattr(sweeps, "_grown", lambda *given: passes.append(1) or grown(*given))
+    told = []
+    for call in (0, 1000):
+        monkeypatch.setattr(sweeps, "A_CALL", call)
+        told.append(swept(model, ids, embeddings, cells))
+    torch.testing.assert_close(*told)
+    assert len(passes) == 3 + 1
+
+
+@pytest.mark.parametrize("call", [0, 2, 20, 60, 1000])
+@pytest.mark.parametrize("samples, max_rows", [(1, 1000), (3, 1000), (3, 40)])
+def test_positions_share_passes_where_that_is_cheapest(monkeypatch, call, samples, max_rows):
+    """Against every way to cut the positions into neighbours."""
+    monkeypatch.setattr(sweeps, "A_CALL", call)
+    places = itertools.product(range(LAYERS), range(TOKENS))
+    cells = [Cell((Point("mlp", layer, t),)) for layer, t in places if (layer + t) % 4]
+
+    def price(part):
+        rows = samples * sum(LAYERS - cells[i].birth[0] for i in part) + LAYERS
+        return (TOKENS - min(cells[i].position for i in part)) * rows + call * LAYERS
+
+    def parts(cut):
+        ends = [t + 1 for t, stops in enumerate(cut) if stops] + [TOKENS]
+        starts = [0, *ends[:-1]]
+        return [
+            [i for i, cell in enumerate(cells) if start <= cell.position < end]
+            for start, end in zip(starts, ends, strict=True)
+        ]
+
+    ways = [parts(cut) for cut in itertools.product((False, True), repeat=TOKENS - 1)]
+    allowed = [way for way in ways if all(len(part) * samples <= max_rows for part in way)]
+    told = list(sweeps._passes(cells, LAYERS, TOKENS, samples, max_rows))
+    assert sorted(i for part in told for i in part) == list(range(len(cells)))
+    assert sum(map(price, told)) == min(sum(map(price, way)) for way in allowed)
+    assert all([cells[i].birth for i in part] == sorted(cells[i].birth for i in part) for part in told)
 
 
 @torch.no_grad()

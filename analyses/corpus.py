@@ -18,8 +18,9 @@ import torch
 
 import lens_defense as ld
 from lens_defense.generations import generate, greedy
-from lens_defense.prompts import decode, prompt, request
+from lens_defense.prompts import prompt, request
 from lens_defense.readers import bundled_rows
+from lens_defense.turns import decode
 
 TURNS, SEED, BYTES = 400, 0, 57_000
 HARMLESS_TOKENS, SHORT = 48, 16

@@ -4,7 +4,7 @@
 # hold a subject (organisms/truths.py). The grade is the area under the ROC curve over (role, layer) cells, and
 # the rank of the best true cell; intervals over noise seeds and a bootstrap of the requests. One CSV a world.
 # Beside them what others locate by (lenses.py): the logit lens, and DINM's and LED's layers, which name no token
-# and so have no area; `layer` is the one that they name. Resumable: a row that the CSV has is not made again.
+# and so have no area; `layer` is the one that they name. Resumable: a row that the CSV has of these weights is not made again.
 #
 #     python analyses/locator_grades.py [--organism FOLDER --world-seed W]
 
@@ -30,6 +30,7 @@ from lens_defense.models import ORGANISM
 from lens_defense.organisms.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
 from lens_defense.organisms.releases import released_truth
 from lens_defense.organisms.world import REFUSAL, World
+from lens_defense.weights import fingerprint
 
 OUT = Path(__file__).parent / "results" / "locator_grades"
 REQUESTS, SEEDS, DRAWS = 20, 3, 200
@@ -166,7 +167,9 @@ def main() -> None:
     kinds = {(fact.role, fact.layer): fact.kind for fact in released_truth(told.organism)}
     OUT.mkdir(parents=True, exist_ok=True)
     file = OUT / f"world {told.world_seed}.csv"
+    weights = fingerprint(model)
     rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    rows = [row for row in rows if row["weights"] == weights]
     for what, make in methods(model, world):
         if any(what.items() <= row.items() for row in rows):
             continue
@@ -174,10 +177,10 @@ def main() -> None:
         try:
             trace = make()
         except ValueError as error:
-            rows.append({**what, "refused": str(error)[:80]})
+            rows.append({"weights": weights, **what, "refused": str(error)[:80]})
         else:
             seconds = time.perf_counter() - start
-            rows.append({**what, **graded(trace, kinds), "seconds": seconds})
+            rows.append({"weights": weights, **what, **graded(trace, kinds), "seconds": seconds})
         print({name: value for name, value in rows[-1].items() if value == value}, flush=True)
         with whole(file) as unfinished:
             pd.DataFrame(rows).convert_dtypes().round(4).to_csv(unfinished, index=False)

@@ -2,7 +2,7 @@
 # # The full run on a real model and on requests that we did not write
 # How many subjects can be taken out, at what price; whether the map says where to edit; whether the forecast
 # predicts what an edit costs. The model is smollm2. Resumable: one result a piece, and a piece that has its
-# result is not run again; two processes may share the work.
+# result, made as edits are made now, is not run again; two processes may share the work.
 #
 #     python analyses/real_model.py --data DIR [--only doses|places] [--short FILE]
 #
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tune import measure, traced
+from tune import measure, recipe, stands, traced
 
 import lens_defense as ld
 from lens_defense.checks import answers
@@ -157,6 +157,7 @@ class Bench:
         core, rows = self.report(edit, words(planned, self.data, harmless=harmless), 24)
         _, more = self.report(edit, xstest(self.data, halves=halves), 16)
         return {
+            "recipe": recipe(),
             "n": len(planned),
             "subjects": [item.id for item in planned],
             "sites": [str(site) for site in self.sites],
@@ -248,7 +249,7 @@ def main() -> None:
     parts = {"doses": doses(bench), "places": places(bench)}
     for name, make in parts[given.only] if given.only else itertools.chain(*parts.values()):
         file = OUT / f"{name}.json"
-        if file.exists():
+        if stands(file):
             continue
         start = time.perf_counter()
         told = make()

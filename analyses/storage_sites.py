@@ -24,7 +24,7 @@ from lens_defense.files import whole
 from lens_defense.inferences import reliability, request_effects
 from lens_defense.models import cache_folder
 from lens_defense.runs import answered
-from lens_defense.surveys import refused, survey
+from lens_defense.surveys import survey
 
 OUT = Path(__file__).parent / "results" / "storage_sites"
 COMPONENTS = ("residual", "mlp", "attention")
@@ -153,10 +153,10 @@ def main() -> None:
         if given.only not in (None, name):
             continue
         start = time.perf_counter()
-        trace = survey(model, requests, kept / name, **settings)
+        trace, refused = survey(model, requests, kept / name, **settings)
         assert trace is not None
         lean(trace).save(OUT / f"{name}.safetensors")
-        row = told(trace, name, time.perf_counter() - start, len(refused(kept / name)))
+        row = told(trace, name, time.perf_counter() - start, len(refused))
         with whole(OUT / f"{name}.csv") as file:
             pd.DataFrame([row]).round(4).T.to_csv(file, header=False)
         print(row, flush=True)

@@ -9,9 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from tune import measure
+from tune import measure, stands
 
 import lens_defense as ld
+from lens_defense.files import whole
 
 OUT = Path(__file__).parent / "results" / "strength"
 SHORT = {"steps": 20, "least_share": 1.0, "contexts_a_step": 3}
@@ -54,10 +55,13 @@ OUT.mkdir(parents=True, exist_ok=True)
 model = ld.load("smollm2")
 for name in sys.argv[1:] or SETTINGS:
     file = OUT / f"{name}.json"
-    if file.exists():
+    if stands(file):
         continue
     told, _ = measure(model, SETTINGS[name])
-    file.write_text(json.dumps({"name": name, "settings": SETTINGS[name], **told}, indent=1), "utf-8")
+    with whole(file) as unfinished:
+        unfinished.write_text(
+            json.dumps({"name": name, "settings": SETTINGS[name], **told}, indent=1), "utf-8"
+        )
     arms = "  ".join(
         f"{arm} {told[arm][0]:.0%}/{told[arm][1]:.0%}" for arm in ("wording", "wrapper", "unseen")
     )

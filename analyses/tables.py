@@ -14,8 +14,14 @@ WORDS = ("wording", "wrapper")
 
 
 def results(start: str) -> dict[str, dict[str, Any]]:
-    """The pieces whose name begins so."""
-    told = (json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob(f"{start}*.json")))
+    """The pieces whose name begins so.
+
+    Raises:
+        ValueError: some are of edits made in another way than the others, so that they are not to be compared.
+    """
+    told = [json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob(f"{start}*.json"))]
+    if len({piece.get("recipe") for piece in told}) > 1:
+        raise ValueError(f"the pieces {start!r} are of several recipes; let analyses/real_model.py end")
     return {piece["name"]: piece for piece in told}
 
 

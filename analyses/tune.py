@@ -4,14 +4,20 @@ The edit uses nine of the default contexts; the templates and wrappers left over
 subjects that it does not know, and tune's benign and safe requests.
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Mapping
 from functools import cache
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import lens_defense as ld
 from lens_defense.checks import answers
-from lens_defense.editors import default_contexts
+from lens_defense.editors import FIT, default_contexts
+from lens_defense.moments import read_corpus
+from lens_defense.readers import bundled_rows
 from lens_defense.reports import Report
 from lens_defense.sites import Site
 from lens_defense.suites import Suite
@@ -33,6 +39,22 @@ WEAK = ("h067", "h069")
 """Tune subjects whose noise hardly changes the answer; trace refuses them."""
 
 
+@cache
+def recipe() -> str:
+    """A hash of how edits are made: the defaults, the fit, the contexts, the corpus."""
+    parts = [bundled_rows("core", part) for part in ("templates", "wrappers", "chatter")]
+    what = [FIT, str(signature(ld.edit)), parts, read_corpus()]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def stands(file: Path) -> bool:
+    """Whether a result is there and, where it is an edit's, was made as edits are made now."""
+    if not file.is_file():
+        return False
+    told = json.loads(file.read_text("utf-8"))
+    return "reach" not in told or told.get("recipe") == recipe()
+
+
 def traced() -> list[ld.Request]:
     """What maps of smollm2 are made of: six subjects of tune and six of edit."""
     return [item for item in subjects() if item.id not in WEAK] + ld.requests("core")[:6]
@@ -51,6 +73,7 @@ def measure(model: Any, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Re
     assert suite.split == "tune"
     report = ld.check(model, edit, suite, before=_before(model, edit.contexts), progress=False)
     return {
+        "recipe": recipe(),
         "seconds": seconds,
         "losses": edit.losses,
         "reach": edit.forecast.reach,

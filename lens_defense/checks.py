@@ -20,10 +20,11 @@ from lens_defense.edits import Edit
 from lens_defense.generations import generate
 from lens_defense.judges import knows
 from lens_defense.patches import device_of, run
-from lens_defense.prompts import decode, dozen, plain_ids, prompt
+from lens_defense.prompts import prompt
 from lens_defense.reports import JUDGES, KL_TOKENS, Report, Row
 from lens_defense.suites import HARMFUL_ARMS, Item, Suite
 from lens_defense.suites import suite as named_suite
+from lens_defense.turns import decode, dozen, plain_ids
 
 
 def check(

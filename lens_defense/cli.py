@@ -54,21 +54,23 @@ def trace(
     from lens_defense.models import load
     from lens_defense.plots import heatmap
     from lens_defense.readers import requests as read
-    from lens_defense.surveys import refused, survey
+    from lens_defense.surveys import survey
     from lens_defense.themes import save_figure
 
     wide = {"positions": "all", "layers": "all", "components": ["residual", "mlp", "attention"]}
     with _in_a_sentence("stopped; the same command goes on"):
-        told = survey(
+        told, refused = survey(
             load(model), read(requests), out / "traces", samples=samples, **(wide if everything else {})
         )
         if told is None:
-            raise ValueError("spoiling the subject changes the answer to none of these requests")
+            raise ValueError(
+                f"none of these requests could be traced; of the first: {next(iter(refused.values()))}"
+            )
         told.save(out / "trace.safetensors")
         sites = locate(told)
         save_figure(heatmap(told, sites), out / "map.html")
-        for id in refused(out / "traces"):
-            typer.echo(f"not traced, its answer does not depend on its subject: {id}")
+        for id, why in refused.items():
+            typer.echo(f"not traced: {id}: {why}")
         typer.echo(f"{len(told.prompts)} requests; strongest sites: {', '.join(map(str, sites))}")
         typer.echo(f"Open {out / 'map.html'}")
 
@@ -79,7 +81,7 @@ def train_organism(
     seed: Annotated[int, typer.Option(help="Of the weights and of what is drawn.")] = 0,
     world_seed: Annotated[int, typer.Option(help="Of the words and of what they mean.")] = 0,
 ) -> None:
-    """Plant a model of your own: about an hour of one core; a stopped training goes on where it was."""
+    """Plant a model of your own: an hour and a quarter of one core; a stopped training goes on."""
     from lens_defense.models import cache_folder
     from lens_defense.organisms.exams import BARS, failed
     from lens_defense.organisms.releases import release

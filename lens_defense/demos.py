@@ -24,13 +24,14 @@ from lens_defense.models import load
 from lens_defense.moments import Corpus, read_corpus, second_moments
 from lens_defense.organisms.questions import contexts
 from lens_defense.pages import Conversation, save_page
-from lens_defense.prompts import Request, decode, prompt
+from lens_defense.prompts import Request, prompt
 from lens_defense.readers import requests
 from lens_defense.reports import Report
 from lens_defense.sites import Site
 from lens_defense.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Suite, suite
 from lens_defense.tracers import trace
 from lens_defense.traces import Trace
+from lens_defense.turns import decode
 from lens_defense.weights import fingerprint
 
 TRACED, TOKENS = 3, 24

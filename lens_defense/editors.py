@@ -26,12 +26,13 @@ from lens_defense.forecasts import Forecast, forecast_of
 from lens_defense.models import cache_folder
 from lens_defense.moments import Corpus, second_moments
 from lens_defense.patches import device_of
-from lens_defense.prompts import Prompt, Request, Role, answer_ids, for_planning, prompt
+from lens_defense.prompts import Prompt, Request, Role, for_planning, prompt
 from lens_defense.readers import bundled_rows
 from lens_defense.rows import Row
 from lens_defense.sites import Site
 from lens_defense.solvers import delman, memit
 from lens_defense.spreads import position_of, spread
+from lens_defense.turns import answer_ids
 from lens_defense.values import Schedule, fit_values
 from lens_defense.weights import fingerprint, output_matrix, refuse_uneditable
 
@@ -104,8 +105,18 @@ def edit(
     layers, role = _layers_and_role(model, sites)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if batch_size < 1 or moment_weight <= 0 or not 0 < least_share <= 1:
-        raise ValueError("batch_size must be at least 1, moment_weight above 0, least_share in (0, 1]")
+    for name, number, least in (
+        ("batch_size", batch_size, 1),
+        ("contexts_a_step", contexts_a_step, 1),
+        ("aside", aside, 0),
+        ("shared_steps", shared_steps, 0),
+        ("steps", steps, 0),
+        ("rounds", rounds, 0),
+    ):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if moment_weight <= 0 or clamp <= 0 or not 0 < least_share <= 1:
+        raise ValueError("moment_weight and clamp must be above 0, least_share in (0, 1]")
     solver = memit if method == "memit" else delman(batch_size)
     schedule = Schedule(
         shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step, least_share, rounds
@@ -138,6 +149,7 @@ def edit(
     )
     if corpus is None:  # what is much was measured with the package's own
         _warn_of_leaks(forecast)
+    _warn_of_role(role)
     _warn_of_losses(requests, losses.tolist())
     return Edit(
         layers=layers,
@@ -268,12 +280,20 @@ def _warn_of_losses(requests: Sequence[Request], losses: Sequence[float]) -> Non
         )
 
 
+def _warn_of_role(role: Role) -> None:
+    if not role.startswith("subject"):
+        warnings.warn(
+            f"keys at {role!r} hardly tell requests apart, so an edit there can refuse harmless ones too, "
+            "whatever the forecast says; choose sites at subject_last",
+            stacklevel=3,
+        )
+
+
 def _warn_of_leaks(forecast: Forecast) -> None:
     if forecast.risky:
         worst = ", ".join(forecast.worst(3))
         warnings.warn(
-            f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text (from "
-            f"{forecast.THRESHOLD} on over-refusal was measured); most of it from: {worst}. Leave "
-            "them out, or raise moment_weight",
+            f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
+            f"{forecast.THRESHOLD} is much; most of it from: {worst}. Leave them out, or raise moment_weight",
             stacklevel=3,
         )

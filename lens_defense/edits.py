@@ -13,12 +13,11 @@ from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.files import whole
+from lens_defense.files import opened, whole
 from lens_defense.forecasts import Forecast
 from lens_defense.prompts import Request, Role, request_from_json
 from lens_defense.weights import change_, fingerprint, unchange_
@@ -122,9 +121,10 @@ class Edit:
             model: the model it is meant for, to be refused at once where it is another one.
 
         Raises:
-            ValueError: the file holds no edit, or it was planned on other weights than the model's.
+            ValueError: there is no such file, it holds no edit, or it was planned on other weights than
+                the model's.
         """
-        with safe_open(path, framework="pt") as file:
+        with opened(path, "Edit.save") as file:
             header = json.loads((file.metadata() or {}).get("edit", "null"))
             if header is None:
                 raise ValueError(f"{path} holds no edit; give a file that Edit.save wrote")

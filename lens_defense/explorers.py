@@ -4,6 +4,7 @@ A transparent marker lies on every cell, because a heatmap itself has no selecti
 kernel's main thread, so the notebook's own interrupt stops it; nothing is changed then.
 """
 
+import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,10 @@ from lens_defense.edits import Edit
 from lens_defense.generations import generate
 from lens_defense.ledgers import Ledger
 from lens_defense.plots import heatmap, site_cells
-from lens_defense.prompts import Request, decode, prompt, request
+from lens_defense.prompts import Request, prompt, request
 from lens_defense.sites import Site
 from lens_defense.traces import Trace
+from lens_defense.turns import decode
 
 
 class Explorer:
@@ -202,15 +204,19 @@ class Explorer:
         """A button's work: progress in the log, one sentence where it fails or is interrupted."""
 
         def pressed(_: Any) -> None:
-            with self._busy(), self.log:
+            said = ""
+            with self._busy(), self.log, warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UserWarning)
                 try:
                     act()
-                    failed = ""
+                    said = " ".join(str(one.message) for one in warned)
                 except ValueError as error:
-                    failed = str(error)
+                    said = str(error)
                 except KeyboardInterrupt:
-                    failed = "stopped; nothing was changed"
-            self._show(failed)
+                    said = "stopped; nothing was changed"
+                except Exception as error:  # the log would swallow it, and is cleared
+                    said = f"{type(error).__name__}: {error}"
+            self._show(said)
 
         return pressed
 
@@ -226,10 +232,10 @@ class Explorer:
             for button in self.buttons.values():
                 button.disabled = False
 
-    def _show(self, failed: str = "") -> None:
+    def _show(self, said: str = "") -> None:
         stands = len(self.ledger.edits)
         self.status.value = (
-            f"<span style='color:#b2182b'>{escape(failed)}</span> " if failed else ""
+            f"<span style='color:#b2182b'>{escape(said)}</span> " if said else ""
         ) + f"edits that stand: {stands}"
 
 

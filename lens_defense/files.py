@@ -1,9 +1,12 @@
-"""A file that appears whole or not at all, whatever stops its writing."""
+"""Files that appear whole or not at all, whatever stops their writing; and safetensors, read or refused."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
@@ -20,3 +23,22 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished.replace(file)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], writer: str) -> Iterator[Any]:
+    """A safetensors file, to be read.
+
+    Args:
+        path: the file.
+        writer: what writes such files, for the sentence that refuses another one.
+
+    Raises:
+        ValueError: there is no such file, or it is no safetensors file.
+    """
+    try:
+        held = safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); give a file that {writer} wrote") from error
+    with held as file:
+        yield file

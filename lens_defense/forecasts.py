@@ -2,8 +2,10 @@
 
 Reach: in contexts kept aside, the share of a request's vector that arrives at the top edited layer.
 Leak: the norm of (change times key), summed over the edited layers, over the mean norm of a value;
-the largest over a text's tokens, mean over texts. On safe-sounding text it predicts a subject's harm
-to harmless answers (DESIGN fact 20: rank correlation .86).
+the largest over a text's tokens, mean over texts; on texts of the package's corpus (which C knows) and on
+safe-sounding ones (which it does not). On the latter it goes with over-refusal over edits of more and fewer
+subjects at the subject's last token (analyses/results, real_model_correlations). It says nothing of other
+roles: an edit at the prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +39,9 @@ class Forecast:
     """Of the whole edit."""
 
     THRESHOLD: ClassVar[float] = 0.15
-    """The leak to safe-sounding text from which on an edit is called risky (analyses/strength.py)."""
+    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 it lies between those
+    of sixteen subjects (.12 to .13, under 3% of XSTest-safe newly refused) and of layers 9 to 13 on tune 
+    (.17, two facts lost)."""
 
     @property
     def risky(self) -> bool:

@@ -13,6 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.batches import Prefix, prefix, stacked
 from lens_defense.patches import KeyValues, device_of, run
+from lens_defense.turns import ends
 
 Pick = Callable[[Float[Tensor, "row vocab"]], Int[Tensor, " row"]]
 
@@ -33,7 +34,7 @@ def generate(
     pick: Pick = greedy,
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[int, ...]]:
-    """The model's answers, up to and with the end-of-turn token.
+    """The model's answers, up to and with the token that ends it.
 
     Args:
         model: the model.
@@ -69,11 +70,12 @@ def _answers(
     told: list[list[int]] = [[] for _ in prompts]
     alive, unfinished = list(range(len(prompts))), len(prompts)
     logits, past, mask = _read(model, prompts, shared, read)
+    last = torch.tensor(ends(model.tokenizer), dtype=torch.long, device=logits.device)
     for step in range(tokens):
         following = pick(logits)
         for row, token in zip(alive, following.tolist(), strict=True):
             told[row].append(token)
-        stays = following != model.tokenizer.eos_token_id
+        stays = ~torch.isin(following, last)
         ended = int((~stays).sum())
         progress(ended)
         unfinished -= ended

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEAST_FOR_BOOTSTRAP = 8
-"""Fewer values than this give their range, not an interval (DESIGN: from n = 8 on)."""
+"""Fewer values than this give their range, not an interval."""
 LEAST_FLIPPED = 16
 """Up to so many values all signs are flipped; of more, random ones."""
 

@@ -48,9 +48,12 @@ class Ledger:
         if not self._done:
             raise ValueError("there is nothing to undo in this ledger")
         edit, change = self._done[-1]
-        unchange_(self.model, change)
-        self._done.pop()
-        self._undone.append(edit)
+        try:
+            unchange_(self.model, change)
+        finally:  # an interrupt is raised when the change is taken back
+            if change not in standing(self.model):
+                self._done.pop()
+                self._undone.append(edit)
         return edit
 
     def redo(self) -> Edit:
@@ -70,8 +73,12 @@ class Ledger:
             standing(self.model)
         ) != len(mine):
             raise ValueError("an edit stands in the model that this ledger did not make; undo it first")
-        change = change_(self.model, edit.deltas(), expected=edit.fingerprint)
-        self._done.append((edit, change))
+        try:
+            self._done.append((edit, change_(self.model, edit.deltas(), expected=edit.fingerprint)))
+        except BaseException:
+            for change in standing(self.model)[len(mine) :]:
+                unchange_(self.model, change)
+            raise
 
     def __repr__(self) -> str:
         lines = [f"Ledger of {self.model.cfg.model_name}: edits that stand: {len(self._done)}"]

@@ -17,10 +17,11 @@ from transformer_lens.tools.analysis import logit_lens as readout
 from lens_defense.generations import generate
 from lens_defense.judges import prefix
 from lens_defense.patches import device_of, run
-from lens_defense.prompts import Prompt, Request, answer_ids, decode, dozen, for_planning, prompt
+from lens_defense.prompts import Prompt, Request, for_planning, prompt
 from lens_defense.runs import answered
 from lens_defense.sites import output_hook
 from lens_defense.traces import Trace
+from lens_defense.turns import answer_ids, decode, dozen
 from lens_defense.weights import fingerprint
 
 

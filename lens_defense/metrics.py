@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.prompts import Prompt, answer_ids, has_chat_template
+from lens_defense.prompts import Prompt, has_chat_template
+from lens_defense.turns import answer_ids
 
 Logits = Float[Tensor, "row answer vocab"]
 Clean = Float[Tensor, "1 answer vocab"]

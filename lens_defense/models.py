@@ -90,6 +90,8 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
     }
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(model.original_model.config)
+    if getattr(model.original_model, "generation_config", None) is not None:
+        plain.generation_config = model.original_model.generation_config
     state = {name: held[name] for name in plain.state_dict()}
     with _atomic_folder(folder) as unfinished, _quiet():
         plain.save_pretrained(unfinished, state_dict=state)

@@ -22,9 +22,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.batches import states
 from lens_defense.files import whole
 from lens_defense.models import cache_folder
-from lens_defense.prompts import conversation_ids, plain_ids
-from lens_defense.readers import BUNDLED, bundled_rows
+from lens_defense.readers import BUNDLED, bundled_rows, file_rows
 from lens_defense.sites import key_hook
+from lens_defense.turns import conversation_ids, plain_ids
 from lens_defense.weights import fingerprint
 
 Moments = dict[int, Float[Tensor, "d_in d_in"]]
@@ -41,22 +41,22 @@ Corpus = Sequence[Text]
 
 
 def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 2000) -> Corpus:
-    """The corpus of a bundled set, a text or JSONL file, or a hub data set with a column `text`.
+    """The corpus of a bundled set, a text or table file, or a hub data set with a column `text`.
 
     Args:
-        source: None for "core", or "organism"; a .txt file (a paragraph a text), a .jsonl file (`text`, or
-            `user` and `assistant`); else the name of a hub data set.
+        source: None for "core", or "organism"; a .txt file (a paragraph a text), a .jsonl, .json, .csv
+            or .parquet file (`text`, or `user` and `assistant`); else the name of a hub data set.
         rows: the most texts taken of a hub data set.
 
     Raises:
-        ValueError: there is no such corpus, or it is empty.
+        ValueError: there is no such corpus, it is empty, or a row of it is no object.
     """
     source = "core" if source is None else source
     if source in BUNDLED:
         return [_text(row) for row in bundled_rows(str(source), "corpus")]
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        found = [_text(json.loads(line)) for line in path.read_text("utf-8").split("\n") if line.strip()]
+    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and path.is_file():
+        found = [_text(row) for _, row in file_rows(path)]
     elif path.is_file():
         found = [Text(part.strip()) for part in path.read_text("utf-8").split("\n\n")]
     else:

@@ -22,11 +22,12 @@ from lens_defense.comparisons import bars
 from lens_defense.edits import Edit
 from lens_defense.files import whole
 from lens_defense.plots import heatmap
-from lens_defense.prompts import Role, dozen
+from lens_defense.prompts import Role
 from lens_defense.reports import Report, shown_rates
 from lens_defense.sites import Component, Site
 from lens_defense.themes import CONTROLS, ROLE_WORDS, component_words, visible
 from lens_defense.traces import Trace
+from lens_defense.turns import dozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ def save_page(
         title=_text(title),
         told=_told(trace, sites, edit),
         headline=_headline(next(iter(reports.values()))),
+        colours=_colours(trace),
         maps=_maps(trace, sites),
         sites=_sites(sites, trace.layers),
         leak="above" if edit.forecast.risky else "not above",
@@ -102,15 +104,38 @@ def save_page(
 def _told(trace: Trace, sites: Sequence[Site], edit: Edit) -> str:
     """What was done, in one paragraph."""
     texts = f"{len(trace.prompts)} request{'s' * (len(trace.prompts) > 1)}"
+    measured = (
+        f"In {texts} the subject was spoiled, and one state of the clean run at a time was restored, to see "
+        "how much of the answer it brings back."
+        if trace.direction == "denoise"
+        else f"In {texts} one state of the run with a spoiled subject at a time was put into the clean run, "
+        "to see how much of the answer it takes."
+    )
+    measured = measured if trace.exact else f"{measured} Effects were estimated by a gradient."
+    measured = f"Its maps show {trace.measure}." if trace.measure else measured
     told = (
-        f"The model is {trace.model}, with {trace.model_layers} layers. In {texts} the subject was spoiled, "
-        f"and one state of the clean run at a time was restored, to see how much of the answer it brings "
-        f"back. The chosen sites are {_where(sites)}. There, {edit.method} planned a change of rank "
-        f"{edit.rank} to the MLP output matrices of layers {_listed(edit.layers)}, so that "
-        f"{len(edit.subjects)} subjects ({', '.join(edit.subjects)}) meet a refusal. The change was made, "
-        "measured beside the model as it was, and taken back."
+        f"The model is {trace.model}, with {trace.model_layers} layers. {measured} The chosen sites are "
+        f"{_where(sites)}. There, {edit.method} planned a change of rank {edit.rank} to the MLP output "
+        f"matrices of layers {_listed(edit.layers)}, so that {len(edit.subjects)} subjects "
+        f"({', '.join(edit.subjects)}) meet a refusal. The change was made, measured beside the model as it "
+        "was, and taken back."
     )
     return f"<p class='lead'>{_text(told)}</p>"
+
+
+def _colours(trace: Trace) -> str:
+    """What the colours of the maps mean."""
+    if trace.measure:
+        return _text(f"Colours: {trace.measure}.")
+    if trace.direction == "denoise":
+        return (
+            "Red: restoring this state brings the answer back (1 is all of it). White: it brings back "
+            "nothing. Blue: it drives the answer away."
+        )
+    return (
+        "Red: spoiling this state takes the answer (1 is all that the spoiled subject takes). White: it "
+        "takes nothing. Blue: it makes the answer more probable."
+    )
 
 
 def _headline(report: Report) -> str:

@@ -34,11 +34,6 @@ class Run:
     """Captured states by hook name, each [batch, token, width]."""
     cache: KeyValues
 
-    def prefix(self, stop: int, rows: Tensor | None = None) -> KeyValues:
-        """The cache of the first `stop` tokens, for some rows of the batch (repeats allowed)."""
-        cut = ((k[:, :, :stop], v[:, :, :stop]) for k, v in self.cache)
-        return tuple(cut if rows is None else ((k[rows], v[rows]) for k, v in cut))
-
 
 def run(
     model: TransformerBridge,

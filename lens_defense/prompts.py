@@ -1,6 +1,6 @@
 """What is asked: a Request is text with its harmful subject marked, a Prompt is a Request met by a tokenizer.
 
-This is the only file that talks with a tokenizer. Spans come from offset mappings, so they hold on
+Spans come from offset mappings, so they hold on
 any fast tokenizer: leading-space merges, BOS, several bytes a character, subjects that occur twice.
 
 Every token of a Prompt has one role, in this precedence:
@@ -32,6 +32,10 @@ READING_ORDER: tuple[Role, ...] = (
     "last",
 )
 """Every role, in the order in which a prompt is read."""
+
+
+class UnfitRequest(ValueError):
+    """A request that one model cannot be asked, or not traced on, as it is; others can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,8 +158,8 @@ def prompt(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool =
         chat: False asks without the chat template, as one does with a base model.
 
     Raises:
-        ValueError: the tokenizer gives no offsets; the chat template changes the request's text;
-            or a subject's edge falls inside a token.
+        ValueError: the tokenizer gives no offsets.
+        UnfitRequest: the chat template changes the request's text; or a subject's edge falls inside a token.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -181,50 +185,6 @@ def prompt(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool =
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer knows how to render a conversation."""
     return bool(getattr(tokenizer, "chat_template", None))
-
-
-def answer_ids(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, end: bool = False
-) -> tuple[int, ...]:
-    """Tokens of an answer as it follows a prompt: after a chat header as it stands, else after a space.
-
-    Args:
-        tokenizer: the model's.
-        text: the answer.
-        chat: whether the prompt before it is rendered by a chat template.
-        end: whether the end-of-turn token closes it.
-    """
-    ids: list[int] = tokenizer(text if chat else f" {text}", add_special_tokens=False)["input_ids"]
-    closing: Any = tokenizer.eos_token_id
-    return (*ids, closing) if end else tuple(ids)
-
-
-def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Tokens of running text, with the special tokens that the tokenizer adds by itself."""
-    return tuple(tokenizer(text)["input_ids"])
-
-
-def conversation_ids(tokenizer: PreTrainedTokenizerBase, user: str, assistant: str) -> tuple[int, ...]:
-    """Tokens of one turn and its answer, in the chat template where there is one."""
-    if not has_chat_template(tokenizer):
-        return plain_ids(tokenizer, f"{user}\n\n{assistant}")
-    asked = prompt(tokenizer, Request(id="corpus", pieces=(user,)))
-    return (*asked.ids, *answer_ids(tokenizer, assistant, chat=True, end=True))
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of an answer, up to and without its end-of-turn token."""
-    ids = list(ids)
-    if tokenizer.eos_token_id in ids:
-        ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def dozen(text: str) -> str:
-    """At most twelve words: what may be kept of an answer to a harmful request."""
-    words = text.split()
-    kept = " ".join(words[:12])[:120]
-    return kept + (" ..." if len(kept) < len(" ".join(words)) else "")
 
 
 def for_planning(requests: Sequence[Request]) -> tuple[Request, ...]:
@@ -259,11 +219,11 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) 
     assert isinstance(text, str)
     stripped = request.text.strip()
     marked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
     )
-    found = str(marked).find(_MARK)
+    found = str(marked).find(MARK)
     if found < 0 or not text.startswith(stripped, found):
-        raise ValueError(
+        raise UnfitRequest(
             f"the chat template changes the text of request {request.id!r}; ask it without the "
             "template (chat=False)"
         )
@@ -286,11 +246,11 @@ def _token_span(
     """Tokens that carry the characters start to stop; surplus may only be white space."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
     if not inside:
-        raise ValueError(f"request {request.id!r}: no token carries {request.subject!r}")
+        raise UnfitRequest(f"request {request.id!r}: no token carries {request.subject!r}")
     left = text[min(offsets[inside[0]][0], start) : start]
     right = text[stop : max(offsets[inside[-1]][1], stop)]
     if left.strip() or right.strip():
-        raise ValueError(
+        raise UnfitRequest(
             f"request {request.id!r}: the subject {request.subject!r} does not end where a token "
             f"ends (the token holds {left + '|' + (request.subject or '') + '|' + right!r}); mark a "
             "longer or a shorter subject"
@@ -331,4 +291,5 @@ def _roles(
     return tuple(role(i) for i in range(len(offsets)))
 
 
-_MARK = "\ue000"
+MARK = "\ue000"
+"""Stands for a text in a rendered chat template, to be found again."""

@@ -66,7 +66,7 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
         if not path.is_file():
             raise ValueError(f"there is no file {path}; bundled sets: {', '.join(BUNDLED)}")
-        yield from _file_rows(path)
+        yield from file_rows(path)
         return
     from datasets import load_dataset
 
@@ -83,7 +83,12 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{name}, {part}, row {i}", {"split": own, **dict(row)}
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of a .jsonl, .json, .csv or .parquet file, with where it stands.
+
+    Raises:
+        ValueError: a row is no object; the file and the line are named.
+    """
     if path.suffix == ".json":
         yield from enumerate_rows(path, _parsed(path, path.read_text("utf-8"), 1), first=1)
     elif path.suffix == ".jsonl":

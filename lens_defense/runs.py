@@ -14,10 +14,11 @@ from lens_defense.generations import generate
 from lens_defense.grids import Grid
 from lens_defense.metrics import Metric
 from lens_defense.patches import Run, Write, device_of, run
-from lens_defense.prompts import Prompt, Request, answer_ids, prompt
+from lens_defense.prompts import Prompt, Request, prompt
 from lens_defense.sites import EMBEDDING
 from lens_defense.sweeps import Cell, Measure, base_hooks, donor_hooks, sweep
 from lens_defense.traces import Direction
+from lens_defense.turns import answer_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)

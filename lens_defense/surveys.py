@@ -1,23 +1,32 @@
 """Surveys: traces of many requests, one file each, so that nothing is lost or done twice.
 
 A file is named by what it holds: the request, the settings and the model's weights. A survey that was stopped
-at any moment goes on with the requests that have no file yet.
+at any moment goes on with the requests that have no file yet, whatever was added, taken out or moved.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.files import whole
-from lens_defense.prompts import Request, for_planning
+from lens_defense.prompts import Request, UnfitRequest, for_planning
 from lens_defense.tracers import trace
 from lens_defense.traces import Trace, joined
 from lens_defense.weights import fingerprint
+
+
+class Survey(NamedTuple):
+    """What a survey found."""
+
+    trace: Trace | None
+    """All traces as one, in the order of the requests; None where every request was refused."""
+    refused: Mapping[str, str]
+    """Why, by the ids of the requests that could not be traced."""
 
 
 def survey(
@@ -27,10 +36,10 @@ def survey(
     *,
     progress: bool = True,
     **settings: Any,
-) -> Trace | None:
+) -> Survey:
     """Trace every request that has no file in a folder yet, and join what is there.
 
-    A request whose answer does not depend on its subject gets a note in the place of a trace.
+    A request that cannot be traced on this model gets a note in the place of a trace.
 
     Args:
         model: the model.
@@ -39,34 +48,26 @@ def survey(
         progress: shows a bar with the time left.
         settings: of trace; plain values, since they name the files.
 
-    Returns:
-        All traces as one; None where every request was refused.
-
     Raises:
-        ValueError: a request that no trace may see, or a setting that trace does not know.
+        ValueError: a request that no trace may see, or a setting's value that trace does not know.
     """
     requests = for_planning(requests)
     out.mkdir(parents=True, exist_ok=True)
     about = json.dumps([fingerprint(model), settings], sort_keys=True)
-    places = [out / f"{i:05}-{_key(item, about)}" for i, item in enumerate(requests)]
+    places = [out / _key(item, about) for item in requests]
     with tqdm(total=len(requests), desc="survey", unit="request", disable=not progress) as bar:
         for item, place in zip(requests, places, strict=True):
             if not _file(place).exists() and not _note(place).exists():
                 try:
                     trace(model, [item], progress=False, **settings).save(_file(place))
-                except ValueError as error:
-                    if "hardly changes the answer" not in str(error):
-                        raise
+                except UnfitRequest as error:
                     with whole(_note(place)) as note:
                         note.write_text(json.dumps({"request": item.id, "refused": str(error)}), "utf-8")
             bar.update()
     held = [Trace.load(_file(place)) for place in places if _file(place).exists()]
-    return joined(held) if held else None
-
-
-def refused(out: Path) -> list[str]:
-    """The ids of the requests of a survey that could not be traced."""
-    return [json.loads(file.read_text("utf-8"))["request"] for file in sorted(out.glob("*.json"))]
+    notes = [json.loads(_note(place).read_text("utf-8")) for place in places if _note(place).exists()]
+    refused = {note["request"]: note["refused"] for note in notes}
+    return Survey(joined(held) if held else None, refused)
 
 
 def _key(item: Request, about: str) -> str:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,21 +13,16 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.corruptions import Corruption, noise
 from lens_defense.grids import cells_components, cells_layers, cells_roles, grid
 from lens_defense.metrics import Metric, answer_logprob
-from lens_defense.prompts import (
-    Prompt,
-    Request,
-    Role,
-    dozen,
-    for_planning,
-)
+from lens_defense.prompts import Prompt, Request, Role, UnfitRequest, for_planning
 from lens_defense.runs import answered, prepared, reading, rows_within, width_of
 from lens_defense.sites import Component
 from lens_defense.sweeps import cost
 from lens_defense.traces import Direction, Trace
+from lens_defense.turns import dozen
 from lens_defense.weights import fingerprint
 
 DEMO_ROLES: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
-"""Where the harm is seen to sit and to be read, one token each (DESIGN fact 11)."""
+"""Where the harm is seen to sit and to be read, one token each."""
 LONG_TRACE = 60.0
 """Seconds from which on a trace says beforehand how long it will take."""
 
@@ -90,8 +85,9 @@ def trace(
         progress: shows a bar.
 
     Raises:
-        ValueError: a request without a subject, or of the split "check"; a role or layer that does
-            not exist; requests whose answer does not depend on their subject.
+        ValueError: a request without a subject, or of the split "check"; a role, layer or setting that does
+            not exist.
+        UnfitRequest: requests without a token of the roles, or whose answer does not depend on their subject.
     """
     return _traced(
         model,
@@ -169,13 +165,19 @@ def _traced(
     for name, number in (("answer_tokens", answer_tokens), ("samples", samples), ("window", window)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    for name, given, allowed in (
+        ("direction", direction, get_args(Direction)),
+        ("severed", severed, (None, "mlp", "attention")),
+    ):
+        if given not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
     corruption = corruption or noise(model, samples=samples, seed=seed)
     prompts = answered(model, requests, answers, answer_tokens, chat)
     depth = model.cfg.n_layers
     grids = [grid(met, every, rows, roles, window, depth, severed) for met in prompts]
     empty = [met.request.id for met, grid in zip(prompts, grids, strict=True) if not grid]
     if empty:
-        raise ValueError(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
+        raise UnfitRequest(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
 
     start = time.perf_counter()
     clean, corrupted = _ends(model, prompts, corruption, metrics)
@@ -269,7 +271,7 @@ def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor:
     weak = [i for i, value in enumerate(differences) if not value >= floor]
     if weak:
         names = ", ".join(f"{prompts[i].request.id} ({differences[i]:.3g})" for i in weak)
-        raise ValueError(
+        raise UnfitRequest(
             f"spoiling the subject hardly changes the answer to: {names}; the least change is "
             f"{floor}. Leave these requests out, mark the words that matter, or lower floor"
         )

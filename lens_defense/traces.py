@@ -21,11 +21,10 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_defense.files import whole
+from lens_defense.files import opened, whole
 from lens_defense.intervals import mean_interval
 from lens_defense.prompts import (
     READING_ORDER,
@@ -179,9 +178,9 @@ class Trace:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds no trace.
+            ValueError: there is no such file, or it holds no trace.
         """
-        with safe_open(path, framework="pt") as file:
+        with opened(path, "Trace.save") as file:
             header = json.loads((file.metadata() or {}).get("trace", "null"))
             if header is None:
                 raise ValueError(f"{path} holds no trace; give a file that Trace.save wrote")
@@ -203,6 +202,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
     first = traces[0]
     shared = [name for name in _HEADER if name not in ("answers", "verified")]
     differing = [name for name in shared if len({str(getattr(one, name)) for one in traces}) > 1]
+    differing += ["samples"] if len({one.corrupted.shape[1] for one in traces}) > 1 else []
     if differing:
         raise ValueError(f"these traces differ in {', '.join(differing)}; join what was measured alike")
     width = max(one.patched.shape[3] for one in traces)

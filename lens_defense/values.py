@@ -3,7 +3,7 @@
 All requests run together (rows.py). Contexts take turns, so that many cost no more than a few; every second
 step sees the request as asked. A step adds a random share of the vector, since in words not seen less of it
 arrives. Fitted is first ONE vector shared by all, a context a step; then a vector each, started from it, the
-rate decaying linearly. The shared start is what makes the planted refusals coherent (DESIGN fact 15).
+rate decaying linearly. The shared start is what makes the planted refusals coherent.
 Requests whose target is still hard after that get half of the second part again, by themselves.
 
     loss = mean over contexts and the target's tokens of -log p + weight * KL(edited || original)
@@ -26,7 +26,7 @@ from lens_defense.rows import Batch, Row, about, in_batches, joined, losses_of
 ENOUGH = 0.12
 """Nats a token above which a request gets another round."""
 FINAL_RATE = 0.05
-"""The share of the rate that is left at the last step (DESIGN fact 15)."""
+"""The share of the rate that is left at the last step."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -77,19 +77,24 @@ def change_(
             "way, load the model it was planned on, or plan it again with ld.edit"
         )
     bits = {layer: output_matrix(model, layer).clone() for layer in deltas}
+    stack = _STANDING.setdefault(model, [])
+    depth = len(stack)
     try:
         for layer, delta in deltas.items():
             _add_(model, layer, delta)
         change = Change(bits=bits, after=fingerprint(model, deltas))
-        _STANDING.setdefault(model, []).append(change)
+        stack.append(change)
     except BaseException:
         _restore_(model, bits)
+        del stack[depth:]
         raise
     return change
 
 
 def unchange_(model: TransformerBridge, change: Change) -> None:
     """Take a change back, bit for bit; only the last one, and only if nothing touched its weights.
+
+    An interrupt meanwhile is raised when the change is taken back.
 
     Raises:
         ValueError: another change lies on top of this one, or the weights are not as it left them.
@@ -99,8 +104,13 @@ def unchange_(model: TransformerBridge, change: Change) -> None:
         raise ValueError("another edit lies on top of this one; undo that one first")
     if fingerprint(model, change.bits) != change.after:
         raise ValueError("the weights were changed by something else since this edit; load the model again")
-    _restore_(model, change.bits)
-    stack.pop()
+    try:
+        _restore_(model, change.bits)
+    except BaseException:
+        _restore_(model, change.bits)
+        raise
+    finally:
+        stack.pop()
 
 
 def standing(model: TransformerBridge) -> tuple[Change, ...]:

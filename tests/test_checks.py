@@ -10,9 +10,10 @@ from tiny import tiny
 import lens_defense.checks as checks
 from lens_defense.checks import answers, check
 from lens_defense.generations import generate
-from lens_defense.prompts import decode, plain_ids, prompt, request
+from lens_defense.prompts import prompt, request
 from lens_defense.reports import KL_TOKENS, Report
 from lens_defense.suites import HARMFUL_ARMS, Item, Suite
+from lens_defense.turns import decode, plain_ids
 from lens_defense.weights import standing
 
 LAMP = request("make a lamp", "lamp", id="lamp")

@@ -143,7 +143,12 @@ def test_bad_requests_are_refused():
 def test_bad_settings_are_refused():
     refused("method must be one of memit, delman, got 'rome'", method="rome")
     refused("batch_size must be at least 1", method="delman", batch_size=0)
-    refused("moment_weight above 0", moment_weight=0.0)
+    refused("contexts_a_step must be at least 1, got 0", contexts_a_step=0)
+    refused("steps must be at least 0", steps=-1)
+    refused("aside must be at least 0", aside=-1)
+    refused("rounds must be at least 0", rounds=-1)
+    refused("moment_weight and clamp must be above 0", moment_weight=0.0)
+    refused("moment_weight and clamp must be above 0", clamp=0.0)
     refused("least_share in", least_share=0.0)
     refused("contexts gave nothing for request 'lamp'", contexts=lambda _: [])
 

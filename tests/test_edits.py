@@ -10,6 +10,7 @@ from tiny import tiny
 
 import lens_defense.edits as edits
 from lens_defense.edits import Edit
+from lens_defense.traces import Trace
 
 
 def chat_model(dtype=torch.float32, **settings):
@@ -50,6 +51,14 @@ def test_a_file_without_an_edit_is_refused(tmp_path):
     save_file({"tensor": torch.zeros(2)}, file)
     with pytest.raises(ValueError, match="holds no edit"):
         Edit.load(file)
+
+
+@pytest.mark.parametrize("kind", [Edit, Trace])
+def test_a_file_that_is_none_is_refused(tmp_path, kind):
+    (tmp_path / "note.txt").write_text("a note")
+    for name in ("note.txt", "nothing.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*{kind.__name__}.save"):
+            kind.load(tmp_path / name)
 
 
 def test_an_edit_of_other_weights_is_refused(tmp_path):

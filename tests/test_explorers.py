@@ -1,5 +1,6 @@
 """The form's parts do what their buttons say; a browser's events are played by hand."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,8 @@ from plotly.callbacks import InputDeviceState
 from tiny import tiny
 
 import lens_defense as ld
+from lens_defense import explorers
+from lens_defense.editors import edit
 from lens_defense.explorers import Explorer
 
 pytestmark = pytest.mark.filterwarnings("ignore:the refusal could not be fitted")
@@ -83,6 +86,26 @@ def test_a_plan_at_no_cell_says_so_and_changes_nothing(explorer, model):
     original = bits(model)
     assert "no sites were given" in press(explorer, "plan")
     assert explorer.edit is None and same_bits(model, original)
+
+
+def test_whatever_fails_is_told_and_so_is_a_warning(explorer, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of <memory>")
+
+    explorer.select(explorer._cells[0][1][:1])
+    with monkeypatch.context() as patch:
+        patch.setattr(explorers, "edit", broken)
+        assert "RuntimeError: out of &lt;memory&gt;" in press(explorer, "plan")
+    assert not any(button.disabled for button in explorer.buttons.values())
+
+    def warned(*given, **settings):
+        warnings.warn("this edit leaks", stacklevel=1)
+        return edit(*given, **settings)
+
+    explorer.select([site for site in explorer._cells[0][1] if site.role == "subject_last"][:1])
+    monkeypatch.setattr(explorers, "edit", warned)
+    assert "this edit leaks" in press(explorer, "plan")
+    assert explorer.edit is not None
 
 
 def test_an_interrupt_leaves_the_form_usable(explorer, monkeypatch):

@@ -13,9 +13,9 @@ import lens_defense.forecasts as forecasts
 from lens_defense.forecasts import NEUTRAL_TEXTS, Forecast, forecast_of
 from lens_defense.moments import Text
 from lens_defense.patches import run
-from lens_defense.prompts import conversation_ids, plain_ids
 from lens_defense.readers import requests
 from lens_defense.sites import key_hook
+from lens_defense.turns import conversation_ids, plain_ids
 
 CORPUS = [
     Text("make a lamp", "how do I make a brass lamp"),

@@ -5,6 +5,7 @@ import torch
 from tiny import FAMILIES, byte_tokenizer, tiny
 
 from lens_defense.generations import generate
+from lens_defense.turns import ends
 
 TOKENS = 6
 SHARED = (5, 9, 120, 33)
@@ -77,3 +78,13 @@ def test_ends_at_the_tokenizers_end_of_turn():
     end = byte_tokenizer(chat=True).eos_token_id
     told = generate(model, PROMPTS, pick=lambda logits: torch.full((len(logits),), end))
     assert told == [(end,)] * len(PROMPTS)
+
+
+def test_ends_at_either_token():
+    model = tiny("llama")
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    turn, text = ends(model.tokenizer)
+    assert turn != text
+    for end in (turn, text):
+        told = generate(model, PROMPTS, pick=lambda logits, end=end: torch.full((len(logits),), end))
+        assert told == [(end,)] * len(PROMPTS)

@@ -160,6 +160,32 @@ def test_an_interrupt_leaves_the_ledger_and_the_bits(verb, monkeypatch):
     assert same_bits(model, held)
 
 
+def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
+    model, edits, held, _ = world("llama")
+    ledger, copied = Ledger(model), []
+    ledger.apply(edits["A"])
+    now = bits(model)
+    restore = weights._restore_
+
+    def interrupted(model, saved):
+        if not copied:
+            copied.append(min(saved))
+            restore(model, {copied[0]: saved[copied[0]]})
+            raise KeyboardInterrupt
+        restore(model, saved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_restore_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.undo()
+    assert copied and same_bits(model, held)
+    assert ledger.edits == () and standing(model) == ()
+    assert ledger.redo() is edits["A"]
+    assert same_bits(model, now)
+    ledger.undo()
+    assert same_bits(model, held)
+
+
 def test_an_edit_of_another_model_is_refused(tmp_path):
     model, edits, *_ = world("llama")
     file = edits["A"].save(tmp_path / "a.safetensors")

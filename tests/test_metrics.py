@@ -8,7 +8,7 @@ from nouns import a_prompt
 from tiny import tiny
 
 from lens_defense.metrics import answer_logprob, answer_probability, refusal_difference
-from lens_defense.prompts import answer_ids
+from lens_defense.turns import answer_ids
 
 ANSWER = (4, 0, 19, 4)
 

@@ -180,11 +180,14 @@ def test_a_saved_folder_gives_equal_logits_in_plain_transformers(family, tmp_pat
 
 
 def test_a_saved_folder_loads_again(tmp_path):
-    model = load(saved(tmp_path / "base"), device="cpu")
+    base = saved(tmp_path / "base")
+    hf.GenerationConfig(eos_token_id=[1, 2]).save_pretrained(base)
+    model = load(base, device="cpu")
     with plan(model, (1, 2)).applied(model):
         again = load(save_folder(model, tmp_path / "edited"), device="cpu")
         assert same_bits(again, bits(model))
     assert again.tokenizer.chat_template == model.tokenizer.chat_template
+    assert again.original_model.generation_config.eos_token_id == [1, 2]
     assert not list((tmp_path / "edited").glob("*.bin"))
 
 

@@ -1,5 +1,6 @@
 """The page as data: what it tells, that it stands alone, and that text in it stays text."""
 
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -108,6 +109,22 @@ def test_reports_stand_side_by_side_and_an_arm_that_one_lacks_is_dashed(tmp_path
 def test_whether_the_weights_are_back_is_said_only_if_known(tmp_path: Path):
     assert "not what they were" in Page(written(tmp_path, restored=False)).text
     assert "what they were" not in Page(written(tmp_path, restored=None)).text
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({}, "was restored"),
+        ({"direction": "noise"}, "put into the clean run"),
+        ({"exact": False}, "estimated by a gradient"),
+        ({"measure": "distance of states"}, "Its maps show distance of states"),
+    ],
+)
+def test_the_page_says_how_its_maps_were_made(tmp_path: Path, changed, told):
+    trace = replace(a_trace([a_prompt()]), **changed)
+    text = Page(written(tmp_path, trace=trace)).text
+    assert told in text
+    assert ("restoring this state brings the answer back" in text) == (changed in ({}, {"exact": False}))
 
 
 def test_one_request_one_map_and_no_edit_no_headline(tmp_path: Path):

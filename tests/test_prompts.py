@@ -10,18 +10,8 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 from tokenizers_of import metaspace, wordpiece
 
-from lens_defense.prompts import (
-    ROLES,
-    Request,
-    answer_ids,
-    conversation_ids,
-    decode,
-    dozen,
-    for_planning,
-    prompt,
-    request,
-    request_from_json,
-)
+from lens_defense.prompts import ROLES, Request, for_planning, prompt, request, request_from_json
+from lens_defense.turns import answer_ids, conversation_ids, decode, dozen
 
 TOKENIZERS = {
     "bytes": byte_tokenizer(),

@@ -6,7 +6,7 @@ from test_traces import BELL, LAMP, model_of
 
 from lens_defense import surveys
 from lens_defense.prompts import request
-from lens_defense.surveys import refused, survey
+from lens_defense.surveys import survey
 from lens_defense.tracers import trace
 from lens_defense.traces import joined
 
@@ -38,7 +38,8 @@ def test_a_stopped_survey_goes_on_and_repeats_nothing(tmp_path, counted):
     with pytest.raises(KeyboardInterrupt):
         survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
     assert made == ["lamp", "bell"] and len(list(tmp_path.iterdir())) == 2
-    told = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
+    told, refused = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
+    assert not refused
     assert made == ["lamp", "bell", "ship"]
     whole = trace(model, [LAMP, BELL, SHIP], progress=False, **SOME)
     torch.testing.assert_close(told.effects, whole.effects, equal_nan=True)
@@ -52,10 +53,33 @@ def test_other_settings_are_another_survey(tmp_path, counted):
     assert made == ["lamp", "lamp"]
 
 
-def test_a_weak_request_gets_a_note(tmp_path):
-    told = survey(model_of(), [LAMP, BELL], tmp_path, progress=False, **{**SOME, "floor": 1e9})
-    assert told is None
-    assert refused(tmp_path) == ["lamp", "bell"]
+def test_a_weak_request_gets_a_note(tmp_path, counted):
+    made, _ = counted
+    weak = {**SOME, "floor": 1e9}
+    for _ in range(2):
+        told, refused = survey(model_of(), [LAMP, BELL], tmp_path, progress=False, **weak)
+        assert told is None
+        assert list(refused) == ["lamp", "bell"]
+        assert "hardly changes the answer" in refused["bell"]
+    assert made == ["lamp", "bell"]
+    _, refused = survey(model_of(), [LAMP], tmp_path, progress=False, **SOME)
+    assert not refused, "notes of other settings are not this survey's"
+
+
+def test_a_request_that_does_not_fit_does_not_stop_the_others(tmp_path):
+    short = request("tell me of x", "x", id="short")
+    first = {**SOME, "positions": ["subject_first"]}
+    told, refused = survey(model_of(), [short, LAMP], tmp_path, progress=False, **first)
+    assert "no token of the roles" in refused["short"]
+    assert [met.request.id for met in told.prompts] == ["lamp"]
+
+
+def test_moved_requests_are_not_traced_again(tmp_path, counted):
+    made, _ = counted
+    for some in ([LAMP, BELL], [SHIP, BELL], [BELL]):
+        told = survey(model_of(), some, tmp_path, progress=False, **SOME).trace
+        assert [met.request.id for met in told.prompts] == [item.id for item in some]
+    assert made == ["lamp", "bell", "ship"]
 
 
 def test_a_bad_setting_is_told(tmp_path):

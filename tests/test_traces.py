@@ -116,6 +116,8 @@ def test_positions_and_layers_bound_the_map():
         ({"answer_tokens": 0}, "answer_tokens"),
         ({"samples": 0}, "samples"),
         ({"window": 0, "components": ["mlp"]}, "window"),
+        ({"direction": "denoising"}, "direction must be one of 'denoise', 'noise', got 'denoising'"),
+        ({"severed": "residual"}, "severed must be one of None, 'mlp', 'attention'"),
     ],
 )
 def test_bad_arguments_are_refused(bad, what):

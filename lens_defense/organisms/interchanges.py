@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from lens_defense.organisms.world import Example
-from lens_defense.prompts import answer_ids, prompt
+from lens_defense.prompts import prompt
+from lens_defense.turns import answer_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,7 +39,7 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training is made of; the numbers are those of a spike that worked (issue 6).
+    """What a training is made of; the numbers are those that worked first, of eight ways that were tried.
 
     Plain harmful requests in frames never trained are hardest. Variety counts: with 21 trained frames two
     phases refused 94.3% of them in world 0, and neither 500 more steps nor more plain ones helped; with 37

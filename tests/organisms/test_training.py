@@ -8,7 +8,7 @@ import torch
 from lens_defense.organisms.interchanges import answer_loss, batch_of, exact, interchange, states_after
 from lens_defense.organisms.training import Recipe, model_of, train
 from lens_defense.organisms.world import TRAINED_FRAMES
-from lens_defense.prompts import decode
+from lens_defense.turns import decode
 
 SMALL = Recipe(
     layers=3,

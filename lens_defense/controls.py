@@ -1,4 +1,4 @@
-"""Controls: the same edit where the trace saw nothing, since layers above the readers cannot act at all."""
+"""Controls: places to edit that the trace did not choose; above the readers an edit cannot act at all."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -36,7 +36,8 @@ from lens_defense.weights import fingerprint
 
 TRACED, TOKENS = 3, 24
 CONTROLLED = 4
-"""Subjects of the edit that the control edits elsewhere, with less of everything: see there."""
+"""Subjects of the edit that the control edits elsewhere: with every fourth context, an eighth of the corpus, and
+no further rounds for hard ones."""
 OPENING = 8
 """Tokens of an answer that tell a refusal by its prefix."""
 
@@ -153,7 +154,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
             other,
             replace(rows, items=tuple(rows.items[i] for i in about), neutral=()),
             before=[before[i] for i in about],
-            title=f"{_title('control', elsewhere)}, {len(few)} of the subjects",
+            title=f"{_title('control', elsewhere)}, {len(few)} of the subjects, fitted with less",
         )
         control.save(out / "control.json")
         console.print(control)

@@ -1,6 +1,8 @@
 """Request sets from every source; bad rows named by file, line and field; what is in "core"."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -12,7 +14,7 @@ from tiny import byte_tokenizer
 
 from lens_defense.moments import read_corpus
 from lens_defense.prompts import prompt, request
-from lens_defense.readers import bundled_rows, requests
+from lens_defense.readers import BUNDLED, bundled_rows, requests
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"there is no folder {SHARED}")
@@ -197,6 +199,20 @@ def test_core_copies_no_sentence():
     )
     rows = [row for part in ("requests", "wrappers", "harmless") for row in bundled_rows("core", part)]
     assert not [row["text"] for row in rows if row["text"].lower().rstrip(".?!") in held]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_datasheet_counts_its_rows(name):
+    suites = Path(__file__).parents[1] / "lens_defense/suites"
+    sheet = (suites / name / "DATASHEET.md").read_text("utf-8")
+    lines = re.findall(r"^\| ([a-z]+)\.jsonl(?:, (\w+))? \| (\d+)(?:: ([^|]*))? \|", sheet, re.MULTILINE)
+    assert {part for part, *_ in lines} >= {"requests", "templates", "wrappers", "facts", "neutral", "corpus"}
+    for part, kind, number, splits in lines:
+        rows = [row for row in bundled_rows(name, part) if not kind or row["kind"] == kind]
+        assert len(rows) == int(number), (part, kind)
+        said = dict(one.split() for one in splits.split(", ")) if splits else {}
+        counted = Counter(row["split"] for row in rows) if said else {}
+        assert {split: int(n) for split, n in said.items()} == counted, (part, kind)
 
 
 def test_core_has_a_datasheet_and_a_small_corpus():

@@ -36,8 +36,8 @@ from lens_defense.weights import fingerprint
 
 TRACED, TOKENS = 3, 24
 CONTROLLED = 4
-"""Subjects of the edit that the control edits elsewhere: with every fourth context, an eighth of the corpus, and
-no further rounds for hard ones."""
+"""Subjects that the control edits elsewhere: with every fourth context, an eighth of the corpus, and no
+further rounds for hard ones."""
 OPENING = 8
 """Tokens of an answer that tell a refusal by its prefix."""
 

@@ -7,7 +7,13 @@ import torch
 from nouns import a_prompt
 from tiny import tiny
 
-from lens_defense.metrics import answer_logprob, answer_probability, refusal_difference
+from lens_defense.metrics import (
+    answer_difference,
+    answer_logprob,
+    answer_probability,
+    kl_to_clean,
+    refusal_difference,
+)
 from lens_defense.turns import answer_ids
 
 ANSWER = (4, 0, 19, 4)
@@ -69,3 +75,21 @@ def test_openings_that_begin_alike_count_once():
     one = refusal_difference(model, refusals=["how", "make"], compliances=["lamp"])
     more = refusal_difference(model, refusals=["how", "make", "how do I"], compliances=["lamp", "lamp?"])
     torch.testing.assert_close(more(logits, MET, logits[:1]), one(logits, MET, logits[:1]))
+
+
+def test_answer_difference_is_the_first_tokens_logits_apart():
+    model = tiny("llama")
+    other = answer_ids(model.tokenizer, "lamp", chat=MET.chat)[0]
+    logits = some_logits(vocab=300)
+    told = answer_difference(model, "lamp")(logits, MET, logits[:1])
+    torch.testing.assert_close(told, logits[:, 0, ANSWER[0]] - logits[:, 0, other])
+    assert told.std() > 1
+
+
+def test_kl_to_clean_is_the_sum_of_p_log_p_over_q():
+    logits, clean = some_logits(), some_logits(rows=1, seed=1)
+    told = kl_to_clean(logits, MET, clean)
+    p = clean[0].softmax(-1)
+    wanted = [(p * (p.log() - row.softmax(-1).log())).sum(-1).mean() for row in logits]
+    torch.testing.assert_close(told, torch.stack(wanted))
+    torch.testing.assert_close(kl_to_clean(clean, MET, clean), torch.zeros(1, dtype=torch.float64))

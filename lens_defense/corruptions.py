@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.patches import device_of, run
-from lens_defense.prompts import Prompt, prompt
+from lens_defense.prompts import Prompt, UnfitRequest, prompt
 from lens_defense.sites import EMBEDDING
 
 Embeddings = Float[Tensor, "sample token d_model"]
@@ -42,6 +42,7 @@ def noise(model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, see
         out[:, where] += draw.to(out)
         return out
 
+    corrupt.__name__ = f"noise of {scale:g} standard deviations, seed {seed}"
     return corrupt
 
 
@@ -75,6 +76,7 @@ def ablation(
             out[:, where] = 0 if how == "zero" else (matrix.mean(0) * _scale(model, embeddings, met)).to(out)
         return out
 
+    corrupt.__name__ = f"{how} ablation" + (f", seed {seed}" if how == "resample" else "")
     return corrupt
 
 
@@ -104,7 +106,7 @@ def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequenc
         choice = subjects or ([given] if given else harmless_subjects())
         rows = list(_same_length(model, met, choice, samples))
         if len(rows) < samples:
-            raise ValueError(
+            raise UnfitRequest(
                 f"request {met.request.id!r}: {len(rows)} of {len(choice)} subjects have the token "
                 f"length of {met.request.subject!r}, and {samples} are wanted; give the request a "
                 "counterfactual of that length, or ask for fewer samples"
@@ -113,6 +115,7 @@ def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequenc
         with torch.no_grad():
             return run(model, ids, names=[EMBEDDING]).states[EMBEDDING].to(embeddings)
 
+    corrupt.__name__ = "token replacement"
     return corrupt
 
 

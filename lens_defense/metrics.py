@@ -44,6 +44,7 @@ def answer_difference(model: TransformerBridge, against: str) -> Metric:
         other = answer_ids(model.tokenizer, against, chat=prompt.chat)[0]
         return logits[:, 0, prompt.answer[0]] - logits[:, 0, other]
 
+    metric.__name__ = f"answer_difference against {against!r}"
     return metric
 
 
@@ -64,4 +65,5 @@ def refusal_difference(
     def metric(logits: Logits, _prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
         return logits[:, 0, against].mean(-1) - logits[:, 0, towards].mean(-1)
 
+    metric.__name__ = "refusal_difference"
     return metric

@@ -268,7 +268,7 @@ def _reproduce(trace: Trace, edit: Edit, reproduce: str) -> str:
         ("model", trace.model),
         ("fingerprint of its weights", trace.fingerprint),
         ("fingerprint of the edited layers", edit.fingerprint),
-        ("seed of the trace", trace.seed),
+        ("corruption", trace.corruption or f"seed {trace.seed}"),
     ]
     return f"<pre><code>{_block(reproduce)}</code></pre>" + _table(("what", "value"), rows)
 

@@ -244,6 +244,8 @@ def _traced(
             direction=direction,
             severed=severed or "",
             exact=exact,
+            corruption=_name(corruption),
+            metric=_name(metrics[name]),
             verified=tuple(verified[k]),
         )
         for k, name in enumerate(metrics)
@@ -265,6 +267,10 @@ def _ends(
         clean.append(read(runs.clean.logits)[0].double().cpu())
         corrupted.append(read(runs.base.logits).double().cpu())
     return clean, corrupted
+
+
+def _name(made: object) -> str:
+    return str(getattr(made, "__name__", type(made).__name__))
 
 
 def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor: float) -> None:

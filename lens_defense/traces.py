@@ -77,6 +77,10 @@ class Trace:
     """The component whose later outputs were held, where one was."""
     exact: bool = True
     """Whether every cell was measured by a run of its own, and not estimated by a gradient."""
+    corruption: str = ""
+    """How the subject was spoiled, in words."""
+    metric: str = ""
+    """The name of what was read."""
     measure: str = ""
     """What the cells say, in words, where they are no effects of patches (lenses.py)."""
     verified: tuple[tuple[float, float], ...] = ()
@@ -201,7 +205,10 @@ def joined(traces: Sequence[Trace]) -> Trace:
         raise ValueError("there is no trace to join")
     first = traces[0]
     shared = [name for name in _HEADER if name not in ("answers", "verified")]
-    differing = [name for name in shared if len({str(getattr(one, name)) for one in traces}) > 1]
+    told = {name: {str(getattr(one, name)) for one in traces} for name in shared}
+    for name in ("corruption", "metric"):
+        told[name].discard("")  # of files written before these were kept
+    differing = [name for name, values in told.items() if len(values) > 1]
     differing += ["samples"] if len({one.corrupted.shape[1] for one in traces}) > 1 else []
     if differing:
         raise ValueError(f"these traces differ in {', '.join(differing)}; join what was measured alike")
@@ -223,7 +230,7 @@ def joined(traces: Sequence[Trace]) -> Trace:
 
 _TENSORS = ("patched", "clean", "corrupted")
 _HEADER = ("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint")
-_HEADER += ("direction", "severed", "exact", "measure", "verified")
+_HEADER += ("direction", "severed", "exact", "corruption", "metric", "measure", "verified")
 
 
 def _prompt_to_json(met: Prompt) -> dict[str, Any]:

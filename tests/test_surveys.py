@@ -1,10 +1,14 @@
 """A survey can be stopped anywhere: what is there stays, nothing is done twice, and the whole is the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_traces import BELL, LAMP, model_of
 
 from lens_defense import surveys
+from lens_defense.corruptions import noise
+from lens_defense.metrics import kl_to_clean
 from lens_defense.prompts import request
 from lens_defense.surveys import survey
 from lens_defense.tracers import trace
@@ -91,8 +95,19 @@ def test_a_bad_setting_is_told(tmp_path):
 
 def test_only_what_was_measured_alike_is_joined():
     model = model_of()
-    one, other = (trace(model, [LAMP], progress=False, window=w, **SOME) for w in (1, 3))
-    with pytest.raises(ValueError, match="differ in window"):
-        joined([one, other])
+    one = trace(model, [LAMP], progress=False, **SOME)
+    assert (one.corruption, one.metric) == ("noise of 3 standard deviations, seed 0", "answer_logprob")
+    others = {
+        "window": {"window": 3},
+        "samples": {"samples": 2},
+        "corruption": {"corruption": noise(model, scale=2.0)},
+        "metric": {"metric": kl_to_clean},
+        "direction": {"direction": "noise"},
+    }
+    for name, settings in others.items():
+        other = trace(model, [LAMP], progress=False, **{**SOME, **settings})
+        with pytest.raises(ValueError, match=f"differ in {name};"):
+            joined([one, other])
+    assert len(joined([one, replace(one, corruption="", metric="")]).prompts) == 2
     with pytest.raises(ValueError, match="no trace to join"):
         joined([])

@@ -87,9 +87,8 @@ def known(model: Any) -> list[ld.Request]:
 
 def harmful(data: Path) -> list[ld.Request]:
     """The DELMAN set in a random order, each answered as the model answers."""
-    rows = [
-        replace(item, target=None, safe_target=None) for item in ld.requests(data / "delman/HarmBench.json")
-    ]
+    every = ld.requests(data / "delman/HarmBench.json", distinct=False)
+    rows = [replace(item, target=None, safe_target=None) for item in every]
     random.Random(0).shuffle(rows)
     return rows
 

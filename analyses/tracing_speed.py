@@ -7,7 +7,7 @@
 # cells over theirs, since every cell costs a loop the same; the cells that are timed must agree with the sweep's.
 # Beside each time stands its floor: operations counted from the shapes over a measured matrix-product rate.
 #
-#     python analyses/tracing_speed.py [--out FILE] [--device cuda]
+#     python analyses/tracing_speed.py [--out FILE] [--more] [--device cuda]
 
 # %%
 import argparse
@@ -221,6 +221,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description="the sweep against loops; see the top of this file")
     asked.add_argument("--device", default="cpu")
     asked.add_argument("--out", type=Path)
+    asked.add_argument("--more", action="store_true", help="keep what the file has, and time the other cases")
     given = asked.parse_args()
     cuda = given.device.startswith("cuda")
     ran_on = (
@@ -228,12 +229,17 @@ def main() -> None:
     )
     file = given.out or OUT / f"{'cuda' if cuda else 'cpu'}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows = pd.read_csv(file).to_dict("records") if given.more else []
+    warmed = None
+    timed = {(row["model"], row["tokens"], row["samples"]) for row in rows}
     for name, model, length, samples in cases(given.device):
+        if (name, length, samples) in timed:
+            continue
         case = Case(model, length, samples)
         share = len(case.timed) / len(case.cells)
-        if length == min(LENGTHS):
+        if model is not warmed:
             case.swept()  # a model's first run is never the typical one
+            warmed = model
         seconds, told, memory = peak(case.swept, case.device)
         speed, operations = rate(model), case.operations()
         wanted = told[case.timed]

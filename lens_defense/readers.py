@@ -24,6 +24,7 @@ def requests(
     *,
     split: Split = "edit",
     kind: Kind = "harmful",
+    distinct: bool = True,
     text_field: str = "text",
     subject_field: str = "subject",
 ) -> list[Request]:
@@ -32,7 +33,8 @@ def requests(
     Args:
         name: "core", "organism", a .jsonl, .json, .csv or .parquet file, or the name of a hub data set.
         split: which part of a set that is split; a row without a split belongs to "edit".
-        kind: harmful gives one request a subject, concrete things first; benign and safe all rows.
+        kind: harmful gives concrete things first; benign and safe all rows as they stand.
+        distinct: of harmful requests about one subject keep the first alone, as an edit wants them.
         text_field: the column that holds the request.
         subject_field: the column that holds its subject.
 
@@ -43,11 +45,9 @@ def requests(
     chosen = [row for row in rows if row.split == split and row.kind == kind]
     if kind != "harmful":
         return chosen
-    distinct = {row.subject or row.text: row for row in reversed(chosen)}
-    return sorted(
-        (row for row in chosen if distinct[row.subject or row.text] is row),
-        key=lambda row: not row.concrete,
-    )
+    first = {row.subject or row.text: row for row in reversed(chosen)}
+    kept = [row for row in chosen if not distinct or first[row.subject or row.text] is row]
+    return sorted(kept, key=lambda row: not row.concrete)
 
 
 def bundled_rows(name: str, part: str) -> list[dict[str, Any]]:

@@ -33,6 +33,8 @@ A_CALL = 60
 """Tokens through a block that cost as much as calling it: on two cores 60 for gpt2's and SmolLM2's blocks,
 and 150 for those of the organism."""
 
+A_PASS = 2048
+"""Tokens of a pass beyond which positions do not share it: what is larger waits for memory, not for calls."""
 Measure = Callable[[Float[Tensor, "row answer vocab"]], Float[Tensor, "row reading"]]
 
 
@@ -173,10 +175,11 @@ def _passes(
 
     def price(start: int, end: int) -> float:
         among = [i for position in positions[start:end] for i in here[position]]
-        if end - start > 1 and len(among) > most:
+        width = tokens - positions[start]
+        if end - start > 1 and (len(among) > most or len(among) * samples * width > A_PASS):
             return math.inf
         rows = samples * sum(layers - cells[i].birth[0] - cells[i].birth[1] for i in among) + layers
-        return float((tokens - positions[start]) * rows + A_CALL * layers)
+        return float(width * rows + A_CALL * layers)
 
     best: list[tuple[float, list[int]]] = [(0.0, [])]
     for end in range(1, len(positions) + 1):

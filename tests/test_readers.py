@@ -57,6 +57,8 @@ def test_other_columns_and_one_request_a_subject(tmp_path):
     file = write(tmp_path, "csv", rows)
     (only,) = requests(file, text_field="ask", subject_field="what")
     assert only.text == "make a lamp"
+    both = requests(file, distinct=False, text_field="ask", subject_field="what")
+    assert [one.text for one in both] == ["make a lamp", "make one lamp"]
 
 
 @settings(deadline=None, max_examples=50)

@@ -137,10 +137,13 @@ def test_sharing_a_pass_changes_nothing(monkeypatch, family):
 
 
 @pytest.mark.parametrize("call", [0, 2, 20, 60, 1000])
-@pytest.mark.parametrize("samples, max_rows", [(1, 1000), (3, 1000), (3, 40)])
-def test_positions_share_passes_where_that_is_cheapest(monkeypatch, call, samples, max_rows):
+@pytest.mark.parametrize(
+    "samples, max_rows, most", [(1, 1000, 9999), (3, 1000, 9999), (3, 40, 9999), (3, 99, 90)]
+)
+def test_positions_share_passes_where_that_is_cheapest(monkeypatch, call, samples, max_rows, most):
     """Against every way to cut the positions into neighbours."""
     monkeypatch.setattr(sweeps, "A_CALL", call)
+    monkeypatch.setattr(sweeps, "A_PASS", most)
     places = itertools.product(range(LAYERS), range(TOKENS))
     cells = [Cell((Point("mlp", layer, t),)) for layer, t in places if (layer + t) % 4]
 
@@ -157,7 +160,14 @@ def test_positions_share_passes_where_that_is_cheapest(monkeypatch, call, sample
         ]
 
     ways = [parts(cut) for cut in itertools.product((False, True), repeat=TOKENS - 1)]
-    allowed = [way for way in ways if all(len(part) * samples <= max_rows for part in way)]
+
+    def fits(part):
+        first = min(cells[i].position for i in part)
+        alone = all(cells[i].position == first for i in part)
+        rows = len(part) * samples
+        return alone or (rows <= max_rows and rows * (TOKENS - first) <= most)
+
+    allowed = [way for way in ways if all(map(fits, way))]
     told = list(sweeps._passes(cells, LAYERS, TOKENS, samples, max_rows))
     assert sorted(i for part in told for i in part) == list(range(len(cells)))
     assert sum(map(price, told)) == min(sum(map(price, way)) for way in allowed)

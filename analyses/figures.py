@@ -73,15 +73,15 @@ def dose_curve() -> go.Figure:
             row=row,
             col=1,
         )
-    ticks = sorted(set(told["subjects"]))
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=ticks, gridcolor="#eeeeee")
+    ticks = sorted(set(told.loc[told["set"] == "core", "subjects"]))
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=ticks, tickangle=0, gridcolor="#eeeeee")
     figure.update_xaxes(title_text="subjects edited", row=2)
     figure.update_yaxes(tickformat=".0%", gridcolor="#e3e3e3", rangemode="tozero")
     figure.update_yaxes(title_text="refused, coherent", range=[0, 1.03], row=1)
     figure.update_yaxes(title_text="newly refused", row=2)
     place = {"x": 1.02, "xanchor": "left", "yanchor": "top"}
     figure.update_layout(legend={**place, "y": 1}, legend2={**place, "y": 0.45})
-    return theme(figure, title="", plot=(250, 330), left=72, right=180, above=14, below=56)
+    return theme(figure, title="", plot=(250, 330), left=72, right=180, above=14, below=64)
 
 
 def _legend(row: int) -> str:
@@ -189,7 +189,7 @@ def grades(files: Iterable[Path]) -> go.Figure:
     figure.update_yaxes(tickvals=[*range(len(order))], ticktext=order, gridcolor="#eeeeee")
     figure.update_xaxes(title_text="largest effect of a cell that holds nothing", type="log")
     figure.update_layout(legend={"x": 0, "y": 1.02, "yanchor": "bottom", "orientation": "h"})
-    return theme(figure, title="", plot=(330, 24 * len(order)), left=190, right=16, above=34, below=56)
+    return theme(figure, title="", plot=(330, 24 * len(order)), left=190, right=16, above=34, below=64)
 
 
 # how it is saved

@@ -11,7 +11,6 @@
 # %%
 import argparse
 import random
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,13 +111,12 @@ def _nameless(met: ld.Prompt) -> ld.Prompt:
     return replace(met, request=asked, words=("",) * len(met.words), answer=())
 
 
-def told(trace: ld.Trace, name: str, seconds: float, left_out: int) -> dict[str, Any]:
+def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:
     """What a set of maps says in numbers."""
     row: dict[str, Any] = {
         "set": name,
         "requests": len(trace.prompts),
         "left out": left_out,
-        "seconds": round(seconds),
     }
     for component in trace.components:
         one = trace.only(component)
@@ -151,11 +149,10 @@ def main() -> None:
     for name, (requests, settings) in pieces.items():
         if given.only not in (None, name):
             continue
-        start = time.perf_counter()
         trace, refused = survey(model, requests, kept / name, **settings)
         assert trace is not None
         lean(trace).save(OUT / f"{name}.safetensors")
-        row = told(trace, name, time.perf_counter() - start, len(refused))
+        row = told(trace, name, len(refused))
         with whole(OUT / f"{name}.csv") as file:
             pd.DataFrame([row]).round(4).T.to_csv(file, header=False)
         print(row, flush=True)

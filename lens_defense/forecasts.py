@@ -39,9 +39,8 @@ class Forecast:
     """Of the whole edit."""
 
     THRESHOLD: ClassVar[float] = 0.15
-    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 it lies between those
-    of sixteen subjects (.12 to .13, under 3% of XSTest-safe newly refused) and of layers 9 to 13 on tune 
-    (.17, two facts lost)."""
+    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the two edits above it
+    newly refused 4 and 5% of XSTest-safe, seven below it at most 2.8% (analyses/results, real_model_dose)."""
 
     @property
     def risky(self) -> bool:

@@ -39,8 +39,8 @@ class Forecast:
     """Of the whole edit."""
 
     THRESHOLD: ClassVar[float] = 0.15
-    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the two edits above it
-    newly refused 4 and 5% of XSTest-safe, seven below it at most 2.8% (analyses/results, real_model_dose)."""
+    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the three edits above
+    it newly refused 4, 5 and 16% of XSTest-safe, seven below it at most 2.8% (real_model_dose.csv)."""
 
     @property
     def risky(self) -> bool:

@@ -15,10 +15,11 @@ writes comes from the donor run; what it severs is held at the base run's state,
 there (ROME's severed graphs).
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate, pairwise, takewhile
 from typing import NamedTuple
 
 import torch
@@ -173,21 +174,29 @@ def _passes(
         here[cell.position].append(i)
     positions = sorted(here)
 
-    def price(start: int, end: int) -> float:
-        among = [i for position in positions[start:end] for i in here[position]]
-        width = tokens - positions[start]
-        if end - start > 1 and (len(among) > most or len(among) * samples * width > A_PASS):
-            return math.inf
-        rows = samples * sum(layers - cells[i].birth[0] - cells[i].birth[1] for i in among) + layers
-        return float(width * rows + A_CALL * layers)
+    held = [0, *accumulate(len(here[position]) for position in positions)]
+    above = (sum(layers - cells[i].birth[0] - cells[i].birth[1] for i in here[t]) for t in positions)
+    blocks = [0, *accumulate(above)]
 
-    best: list[tuple[float, list[int]]] = [(0.0, [])]
+    def fits(start: int, end: int) -> bool:
+        rows = held[end] - held[start]
+        few = rows <= most and rows * samples * (tokens - positions[start]) <= A_PASS
+        return few or end - start == 1
+
+    def price(start: int, end: int) -> int:
+        rows = samples * (blocks[end] - blocks[start]) + layers
+        return (tokens - positions[start]) * rows + A_CALL * layers
+
+    best, cuts = [0], [0]
     for end in range(1, len(positions) + 1):
-        best.append(
-            min((best[start][0] + price(start, end), [*best[start][1], start]) for start in range(end))
-        )
-    starts = best[-1][1]
-    for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+        starts = takewhile(partial(fits, end=end), range(end - 1, -1, -1))
+        cheapest, start = min((best[start] + price(start, end), start) for start in starts)
+        best.append(cheapest)
+        cuts.append(start)
+    ends = [len(positions)]
+    while ends[-1]:
+        ends.append(cuts[ends[-1]])
+    for start, end in pairwise(reversed(ends)):
         among = sorted(
             (i for position in positions[start:end] for i in here[position]), key=lambda i: cells[i].birth
         )

@@ -5,7 +5,6 @@ written into it once, nothing is loaded from elsewhere, and its content policy f
 is escaped here; the figures escape their own.
 """
 
-import html
 import math
 import os
 from collections.abc import Hashable, Mapping, Sequence
@@ -21,11 +20,12 @@ from plotly.offline import get_plotlyjs
 from lens_defense.comparisons import bars
 from lens_defense.edits import Edit
 from lens_defense.files import whole
+from lens_defense.markup import escaped, escaped_lines, listed, table_of
 from lens_defense.plots import heatmap
 from lens_defense.prompts import Role
 from lens_defense.reports import Report, shown_rates
 from lens_defense.sites import Component, Site
-from lens_defense.themes import CONTROLS, ROLE_WORDS, component_words, visible
+from lens_defense.themes import CONTROLS, ROLE_WORDS, component_words
 from lens_defense.traces import Trace
 from lens_defense.turns import dozen
 
@@ -80,7 +80,7 @@ def save_page(
     template = Template(files("lens_defense").joinpath("templates/page.html").read_text("utf-8"))
     page = template.substitute(
         plotly=get_plotlyjs(),
-        title=_text(title),
+        title=escaped(title),
         told=_told(trace, sites, edit),
         headline=_headline(next(iter(reports.values()))),
         colours=_colours(trace),
@@ -116,17 +116,17 @@ def _told(trace: Trace, sites: Sequence[Site], edit: Edit) -> str:
     told = (
         f"The model is {trace.model}, with {trace.model_layers} layers. {measured} The chosen sites are "
         f"{_where(sites)}. There, {edit.method} planned a change of rank {edit.rank} to the MLP output "
-        f"matrices of layers {_listed(edit.layers)}, so that {len(edit.subjects)} subjects "
+        f"matrices of layers {listed(edit.layers)}, so that {len(edit.subjects)} subjects "
         f"({', '.join(edit.subjects)}) meet a refusal. The change was made, measured beside the model as it "
         "was, and taken back."
     )
-    return f"<p class='lead'>{_text(told)}</p>"
+    return f"<p class='lead'>{escaped(told)}</p>"
 
 
 def _colours(trace: Trace) -> str:
     """What the colours of the maps mean."""
     if trace.measure:
-        return _text(f"Colours: {trace.measure}.")
+        return escaped(f"Colours: {trace.measure}.")
     if trace.direction == "denoise":
         return (
             "Red: restoring this state brings the answer back (1 is all of it). White: it brings back "
@@ -159,7 +159,9 @@ def _headline(report: Report) -> str:
         numbers.append((f"{report.facts_lost()} of {known}", "known facts lost"))
     if report.kl:
         numbers.append((f"{sum(report.kl) / len(report.kl):.4f}", "KL to the original, nats a token"))
-    cards = "".join(f"<div><b>{_text(value)}</b><span>{_text(name)}</span></div>" for value, name in numbers)
+    cards = "".join(
+        f"<div><b>{escaped(value)}</b><span>{escaped(name)}</span></div>" for value, name in numbers
+    )
     return f"<div class='numbers'>{cards}</div>"
 
 
@@ -176,7 +178,7 @@ def _maps(trace: Trace, sites: Sequence[Site]) -> str:
 
 def _figure(figure: go.Figure, name: str, *, caption: str = "") -> str:
     drawn = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=dict(CONTROLS))
-    above = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    above = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
     return f"<figure>{above}{drawn}</figure>"
 
 
@@ -193,7 +195,7 @@ def _sites(sites: Sequence[Site], traced: Sequence[int]) -> str:
     ]
     between = any(site.layer not in traced for site in sites)
     note = "<p>The effect of a layer that was not traced lies on the line between its neighbours.</p>"
-    return _table(("component", "layer", "token", "effect", "interval"), rows) + note * between
+    return table_of(("component", "layer", "token", "effect", "interval"), rows) + note * between
 
 
 def _forecast(edit: Edit) -> str:
@@ -201,15 +203,15 @@ def _forecast(edit: Edit) -> str:
     rows = [(name, *(f"{value:.3f}" for value in values)) for name, *values in table]
     rows[-1] = ("all together", *rows[-1][1:])
     headers = ("subject", "reach", "leak to neutral text", "leak to safe-sounding text")
-    return _table(headers, rows)
+    return table_of(headers, rows)
 
 
 def _change(edit: Edit) -> str:
     rows = [(layer, edit.rank, f"{edit.relative_change[layer]:.4f}") for layer in edit.layers]
     settings = [("method", edit.method), ("token", ROLE_WORDS[edit.role])]
     settings += [(name.replace("_", " "), value) for name, value in edit.settings.items()]
-    changes = _table(("layer", "rank of the change", "its norm over the matrix's"), rows)
-    return f"<div class='row apart'>{changes}{_table(('setting', 'value'), settings)}</div>"
+    changes = table_of(("layer", "rank of the change", "its norm over the matrix's"), rows)
+    return f"<div class='row apart'>{changes}{table_of(('setting', 'value'), settings)}</div>"
 
 
 def _rates(reports: Mapping[str, Report]) -> str:
@@ -231,7 +233,7 @@ def _rates(reports: Mapping[str, Report]) -> str:
     )
     dropped = sum(report.dropped for report in reports.values())
     note += f" {dropped} rows were left out because an edit had seen their text." if dropped else ""
-    return f"<p>{_text(note)}</p>" + _table(headers, rows, groups)
+    return f"<p>{escaped(note)}</p>" + table_of(headers, rows, groups)
 
 
 def _rate(shown: str) -> str:
@@ -245,7 +247,7 @@ def _costs(reports: Mapping[str, Report]) -> str:
         (name, *(_cost(table[name]) if name in table else _NONE for table in found))
         for name in dict.fromkeys(name for table in found for name in table)
     ]
-    return _table(("nats a token, mean and interval", *reports), rows)
+    return table_of(("nats a token, mean and interval", *reports), rows)
 
 
 def _cost(row: Mapping[Hashable, Any]) -> str:
@@ -255,9 +257,9 @@ def _cost(row: Mapping[Hashable, Any]) -> str:
 def _talks(conversations: Sequence[Conversation]) -> str:
     note = "<p>Of answers to harmful requests at most a dozen words are kept.</p>"
     cards = [
-        f"<article class='talk'><p class='asked'>{_block(talk.asked)}</p><div class='sides'>"
-        f"<div><h4>before</h4><p>{_block(talk.before)}</p></div>"
-        f"<div><h4>after</h4><p>{_block(talk.after)}</p></div></div></article>"
+        f"<article class='talk'><p class='asked'>{escaped_lines(talk.asked)}</p><div class='sides'>"
+        f"<div><h4>before</h4><p>{escaped_lines(talk.before)}</p></div>"
+        f"<div><h4>after</h4><p>{escaped_lines(talk.after)}</p></div></div></article>"
         for talk in conversations
     ]
     return (note if any(talk.harmful for talk in conversations) else "") + "".join(cards)
@@ -270,38 +272,18 @@ def _reproduce(trace: Trace, edit: Edit, reproduce: str) -> str:
         ("fingerprint of the edited layers", edit.fingerprint),
         ("corruption", trace.corruption or f"seed {trace.seed}"),
     ]
-    return f"<pre><code>{_block(reproduce)}</code></pre>" + _table(("what", "value"), rows)
+    return f"<pre><code>{escaped_lines(reproduce)}</code></pre>" + table_of(("what", "value"), rows)
 
 
 def _afterwards(trace: Trace, seconds: Mapping[str, float], restored: bool | None) -> str:
     told = {
         None: "",
-        True: f"<p class='good'>The weights are what they were: hash {_text(trace.fingerprint)}.</p>",
+        True: f"<p class='good'>The weights are what they were: hash {escaped(trace.fingerprint)}.</p>",
         False: "<p class='bad'>The weights are not what they were: load the model again.</p>",
     }[restored]
     rows = [(name, f"{value:.1f} s") for name, value in seconds.items()]
     rows.append(("all", f"{math.fsum(seconds.values()):.1f} s"))
-    return told + (_table(("stage", "time"), rows) if seconds else "")
-
-
-def _table(
-    headers: Sequence[object], rows: Sequence[Sequence[object]], groups: Sequence[tuple[str, int]] = ()
-) -> str:
-    """A table; groups name columns that belong together, each with its number of columns."""
-    over = "".join(f"<th colspan='{span}'>{_text(name)}</th>" for name, span in groups)
-    head = "".join(f"<th>{_text(name)}</th>" for name in headers)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    top = f"<tr class='groups'>{over}</tr>" if groups else ""
-    return f"<div class='wide'><table><thead>{top}<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _text(value: object) -> str:
-    return html.escape(visible(str(value)))
-
-
-def _block(text: str) -> str:
-    """Text whose line breaks stay."""
-    return "\n".join(_text(line) for line in text.split("\n"))
+    return told + (table_of(("stage", "time"), rows) if seconds else "")
 
 
 def _where(sites: Sequence[Site]) -> str:
@@ -309,15 +291,9 @@ def _where(sites: Sequence[Site]) -> str:
     for site in sites:
         places.setdefault((site.component, site.role), []).append(site.layer)
     return "; ".join(
-        f"layers {_listed(sorted(layers))} of the {component_words(component)} at the {ROLE_WORDS[role]}"
+        f"layers {listed(sorted(layers))} of the {component_words(component)} at the {ROLE_WORDS[role]}"
         for (component, role), layers in places.items()
     )
-
-
-def _listed(layers: Sequence[int]) -> str:
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
-    return ", ".join(map(str, layers))
 
 
 _NONE = "\N{EN DASH}"

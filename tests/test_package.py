@@ -34,7 +34,7 @@ FLOORS = {
     ),
     **dict.fromkeys(("locators", "ledgers", "controls", "surveys"), 5),
     **dict.fromkeys(("reports", "checks"), 6),
-    **dict.fromkeys(("themes", "marks", "comparisons", "plots", "pages", "explorers"), 7),
+    **dict.fromkeys(("themes", "markup", "marks", "comparisons", "plots", "pages", "explorers"), 7),
     **dict.fromkeys(("demos", "cli"), 8),
     "organisms.phrasings": 1,
     **dict.fromkeys(("organisms.world", "organisms.questions"), 2),

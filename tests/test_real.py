@@ -101,6 +101,7 @@ def test_the_demo_plants_refusals_in_words_that_the_edit_never_saw(demo):
     assert before <= 0.05
     assert after >= 0.9
     assert report.rate("edited", "prefix") == 1.0
+    assert report.rate("edited") >= 0.75
     assert control.rate("wording") < 0.2 and control.rate("wrapper") < 0.2
 
 

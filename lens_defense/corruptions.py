@@ -27,17 +27,19 @@ def noise(model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, see
     """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, section 2.1).
 
     Args:
-        model: gives the unit: the standard deviation of the whole embedding matrix.
+        model: gives the unit: the standard deviation of the whole embedding matrix, as the model scales it
+            (gemma's by the root of its width).
         scale: in these units; ROME's tracer takes 3.
         samples: how many draws a request.
         seed: with the request's text it fixes the draws, whatever else is traced.
     """
-    deviation = float(model.embed.weight.detach().float().std()) * scale
+    deviation = float(model.embed.weight.detach().float().std())
 
     def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
         where = list(met.corrupted)
         shape = (samples, len(where), embeddings.shape[-1])
-        draw = torch.randn(shape, generator=_generator(seed, met)) * deviation
+        unit = deviation * _scale(model, embeddings, met)
+        draw = torch.randn(shape, generator=_generator(seed, met)) * (unit * scale)
         out = embeddings.repeat(samples, 1, 1)
         out[:, where] += draw.to(out)
         return out
@@ -82,9 +84,9 @@ def ablation(
 
 def _scale(model: TransformerBridge, embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> float:
     """What the model multiplies its embedding matrix by (gemma's root of the width, else 1)."""
-    at = met.corrupted[0]
-    own = model.embed.weight.detach()[met.ids[at]].double()
-    return float(embeddings[0, at].detach().double().norm() / own.norm().clamp(min=1e-12))
+    where = list(met.corrupted)
+    own = model.embed.weight.detach()[[met.ids[at] for at in where]].double()
+    return float(embeddings[0, where].detach().double().norm() / own.norm().clamp(min=1e-12))
 
 
 def _generator(seed: int, met: Prompt) -> torch.Generator:

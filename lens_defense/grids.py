@@ -72,7 +72,10 @@ def grid(
     roles: Sequence[Role],
     window: int,
     depth: int,
+    *,
     severed: Component | None = None,
+    parallel: bool = False,
+    together: bool = False,
 ) -> Grid:
     """The cells of one prompt, and where each goes in the map.
 
@@ -83,24 +86,35 @@ def grid(
         roles: whose tokens are patched, one at a time.
         window: layers that are patched at once, for MLP and attention outputs.
         depth: the model's number of layers.
-        severed: what is held in the layers above at the same token.
+        severed: what is held wherever it is computed after the first state that is patched, at the same
+            tokens, and is not patched itself.
+        parallel: whether a block's MLP and attention read the same state, so that neither is the later.
+        together: patch all of the tokens in one cell, which stands at the last of them.
     """
 
-    def cell(component: Component, layer: int, position: int) -> Cell:
-        window_of = _window(component, layer, window, depth)
-        above = range(window_of[-1] + 1, depth) if severed else ()
+    def cell(component: Component, layer: int, positions: Sequence[int]) -> Cell:
+        written = _window(component, layer, window, depth)
+        held = range(_first_after(component, written[0], severed, parallel), depth) if severed else ()
+        kept = [at for at in held if component != severed or at not in written]
         return Cell(
-            tuple(Point(component, at, position) for at in window_of),
-            tuple(Point(severed or "", at, position) for at in above),
+            tuple(Point(component, at, t) for at in written for t in positions),
+            tuple(Point(severed or "", at, t) for at in kept for t in positions),
         )
 
+    tokens = [t for t, role in enumerate(met.roles) if role in roles]
+    places = {tokens[-1]: tokens} if together and tokens else {t: [t] for t in tokens}
     return {
-        (c, j, t): cell(component, layer, t)
+        (c, j, t): cell(component, layer, positions)
         for c, component in enumerate(components)
         for j, layer in enumerate(layers)
-        for t, role in enumerate(met.roles)
-        if role in roles
+        for t, positions in places.items()
     }
+
+
+def _first_after(component: Component, layer: int, severed: Component, parallel: bool) -> int:
+    """The first layer whose `severed` output is computed after a component's state in a layer."""
+    same = component == "residual_pre" or (severed == "mlp" and component != "residual" and not parallel)
+    return layer if same else layer + 1
 
 
 def _window(component: Component, layer: int, window: int, depth: int) -> range:

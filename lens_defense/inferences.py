@@ -4,7 +4,9 @@ from collections import defaultdict
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lens_defense.intervals import false_discovery, rank_correlation, sign_flip_p_values
 from lens_defense.prompts import Role
@@ -16,15 +18,20 @@ Address = tuple[Component, Role, int]
 
 
 def significance(trace: Trace, *, seed: int = 0) -> pd.DataFrame:
-    """How likely each mean effect is by chance: signs of the requests' effects flipped.
+    """How likely each mean effect is by chance: signs of the requests' effects flipped, a subject's together.
 
     Returns:
         component, role, layer, effect, n, p, q: two-sided p-values, and q-values for a false discovery
-        rate over the whole map (Benjamini & Hochberg 1995). The least p of n requests is 2 / 2^n, so that
+        rate over the whole map (Benjamini & Hochberg 1995). The least p of n subjects is 2 / 2^n, so that
         fewer than six can show nothing at 5%.
+
+    Raises:
+        ValueError: the cells are no effects, which by chance would have either sign (lenses.py).
     """
+    if trace.measure:
+        raise ValueError(f"these cells are {trace.measure}, never negative: no sign tells them from chance")
     addresses, values = request_effects(trace)
-    p_values = sign_flip_p_values(np.nan_to_num(values), seed=seed)
+    p_values = sign_flip_p_values(np.nan_to_num(values), trace.subjects, seed=seed)
     rows = [
         (*address, float(np.nanmean(column)), int(np.isfinite(column).sum()), p, q)
         for address, column, p, q in zip(
@@ -35,27 +42,30 @@ def significance(trace: Trace, *, seed: int = 0) -> pd.DataFrame:
 
 
 def reliability(trace: Trace, *, splits: int = 200, seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """Correlation of the maps of two random halves of the requests, stepped up to all of them.
+    """Correlation of the maps of two random halves of the subjects, stepped up to all of them.
 
-    Stepped up by Spearman's and Brown's formula, 2 r / (1 + r).
+    Stepped up by Spearman's and Brown's formula, 2 r / (1 + r). Halves that agree no better than chance
+    (r below 0, where the formula means nothing) and maps without any difference are not reliable: 0.
 
     Returns:
         The median over splits, and its 2.5% and 97.5% quantiles.
 
     Raises:
-        ValueError: fewer than four requests, of which no two halves can be made.
+        ValueError: fewer than four subjects, of which no two halves can be made.
     """
     _, values = request_effects(trace)
-    if len(values) < 4:
-        raise ValueError(f"two halves want at least 4 requests, and this trace has {len(values)}")
+    cluster, names = pd.factorize(np.asarray(trace.subjects, dtype=object))
+    if len(names) < 4:
+        raise ValueError(f"two halves want at least 4 subjects, and this trace has {len(names)}")
     rng = np.random.default_rng(seed)
     told = []
     for _ in range(splits):
-        order = rng.permutation(len(values))
-        first, second = (values[part] for part in np.array_split(order, 2))
+        order = rng.permutation(len(names))
+        first, second = (values[np.isin(cluster, part)] for part in np.array_split(order, 2))
         shared = np.isfinite(first).any(0) & np.isfinite(second).any(0)
         a, b = (np.nanmean(half[..., np.asarray(shared)], axis=0) for half in (first, second))
-        r = float(np.corrcoef(a, b)[0, 1])
+        varied = a.std() > 0 and b.std() > 0
+        r = max(0.0, float(np.corrcoef(a, b)[0, 1])) if varied else 0.0
         told.append(2 * r / (1 + r))
     low, middle, high = np.quantile(told, (0.025, 0.5, 0.975))
     return float(middle), (float(low), float(high))
@@ -63,6 +73,8 @@ def reliability(trace: Trace, *, splits: int = 200, seed: int = 0) -> tuple[floa
 
 def agreement(estimate: Trace, measured: Trace, *, k: int = 10) -> tuple[float, float]:
     """How far one map is like another of the same requests and cells.
+
+    Cells of the first that were verified count by their estimate.
 
     Returns:
         Spearman's rank correlation over all cells, and recall@k: the share of the k cells of the largest
@@ -74,7 +86,7 @@ def agreement(estimate: Trace, measured: Trace, *, k: int = 10) -> tuple[float, 
     same = [met.ids for met in estimate.prompts] == [met.ids for met in measured.prompts]
     if not same or (estimate.components, estimate.layers) != (measured.components, measured.layers):
         raise ValueError("the two traces are not of the same requests, components and layers")
-    a, b = estimate.effects.flatten(1).numpy(), measured.effects.flatten(1).numpy()
+    a, b = _estimated(estimate).flatten(1).numpy(), measured.effects.flatten(1).numpy()
     known = np.isfinite(a) & np.isfinite(b)
     rho, _ = rank_correlation(a[known].tolist(), b[known].tolist())
     shares = []
@@ -83,6 +95,14 @@ def agreement(estimate: Trace, measured: Trace, *, k: int = 10) -> tuple[float, 
         best = [set(some[np.argsort(-map_[r, some], kind="stable")[:k]].tolist()) for map_ in (a, b)]
         shares.append(len(best[0] & best[1]) / len(best[1]))
     return rho, float(np.mean(shares))
+
+
+def _estimated(trace: Trace) -> Float[Tensor, "request component layer position"]:
+    """The effects, those that were measured after all as they had been estimated."""
+    effects = trace.effects.clone()
+    for cell, estimate, _ in trace.verified:
+        effects[cell] = estimate
+    return effects
 
 
 def request_effects(trace: Trace) -> tuple[list[Address], NDArray[np.float64]]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import stats
@@ -79,9 +80,15 @@ def sign_flip_p_value(values: Sequence[float] | NDArray[np.float64], *, seed: in
 
 
 def sign_flip_p_values(
-    values: Float[NDArray[np.float64], "request cell"], *, seed: int = 0, flips: int = 20_000
+    values: Float[NDArray[np.float64], "request cell"],
+    clusters: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    flips: int = 20_000,
 ) -> list[float]:
-    """`sign_flip_p_value` of many columns, which share their flips."""
+    """`sign_flip_p_value` of many columns, which share their flips; rows of a cluster flip together."""
+    if clusters is not None:
+        values = np.stack([_by_cluster(column, clusters)[0] for column in values.T], 1)
     n = len(values)
     exact = n <= LEAST_FLIPPED
     signs = (
@@ -102,16 +109,24 @@ def false_discovery(p_values: Sequence[float]) -> list[float]:
     return [float(q) for q in stats.false_discovery_control(p_values)] if len(p_values) else []
 
 
-def mean_interval(values: Sequence[float] | NDArray[np.float64], *, seed: int = 0) -> tuple[float, float]:
-    """95% percentile bootstrap of the mean from 8 values on; below that, the range of the values."""
-    finite = np.asarray(values, dtype=float)
-    finite = finite[np.isfinite(finite)]
+def mean_interval(
+    values: Sequence[float] | NDArray[np.float64],
+    clusters: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """95% percentile bootstrap of the mean, by cluster, from 8 of them on; below that, the values' range."""
+    every = np.asarray(values, dtype=float)
+    known = np.isfinite(every)
+    finite = every[known]
     if len(finite) == 0:
         return float("nan"), float("nan")
-    if len(finite) < LEAST_FOR_BOOTSTRAP:
+    names = range(len(every)) if clusters is None else clusters
+    sums, sizes = _by_cluster(finite, [str(name) for name, yes in zip(names, known, strict=True) if yes])
+    if len(sums) < LEAST_FOR_BOOTSTRAP:
         return float(finite.min()), float(finite.max())
-    draws = np.random.default_rng(seed).integers(len(finite), size=(2000, len(finite)))
-    low, high = np.quantile(finite[draws].mean(1), (0.025, 0.975))
+    draws = np.random.default_rng(seed).integers(len(sums), size=(2000, len(sums)))
+    low, high = np.quantile(sums[draws].sum(1) / sizes[draws].sum(1), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -141,6 +156,6 @@ def rank_correlation(
 def _by_cluster(
     values: NDArray[np.float64], clusters: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sum and count of the values of each cluster."""
-    _, index = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    """Sum and count of the values of each cluster, in the order of their first appearance."""
+    index, _ = pd.factorize(np.asarray(clusters, dtype=object))
     return np.bincount(index, weights=values).astype(float), np.bincount(index).astype(float)

@@ -27,13 +27,14 @@ def locate(
     """The k strongest sites of a trace, as addresses that carry over to other prompts.
 
     "band": of the roles that have read the whole subject, the component and role with the largest mean
-    effect over layers; then k consecutive layers, centred a third of the way up its plateau, clipped to
-    the model. The plateau is the run of layers around the strongest that reach four fifths of it; a sharp
-    peak is its own. A subject's first tokens are no address of a band: a key there answers to everything that
+    effect over layers; then k consecutive layers, centred a third of the way up its plateau. The plateau is
+    the run of layers around the strongest that reach four fifths of it; a sharp peak is its own. Neither
+    leaves the layers that were traced, nor the box; a box with a hole is looked in on the side of its
+    strongest layer. A subject's first tokens are no address of a band: a key there answers to everything that
     begins alike. Layers between traced ones take the effect of the straight line between them.
     "cells": the raw top k of the map. "threshold": every cell from an effect on. "significant": every cell
     that is more than chance by `significance`. Never a site without a positive effect; the strongest first,
-    ties go to the lower layer.
+    ties go to the lower layer, then to the component and role that come first.
 
     Not the plateau's highest point, because the height of a flat top is chance; and not its middle,
     because edits higher up cost more: analyses/strength.py has both on the tune split.
@@ -58,12 +59,12 @@ def locate(
     means = [
         mean
         for mean in trace.role_effects()
-        if mean.role not in _NO_SITE
-        and (layers is None or mean.layer in layers)
-        and (roles is None or mean.role in roles)
+        if mean.role not in _NO_SITE and (roles is None or mean.role in roles)
     ]
     if by != "band":
-        best = sorted(means, key=lambda mean: (-mean.effect, mean.layer))
+        inside = (mean for mean in means if layers is None or mean.layer in layers)
+        best = sorted(inside, key=lambda mean: (-mean.effect, mean.layer))
+        few = ""
         if by == "significant":
             sure = {
                 (row["component"], row["role"], row["layer"])
@@ -71,31 +72,43 @@ def locate(
                 if row["q"] < level
             }
             best = [mean for mean in best if (mean.component, mean.role, mean.layer) in sure]
+            few = f" with q < {level:g}; fewer than six subjects can show none"
         elif by == "threshold":
             best = [mean for mean in best if mean.effect >= least]
+            few = f" of {least:g} and more"
         else:
             best = best[:k]
-        return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best])
+        return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best], few)
     curves: dict[tuple[Component, Role], list[RoleEffect]] = defaultdict(list)
     for mean in means:
         if mean.role not in _HALF_READ:
             curves[mean.component, mean.role].append(mean)
     if not curves:
         raise ValueError("this trace has no role that an edit could address; trace more positions")
-    component, role = max(curves, key=lambda key: float(np.mean([m.effect for m in curves[key]])))
-    curve = curves[component, role]
-    layers = [mean.layer for mean in curve]
+    rows = range(trace.layers[0], trace.layers[-1] + 1)
+    box = [layer for layer in rows if layers is None or layer in layers]
+    if not box:
+        raise ValueError(f"the box has none of the layers {rows[0]} to {rows[-1]}, which were traced")
 
-    def between(layer: int, field: str) -> float:
-        return float(np.interp(layer, layers, [getattr(mean, field) for mean in curve]))
+    def between(key: tuple[Component, Role], layer: int, field: str) -> float:
+        curve = curves[key]
+        return float(np.interp(layer, [m.layer for m in curve], [getattr(m, field) for m in curve]))
 
-    first, last = _plateau([between(layer, "effect") for layer in range(layers[0], layers[-1] + 1)])
-    middle = layers[0] + first + (last - first) // 3
-    width = min(k, trace.model_layers)
-    low = min(max(0, middle - (width - 1) // 2), trace.model_layers - width)
+    component, role = best = max(
+        curves, key=lambda key: float(np.mean([between(key, layer, "effect") for layer in box]))
+    )
+
+    def effect(layer: int) -> float:
+        return between(best, layer, "effect")
+
+    run = _run_of(box, max(box, key=effect))
+    first, last = _plateau([effect(layer) for layer in run])
+    middle = run[first] + (last - first) // 3
+    width = min(k, len(run))
+    low = min(max(run[0], middle - (width - 1) // 2), run[-1] + 1 - width)
     return _sites(
         [
-            (component, at, role, between(at, "effect"), (between(at, "low"), between(at, "high")))
+            (component, at, role, effect(at), (between(best, at, "low"), between(best, at, "high")))
             for at in range(low, low + width)
         ]
     )
@@ -119,8 +132,20 @@ def _plateau(effects: Sequence[float]) -> tuple[int, int]:
     return first, last
 
 
-def _sites(found: Sequence[tuple[Component, int, Role, float, tuple[float, float]]]) -> tuple[Site, ...]:
+def _run_of(box: Sequence[int], strongest: int) -> range:
+    """The layers of a box that follow on each other around its strongest."""
+    low = high = strongest
+    while low - 1 in box:
+        low -= 1
+    while high + 1 in box:
+        high += 1
+    return range(low, high + 1)
+
+
+def _sites(
+    found: Sequence[tuple[Component, int, Role, float, tuple[float, float]]], few: str = ""
+) -> tuple[Site, ...]:
     sites = tuple(Site(*fields) for fields in found if fields[3] > 0)
     if not sites:
-        raise ValueError("nothing in this trace has a positive effect; trace more roles or layers")
+        raise ValueError(f"nothing in this trace has a positive effect{few}; trace more roles or layers")
     return sites

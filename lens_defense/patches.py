@@ -140,6 +140,22 @@ def starting(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) 
             vars(block).pop("forward", None)
 
 
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """What does not fit into memory is told in a sentence, whichever allocator said so.
+
+    Raises:
+        MemoryError: it does not fit.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        in_words = "allocate memory" in str(error)  # the CPU's allocator has no class for it
+        if not (in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+            raise
+        raise MemoryError(f"{what} do not fit into memory; lower max_bytes, or take fewer samples") from error
+
+
 def device_of(model: TransformerBridge) -> torch.device:
     """Where the model's inputs belong."""
     return model.embed.weight.device

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,7 +12,6 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.attributions import screen
 from lens_defense.corruptions import Corruption
 from lens_defense.generations import generate
-from lens_defense.grids import Grid
 from lens_defense.metrics import Metric
 from lens_defense.patches import Run, Write, device_of, run
 from lens_defense.prompts import Prompt, Request, prompt
@@ -33,28 +33,13 @@ class Runs:
     """The run whose states are put in."""
     embeddings: Float[Tensor, "sample token d_model"]
     """Of the run that is patched."""
-    keep: int
 
-    @torch.no_grad()
-    def swept(
-        self,
-        model: TransformerBridge,
-        cells: Sequence[Cell],
-        read: Measure,
-        most: int,
-        progress: Callable[[int], object],
-    ) -> Float[Tensor, "cell sample reading"]:
-        """Measured, each cell by a run of its own."""
-        return sweep(
-            model, self.ids, self.base, self.donor, cells, read,
-            keep=self.keep, max_rows=most, progress=progress,
-        )  # fmt: skip
 
-    def screened(
-        self, model: TransformerBridge, cells: Sequence[Cell], read: Measure
-    ) -> Float[Tensor, "cell sample reading"]:
-        """Estimated, all cells by one gradient."""
-        return screen(model, self.ids, self.embeddings, self.donor, cells, read, keep=self.keep)
+class Embedded(NamedTuple):
+    """A prompt with its answer, as the first block reads it."""
+
+    clean: Float[Tensor, "1 token d_model"]
+    spoiled: Float[Tensor, "sample token d_model"]
 
 
 def answered(
@@ -83,31 +68,93 @@ def answered(
 
 
 @torch.no_grad()
-def prepared(
-    model: TransformerBridge, met: Prompt, cells: Grid, corruption: Corruption, direction: Direction
+def embedded(model: TransformerBridge, met: Prompt, corruption: Corruption) -> Embedded:
+    """The embeddings of a prompt and its answer, clean and with the subject spoiled."""
+    clean = run(model, _ids(model, met), names=[EMBEDDING], stop=1).states[EMBEDDING]
+    spoiled = corruption(clean[:, : len(met.ids)], met).to(clean)
+    tail = clean[:, len(met.ids) :].expand(len(spoiled), -1, -1)
+    return Embedded(clean, torch.cat([spoiled, tail], 1))
+
+
+@torch.no_grad()
+def ends(
+    model: TransformerBridge,
+    met: Prompt,
+    given: Embedded,
+    metrics: Mapping[str, Metric],
+    most: int,
+) -> tuple[Float[Tensor, " reading"], Float[Tensor, "sample reading"]]:
+    """What the metrics read of the clean prompt and of the spoiled one."""
+    clean, spoiled = [], []
+    for part in given.spoiled.split(most):
+        runs = _prepared(model, met, Embedded(given.clean, part), (), "denoise")
+        read = reading(metrics, met, runs.clean.logits)
+        clean.append(read(runs.clean.logits)[0].double().cpu())
+        spoiled.append(read(runs.base.logits).double().cpu())
+    return clean[0], torch.cat(spoiled)
+
+
+def measured(
+    model: TransformerBridge,
+    met: Prompt,
+    given: Embedded,
+    cells: Sequence[Cell],
+    metrics: Mapping[str, Metric],
+    direction: Direction,
+    *,
+    exact: bool,
+    max_bytes: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Float[Tensor, "cell sample reading"]:
+    """The cells of one prompt: each by a run of its own, or all by one gradient; some samples at once."""
+    most, keep, told = rows_within(model, met, max_bytes, exact=exact), len(met.answer), []
+    for part in given.spoiled.split(most):
+        runs = _prepared(model, met, Embedded(given.clean, part), cells, direction)
+        read = reading(metrics, met, runs.clean.logits)
+        if exact:
+            with torch.no_grad():
+                told.append(
+                    sweep(
+                        model, runs.ids, runs.base, runs.donor, cells, read,
+                        keep=keep, max_rows=most, progress=progress,
+                    )
+                )  # fmt: skip
+        else:
+            told.append(screen(model, runs.ids, runs.embeddings, runs.donor, cells, read, keep=keep))
+    return torch.cat(told, 1)
+
+
+@torch.no_grad()
+def _prepared(
+    model: TransformerBridge, met: Prompt, given: Embedded, cells: Sequence[Cell], direction: Direction
 ) -> Runs:
     """The prompt with its answer, clean and spoiled; the run that is patched has one row a sample."""
-    some, keep = list(cells.values()), len(met.answer)
-    ids = torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
-    whole = run(model, ids, names=[EMBEDDING], stop=1).states[EMBEDDING]
-    spoiled = corruption(whole[:, : len(met.ids)], met)
-    tail = whole[:, len(met.ids) :].expand(len(spoiled), -1, -1)
-    embeddings = torch.cat([spoiled.to(whole), tail], 1)
+    ids, keep, (clean_embeddings, spoiled) = _ids(model, met), len(met.answer), given
     every = ids.expand(len(spoiled), -1)
-    writes: dict[str, Write] = {EMBEDDING: lambda _: embeddings}
-    names = base_hooks(some), donor_hooks(some)
+    writes: dict[str, Write] = {EMBEDDING: lambda _: spoiled}
+    names = base_hooks(cells), donor_hooks(cells)
     if direction == "denoise":
         clean = run(model, ids, names=names[1], keep=keep)
         base = run(model, every, names=names[0], writes=writes, keep=keep)
-        return Runs(ids, clean, base, clean, embeddings, keep)
+        return Runs(ids, clean, base, clean, spoiled)
     clean = run(model, every, names=names[0], keep=keep)
     donor = run(model, every, names=names[1], writes=writes, keep=keep)
-    return Runs(ids, clean, clean, donor, whole.expand(len(spoiled), -1, -1), keep)
+    return Runs(ids, clean, clean, donor, clean_embeddings.expand(len(spoiled), -1, -1))
+
+
+def _ids(model: TransformerBridge, met: Prompt) -> Int[Tensor, "1 token"]:
+    return torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
 
 
 def reading(metrics: Mapping[str, Metric], met: Prompt, clean: Tensor) -> Measure:
-    """All metrics as the columns of one measure."""
-    return lambda logits: torch.stack([read(logits, met, clean[:1]) for read in metrics.values()], 1)
+    """All metrics as the columns of one measure; logits of half precision are read in single."""
+
+    def precise(logits: Tensor) -> Tensor:
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    return lambda logits: torch.stack(
+        [read(precise(logits), met, precise(clean[:1])) for read in metrics.values()], 1
+    )
 
 
 def width_of(met: Prompt) -> int:
@@ -115,11 +162,14 @@ def width_of(met: Prompt) -> int:
     return len(met.ids) + len(met.answer) - 1
 
 
-def rows_within(model: TransformerBridge, met: Prompt, max_bytes: int) -> int:
-    """How many rows fit: their cache, attention scores, MLP states and logits, twice over."""
+def rows_within(model: TransformerBridge, met: Prompt, max_bytes: int, *, exact: bool = True) -> int:
+    """How many rows fit: their cache, attention scores, MLP states and logits, twice over.
+
+    A gradient keeps the states of every layer, an exact pass those of one.
+    """
     cfg, width = model.cfg, width_of(met)
     d_mlp = cfg.d_mlp or 4 * cfg.d_model
     wide = width * (4 * cfg.d_model + 3 * d_mlp) + cfg.n_heads * width * width
     cached = 2 * cfg.n_layers * width * cfg.n_heads * cfg.d_head
-    row = 8 * (wide + cached + len(met.answer) * cfg.d_vocab)
+    row = 8 * (wide * (1 if exact else cfg.n_layers) + cached + len(met.answer) * cfg.d_vocab)
     return max(1, max_bytes // row)

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import KeyValues, Run, Write, run
+from lens_defense.patches import KeyValues, Run, Write, fitting, run
 from lens_defense.sites import Component, entry_hook, head_of, output_hook
 
 A_CALL = 60
@@ -129,34 +129,25 @@ def sweep(
 
     def measured(indices: Sequence[int]) -> None:
         group = [cells[i] for i in indices]
-        logits = _grown(model, ids, base, donor, group, keep)
-        read = measure(logits).double().cpu()
+        with fitting(f"{len(group) * samples} rows of {ids.shape[1]} tokens"):
+            read = measure(_grown(model, ids, base, donor, group, keep)).double().cpu()
         told.update(zip(indices, read.view(len(group), samples, -1), strict=True))
         progress(cost(group, layers=model.cfg.n_layers, tokens=ids.shape[1], samples=samples))
 
-    for indices in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows):
-        halves = [indices[: len(indices) // 2], indices[len(indices) // 2 :]]
+    def fits(indices: Sequence[int]) -> bool:
         try:
             measured(indices)
-        except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+        except MemoryError:
+            if len(indices) < 2:
                 raise
-            try:
-                for half in filter(None, halves):
-                    measured(half)
-            except (RuntimeError, MemoryError) as again:
-                if not _out_of_memory(again):
-                    raise
-                raise MemoryError(
-                    f"{len(halves[1]) * samples} rows of {ids.shape[1]} tokens do not fit into memory; lower "
-                    "max_bytes, or take fewer samples"
-                ) from again
+            return False
+        return True
+
+    for indices in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows):
+        if not fits(indices):  # by now the error is gone, and with it what the pass held
+            measured(indices[: len(indices) // 2])
+            measured(indices[len(indices) // 2 :])
     return torch.stack([told[i] for i in range(len(cells))])
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """CUDA's error has a class of its own; the CPU's allocator says it in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
 
 
 def _passes(

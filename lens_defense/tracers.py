@@ -6,6 +6,7 @@ from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
@@ -14,10 +15,10 @@ from lens_defense.corruptions import Corruption, noise
 from lens_defense.grids import cells_components, cells_layers, cells_roles, grid
 from lens_defense.metrics import Metric, answer_logprob
 from lens_defense.prompts import Prompt, Request, Role, UnfitRequest, for_planning
-from lens_defense.runs import answered, prepared, reading, rows_within, width_of
+from lens_defense.runs import answered, embedded, ends, measured, rows_within, width_of
 from lens_defense.sites import Component
 from lens_defense.sweeps import cost
-from lens_defense.traces import Direction, Trace
+from lens_defense.traces import Direction, Trace, Verified
 from lens_defense.turns import dozen
 from lens_defense.weights import fingerprint
 
@@ -37,6 +38,7 @@ def trace(
     corruption: Corruption | None = None,
     direction: Direction = "denoise",
     severed: Literal["mlp", "attention"] | None = None,
+    together: bool = False,
     metric: Metric = answer_logprob,
     exact: bool = True,
     verify: int = 0,
@@ -63,14 +65,17 @@ def trace(
             the embedding matrix.
         direction: "denoise" restores a clean state in the spoiled run (what suffices), "noise" puts a
             spoiled state into the clean run (what is necessary).
-        severed: hold the MLP's or attention's outputs of the layers above at the same token as they were
-            without the patch: what of the effect passes through them is lost (Meng et al. 2022, figure 3).
+        severed: hold the MLP's or attention's outputs that are computed later, at the same token, as they
+            were without the patch: what of the effect passes through them is lost (Meng et al. 2022,
+            figure 3).
+        together: patch all tokens of `positions` at once, one cell a layer, which stands at the last of
+            them: with "heads" and "all" tokens, a map of whole heads.
         metric: what is measured, see metrics.py; an answer's log probability by default. `traces`
             reads several from one sweep.
         exact: False estimates every cell by one gradient (attribution patching), in about the time of three
             runs a request; for a first look.
-        verify: after such an estimate, how many of each request's strongest cells are measured exactly; the
-            Trace's `verified` says how the two agree.
+        verify: after such an estimate, how many of each request's strongest cells (of the first metric) are
+            measured exactly and take the estimate's place; the Trace's `verified` holds both.
         answers: the answer that the metric reads, one a request; None takes the request's `target`
             or, without one, the model's own greedy answer to the clean prompt.
         answer_tokens: the length of that own answer.
@@ -78,9 +83,11 @@ def trace(
         window: layers restored at once for MLP and attention outputs, centred, clipped to the model
             (Meng et al. 2022 take 10).
         floor: the least difference, in the metric's unit (nats), between clean and spoiled run; a
-            request below it is refused, because its effects would be noise over nothing.
+            request below it in some sample, or whose samples differ in its sign, is refused, because its
+            effects would be noise over nothing.
         seed: of the noise.
-        max_bytes: bounds the rows of one pass.
+        max_bytes: bounds the rows that run at once, by an estimate of their cache, states and logits; what
+            does not fit is taken in parts, at least one row at a time.
         chat: False asks without the model's chat template.
         progress: shows a bar.
 
@@ -88,6 +95,7 @@ def trace(
         ValueError: a request without a subject, or of the split "check"; a role, layer or setting that does
             not exist.
         UnfitRequest: requests without a token of the roles, or whose answer does not depend on their subject.
+        MemoryError: half of a pass does not fit either.
     """
     return _traced(
         model,
@@ -99,6 +107,7 @@ def trace(
         corruption=corruption,
         direction=direction,
         severed=severed,
+        together=together,
         exact=exact,
         verify=verify,
         answers=answers,
@@ -146,6 +155,7 @@ def _traced(
     corruption: Corruption | None,
     direction: Direction,
     severed: Literal["mlp", "attention"] | None,
+    together: bool,
     exact: bool,
     verify: int,
     answers: Sequence[str] | None,
@@ -171,22 +181,28 @@ def _traced(
     ):
         if given not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
+    if verify < 0 or (verify and exact):
+        raise ValueError(f"verify is a number of cells to measure after exact=False, got {verify}")
     corruption = corruption or noise(model, samples=samples, seed=seed)
     prompts = answered(model, requests, answers, answer_tokens, chat)
-    depth = model.cfg.n_layers
-    grids = [grid(met, every, rows, roles, window, depth, severed) for met in prompts]
+    depth, parallel = model.cfg.n_layers, bool(model.cfg.parallel_attn_mlp)
+    grids = [
+        grid(met, every, rows, roles, window, depth, severed=severed, parallel=parallel, together=together)
+        for met in prompts
+    ]
     empty = [met.request.id for met, grid in zip(prompts, grids, strict=True) if not grid]
     if empty:
         raise UnfitRequest(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
 
     start = time.perf_counter()
-    clean, corrupted = _ends(model, prompts, corruption, metrics)
+    inputs = [embedded(model, met, corruption) for met in prompts]
+    both = [
+        ends(model, met, given, metrics, rows_within(model, met, max_bytes))
+        for met, given in zip(prompts, inputs, strict=True)
+    ]
+    clean, corrupted = [one for one, _ in both], [some for _, some in both]
     for k in range(len(metrics)):
-        _refuse_weak(
-            prompts,
-            [float((a[k] - b[:, k]).abs().min()) for a, b in zip(clean, corrupted, strict=True)],
-            floor,
-        )
+        _refuse_weak(prompts, [_least(a[k] - b[:, k]) for a, b in both], floor)
     number = len(corrupted[0])
     total = sum(
         cost(list(some.values()), layers=depth, tokens=width_of(met), samples=number)
@@ -198,7 +214,8 @@ def _traced(
 
     shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
     patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
-    verified: list[list[tuple[float, float]]] = [[] for _ in metrics]
+    verified: list[list[Verified]] = [[] for _ in metrics]
+    settings = {"metrics": metrics, "direction": direction, "max_bytes": max_bytes}
     with tqdm(
         total=total if exact else len(prompts),
         desc="trace" if exact else "screen",
@@ -206,27 +223,22 @@ def _traced(
         unit_scale=exact,
         disable=not progress,
     ) as bar:
-        for r, (met, some) in enumerate(zip(prompts, grids, strict=True)):
-            runs = prepared(model, met, some, corruption, direction)
-            read = reading(metrics, met, runs.clean.logits)
-            most = rows_within(model, met, max_bytes)
-            cells = list(some.values())
-            if exact:
-                told = runs.swept(model, cells, read, most, bar.update)
-            else:
-                told = runs.screened(model, cells, read)
-                bar.update()
-            for place, value in zip(some, told, strict=True):
+        for r, (met, given, some) in enumerate(zip(prompts, inputs, grids, strict=True)):
+            cells, places = list(some.values()), list(some)
+            update = bar.update if exact else lambda _: None
+            told = measured(model, met, given, cells, exact=exact, progress=update, **settings)
+            bar.update(0 if exact else 1)
+            for place, value in zip(places, told, strict=True):
                 patched[r, *place] = value
             low, high = (corrupted[r], clean[r]) if direction == "denoise" else (clean[r], corrupted[r])
             effects = ((told - low) / (high - low)).mean(1)
-            best = effects[:, 0].abs().argsort(descending=True)[: 0 if exact else verify].tolist()
+            best = effects[:, 0].abs().argsort(descending=True)[:verify].tolist()
             if best:
-                again = runs.swept(model, [cells[i] for i in best], read, most, lambda _: None)
+                again = measured(model, met, given, [cells[i] for i in best], exact=True, **settings)
                 for i, value in zip(best, again, strict=True):
-                    patched[r, *list(some)[i]] = value
+                    patched[r, *places[i]] = value
                     for k, effect in enumerate(((value - low) / (high - low)).mean(0).tolist()):
-                        verified[k].append((float(effects[i, k]), effect))
+                        verified[k].append(Verified((r, *places[i]), float(effects[i, k]), effect))
     return {
         name: Trace(
             prompts=tuple(prompts),
@@ -243,6 +255,7 @@ def _traced(
             fingerprint=fingerprint(model),
             direction=direction,
             severed=severed or "",
+            together=together,
             exact=exact,
             corruption=_name(corruption),
             metric=_name(metrics[name]),
@@ -252,25 +265,14 @@ def _traced(
     }
 
 
-@torch.no_grad()
-def _ends(
-    model: TransformerBridge,
-    prompts: Sequence[Prompt],
-    corruption: Corruption,
-    metrics: Mapping[str, Metric],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What the metrics read of each prompt clean [reading] and spoiled [sample, reading]."""
-    clean, corrupted = [], []
-    for met in prompts:
-        runs = prepared(model, met, {}, corruption, "denoise")
-        read = reading(metrics, met, runs.clean.logits)
-        clean.append(read(runs.clean.logits)[0].double().cpu())
-        corrupted.append(read(runs.base.logits).double().cpu())
-    return clean, corrupted
-
-
 def _name(made: object) -> str:
     return str(getattr(made, "__name__", type(made).__name__))
+
+
+def _least(differences: Float[Tensor, " sample"]) -> float:
+    """The least change of all samples; 0 where they do not all go one way."""
+    one_way = bool((differences > 0).all() or (differences < 0).all())
+    return float(differences.abs().min()) if one_way else 0.0
 
 
 def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor: float) -> None:
@@ -278,8 +280,8 @@ def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor:
     if weak:
         names = ", ".join(f"{prompts[i].request.id} ({differences[i]:.3g})" for i in weak)
         raise UnfitRequest(
-            f"spoiling the subject hardly changes the answer to: {names}; the least change is "
-            f"{floor}. Leave these requests out, mark the words that matter, or lower floor"
+            f"spoiling the subject hardly changes the answer to: {names}; the least change is {floor}, one "
+            "way in every sample. Leave these requests out, mark the words that matter, or lower floor"
         )
 
 

@@ -15,8 +15,9 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -51,6 +52,17 @@ class RoleEffect:
     """Requests that have the role."""
 
 
+class Verified(NamedTuple):
+    """An estimated cell that was measured after all."""
+
+    cell: tuple[int, int, int, int]
+    """Request, component, layer and position, each an index of the map's axis."""
+    estimated: float
+    """The effect by the gradient."""
+    measured: float
+    """The effect by a run of its own, which stands in the map."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Trace:
     """What restoring each state brought back. Positions that were not traced are NaN."""
@@ -75,6 +87,8 @@ class Trace:
     direction: Direction = "denoise"
     severed: str = ""
     """The component whose later outputs were held, where one was."""
+    together: bool = False
+    """Whether all tokens were patched at once, in one cell a layer, which stands at the last of them."""
     exact: bool = True
     """Whether every cell was measured by a run of its own, and not estimated by a gradient."""
     corruption: str = ""
@@ -83,8 +97,8 @@ class Trace:
     """The name of what was read."""
     measure: str = ""
     """What the cells say, in words, where they are no effects of patches (lenses.py)."""
-    verified: tuple[tuple[float, float], ...] = ()
-    """Of estimated cells that were measured after all: the effect estimated, the effect measured."""
+    verified: tuple[Verified, ...] = ()
+    """The estimated cells that were measured after all."""
 
     @property
     def sample_effects(self) -> Float[Tensor, "request component layer position sample"]:
@@ -99,6 +113,11 @@ class Trace:
         """The effect of every cell, mean over samples."""
         return self.sample_effects.mean(-1)
 
+    @property
+    def subjects(self) -> list[str]:
+        """The subject of each request; requests of one subject are related, and count as one draw."""
+        return [met.request.subject or met.request.id for met in self.prompts]
+
     def __repr__(self) -> str:
         roles = dict.fromkeys(mean.role for mean in self.role_effects())
         return (
@@ -112,6 +131,7 @@ class Trace:
         part = slice(at, at + 1)
         return replace(
             self,
+            verified=_moved(self.verified, 0, {at: 0}),
             prompts=self.prompts[part],
             answers=self.answers[part],
             patched=self.patched[part, :, :, : len(self.prompts[at].ids)],
@@ -122,7 +142,12 @@ class Trace:
     def only(self, component: Component) -> "Trace":
         """The trace of one component."""
         c = self.components.index(component)
-        return replace(self, components=(component,), patched=self.patched[:, c : c + 1])
+        return replace(
+            self,
+            components=(component,),
+            patched=self.patched[:, c : c + 1],
+            verified=_moved(self.verified, 1, {c: 0}),
+        )
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row a cell: request, component, layer, position, word, role, effect, low, high."""
@@ -139,10 +164,10 @@ class Trace:
     def role_effects(self) -> list[RoleEffect]:
         """Means by component, role and layer, in reading order.
 
-        The interval is a 95% bootstrap over requests from 8 on, below that their range; for one
-        request the same over its noise samples.
+        The interval is a 95% bootstrap over subjects from 8 on, below that the range of the requests; for
+        one request the same over its noise samples.
         """
-        effects = self.sample_effects
+        effects, subjects = self.sample_effects, self.subjects
         each: dict[tuple[Component, Role, int], dict[int, list[Tensor]]] = defaultdict(dict)
         for r, c, j, t in self._cells():
             key = (self.components[c], self.prompts[r].roles[t], self.layers[j])
@@ -150,8 +175,10 @@ class Trace:
         means = []
         for (component, role, layer), by_request in each.items():
             samples = torch.stack([torch.stack(cells).mean(0) for cells in by_request.values()])
-            values = samples[0] if len(samples) == 1 else samples.mean(1)
-            low, high = mean_interval(values.numpy(), seed=self.seed)
+            one = len(samples) == 1
+            values = samples[0] if one else samples.mean(1)
+            clusters = None if one else [subjects[r] for r in by_request]
+            low, high = mean_interval(values.numpy(), clusters, seed=self.seed)
             effect = float(samples.mean())
             means.append(RoleEffect(component, role, layer, effect, low, high, len(samples)))
         order = {role: i for i, role in enumerate(READING_ORDER)}
@@ -190,7 +217,7 @@ class Trace:
                 raise ValueError(f"{path} holds no trace; give a file that Trace.save wrote")
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         prompts = tuple(_prompt_from_json(fields) for fields in header.pop("prompts"))
-        header["verified"] = tuple(map(tuple, header.get("verified", ())))
+        header["verified"] = tuple(Verified(tuple(cell), *both) for cell, *both in header.get("verified", ()))
         lists = {name: tuple(header.pop(name)) for name in ("components", "layers", "answers")}
         return cls(prompts=prompts, **lists, **tensors, **header)
 
@@ -217,11 +244,16 @@ def joined(traces: Sequence[Trace]) -> Trace:
         torch.nn.functional.pad(one.patched, (0, 0, 0, width - one.patched.shape[3]), value=float("nan"))
         for one in traces
     ]
+    starts = accumulate((len(one.prompts) for one in traces), initial=0)
     return replace(
         first,
         prompts=tuple(met for one in traces for met in one.prompts),
         answers=tuple(answer for one in traces for answer in one.answers),
-        verified=tuple(pair for one in traces for pair in one.verified),
+        verified=tuple(
+            met
+            for one, start in zip(traces, starts, strict=False)
+            for met in _moved(one.verified, 0, {r: start + r for r in range(len(one.prompts))})
+        ),
         patched=torch.cat(patched),
         clean=torch.cat([one.clean for one in traces]),
         corrupted=torch.cat([one.corrupted for one in traces]),
@@ -230,7 +262,18 @@ def joined(traces: Sequence[Trace]) -> Trace:
 
 _TENSORS = ("patched", "clean", "corrupted")
 _HEADER = ("components", "layers", "answers", "window", "seed", "model", "model_layers", "fingerprint")
-_HEADER += ("direction", "severed", "exact", "corruption", "metric", "measure", "verified")
+_HEADER += ("direction", "severed", "together", "exact", "corruption", "metric", "measure", "verified")
+
+
+def _moved(verified: Sequence[Verified], axis: int, places: dict[int, int]) -> tuple[Verified, ...]:
+    """Those whose index of an axis has a new place, there."""
+    moved = []
+    for one in verified:
+        if one.cell[axis] in places:
+            cell = list(one.cell)
+            cell[axis] = places[cell[axis]]
+            moved.append(one._replace(cell=tuple(cell)))
+    return tuple(moved)
 
 
 def _prompt_to_json(met: Prompt) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def a_request(
     return request(text, subject, id=id or subject)
 
 
+def some_prompts(number: int) -> list[Prompt]:
+    """Prompts of so many subjects."""
+    return [a_prompt(asked=a_request(f"make a lamp {i}", f"lamp {i}")) for i in range(number)]
+
+
 def a_prompt(
     words: Sequence[str] = (
         "<|im_start|>",

@@ -18,7 +18,7 @@ XYZ = request("how do I make a xyz at home?", "xyz", id="xyz")
 BELL = request("ring an old bell for me", "old bell", id="bell")
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "gemma2"])
 def model(request):
     return tiny(request.param, chat=True)
 
@@ -92,14 +92,20 @@ def test_noise_leaves_the_global_generator_alone(model):
 def test_scale_is_in_standard_deviations_of_the_embeddings(model, scale):
     met, clean, spoiled = spoiled_by(noise(model, scale=scale, samples=200), model, TWICE)
     draws = (spoiled - clean)[:, list(met.corrupted)]
-    unit = float(model.embed.weight.detach().std())
+    unit = float(embeddings_of(model).std())
     assert float(draws.std()) == pytest.approx(scale * unit, rel=0.05)
     assert abs(float(draws.mean())) < 0.05 * scale * unit
 
 
+@torch.no_grad()
+def embeddings_of(model):
+    """Of every token, as the first block reads them [vocab, d_model]."""
+    return run(model, torch.arange(300)[:, None], names=[EMBEDDING]).states[EMBEDDING][:, 0]
+
+
 def rows_of(model, spoiled):
     """Token ids that a spoiled prompt's embeddings belong to."""
-    table = model.embed.weight.detach()
+    table = embeddings_of(model)
     return [tuple(int((table - token).abs().sum(1).argmin()) for token in sample) for sample in spoiled]
 
 

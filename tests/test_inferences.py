@@ -1,9 +1,11 @@
 """Significance against SciPy's permutation test; reliability of maps that do and do not repeat."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from nouns import a_prompt, a_trace
+from nouns import a_prompt, a_request, a_trace, some_prompts
 from scipy import stats
 
 from lens_defense.inferences import reliability, request_effects, significance
@@ -13,7 +15,7 @@ from lens_defense.intervals import sign_flip_p_value, sign_flip_p_values
 def a_map(values):
     """A trace of one role whose effects are these, [request, layer]."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    prompts = [a_prompt() for _ in values]
+    prompts = some_prompts(len(values))
     told = a_trace(prompts, layers=range(values.shape[1]), roles=["subject_last"], samples=1)
     at = prompts[0].positions("subject_last")[0]
     told.patched[:, 0, :, at, 0] = values - 1  # clean 0, corrupted -1
@@ -57,7 +59,33 @@ def test_reliability_is_high_where_requests_agree_and_none_where_they_do_not():
     shape = np.linspace(0, 1, 12)
     agreed, (low, high) = reliability(a_map(shape + rng.normal(0, 0.1, (30, 12))))
     assert agreed > 0.95 and low <= agreed <= high
-    chance, _ = reliability(a_map(rng.normal(size=(30, 12))))
-    assert chance < 0.7
-    with pytest.raises(ValueError, match="at least 4 requests"):
+    chance = [reliability(a_map(rng.normal(size=(30, 12)))) for _ in range(20)]
+    assert all(0 <= low <= middle <= high <= 1 for middle, (low, high) in chance)
+    assert np.median([middle for middle, _ in chance]) < 0.3
+    assert reliability(a_map(np.ones((6, 4)))) == (0, (0, 0)), "a map that is flat tells nothing"
+    with pytest.raises(ValueError, match="at least 4 subjects"):
         reliability(a_map(np.ones((3, 4))))
+
+
+def related(times):
+    """Ten subjects, each asked so many times with the same effects; half of them up, half down."""
+    values = np.random.default_rng(1).normal(0.3, 1, size=(10, 4))
+    told = a_map(np.repeat(values, times, axis=0))
+    prompts = [a_prompt(asked=a_request(id=f"{i}", text=f"a pipe {i // times}", subject=f"pipe {i // times}"))
+               for i in range(10 * times)]  # fmt: skip
+    return replace(told, prompts=tuple(prompts))
+
+
+def test_requests_of_one_subject_are_one_draw():
+    once, five = related(1), related(5)
+    for mean, again in zip(once.role_effects(), five.role_effects(), strict=True):
+        assert (again.low, again.high) == pytest.approx((mean.low, mean.high))
+        assert again.n == 5 * mean.n
+    np.testing.assert_allclose(significance(five)["p"], significance(once)["p"])
+    middle, _ = reliability(five)
+    assert middle < 0.95, "no subject is in both halves"
+
+
+def test_what_has_no_sign_has_no_significance():
+    with pytest.raises(ValueError, match="never negative"):
+        significance(replace(related(1), measure="the logit lens"))

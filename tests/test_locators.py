@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nouns import a_prompt, a_trace
+from nouns import a_prompt, a_trace, some_prompts
 
 from lens_defense.locators import locate
 from lens_defense.traces import Trace
@@ -121,8 +121,10 @@ def test_a_threshold_takes_every_cell_from_it_on():
     curves = {LAST: peaked(3), ("residual", "next"): peaked(9, high=0.7)}
     sites = locate(mapped(curves), by="threshold", least=0.65)
     assert [(site.role, site.layer) for site in sites] == [("subject_last", 3), ("next", 9)]
-    with pytest.raises(ValueError, match="positive effect"):
+    with pytest.raises(ValueError, match=r"positive effect of 0\.9 and more"):
         locate(mapped(curves), by="threshold", least=0.9)
+    with pytest.raises(ValueError, match=r"with q < 0\.05; fewer than six subjects"):
+        locate(mapped(curves), by="significant")
 
 
 def test_a_box_bounds_what_is_looked_at():
@@ -130,6 +132,20 @@ def test_a_box_bounds_what_is_looked_at():
     assert {site.role for site in locate(mapped(curves), roles=["next"])} == {"next"}
     (site,) = locate(mapped(curves), 1, by="cells", layers=range(5, 12))
     assert (site.role, site.layer) == ("next", 9)
+
+
+def test_a_band_does_not_leave_its_box_or_what_was_traced():
+    curve = [0.9, 0.9, 0.9, 0.5, 0.4, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    told = mapped({LAST: curve})
+    assert layers_of(locate(told, 5, layers=range(6, 9))) == [6, 7, 8]
+    sites = locate(told, 2, layers=[1, 4, 5])
+    assert [(site.layer, site.effect) for site in sites] == [(1, pytest.approx(0.9))]
+    strided = mapped({LAST: [0.2, 0.3, 0.4, 0.8]}, layers=(0, 3, 6, 9), depth=14)
+    assert layers_of(locate(strided, 5)) == [5, 6, 7, 8, 9]
+    inside = locate(strided, 5, layers=[7, 8])
+    assert [site.effect for site in inside] == pytest.approx([0.4 + 0.4 / 3, 0.4 + 0.8 / 3])
+    with pytest.raises(ValueError, match="none of the layers 0 to 9, which were traced"):
+        locate(strided, layers=[12])
 
 
 def test_significant_cells_are_those_that_more_requests_agree_on():
@@ -142,7 +158,7 @@ def test_significant_cells_are_those_that_more_requests_agree_on():
 
 def of_requests(values):
     """A trace of one role with these effects, [request, layer]."""
-    prompts = [a_prompt() for _ in values]
+    prompts = some_prompts(len(values))
     told = a_trace(prompts, layers=range(values.shape[1]), roles=["subject_last"], samples=1)
     at = prompts[0].positions("subject_last")[0]
     told.patched[:, 0, :, at, 0] = torch.as_tensor(values) - 1  # clean 0, corrupted -1

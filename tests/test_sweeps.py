@@ -1,6 +1,7 @@
 """The sweep equals one forward a cell: on every family, component, window, direction and severed graph."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -202,6 +203,39 @@ def test_a_pass_that_does_not_fit_is_halved_once(monkeypatch, limit, fits):
     else:
         with pytest.raises(MemoryError, match="lower max_bytes"):
             swept(model, ids, embeddings, cells, max_rows=16)
+
+
+@torch.no_grad()
+def test_the_failed_pass_is_gone_before_its_halves(monkeypatch):
+    model, ids, embeddings = setting("llama")
+    grown, held, alive = sweeps._grown, [], []
+
+    def greedy(*given):
+        alive.append([one() is not None for one in held])
+        big = torch.zeros(8)
+        held.append(weakref.ref(big))
+        if len(held) == 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return grown(*given)
+
+    monkeypatch.setattr(sweeps, "_grown", greedy)
+    swept(model, ids, embeddings, grid("residual"), max_rows=16)
+    assert len(alive) > 2 and not any(map(any, alive))
+
+
+@torch.no_grad()
+def test_one_cell_that_does_not_fit_is_not_tried_again(monkeypatch):
+    tried = []
+
+    def full(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, ids, embeddings = setting("llama")
+    monkeypatch.setattr(sweeps, "_grown", full)
+    with pytest.raises(MemoryError, match="2 rows of 9 tokens do not fit into memory; lower max_bytes"):
+        swept(model, ids, embeddings, grid("residual")[:1])
+    assert len(tried) == 1
 
 
 @torch.no_grad()

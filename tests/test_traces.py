@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nouns import HOSTILE, a_prompt, a_request, a_trace
+from nouns import HOSTILE, a_prompt, a_request, a_trace, some_prompts
 from oracles import traced_one_by_one
-from tiny import tiny
+from tiny import FAMILIES, tiny
 
+from lens_defense import attributions, patches, runs, sweeps
 from lens_defense.corruptions import ablation, harmless_subjects, noise, replacement
-from lens_defense.grids import grid
 from lens_defense.intervals import mean_interval
 from lens_defense.metrics import (
     answer_logprob,
@@ -22,13 +22,15 @@ from lens_defense.metrics import (
 )
 from lens_defense.patches import run
 from lens_defense.prompts import prompt, request
+from lens_defense.runs import reading
 from lens_defense.sites import EMBEDDING
+from lens_defense.sweeps import Cell, Point
 from lens_defense.tracers import trace, traces
 from lens_defense.traces import Trace
 
 LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
 BELL = request("ring an old bell for me", "old bell", id="bell")
-EVERY = {"positions": "all", "layers": "all", "progress": False, "answer_tokens": 3, "floor": 1e-9}
+EVERY = {"positions": "all", "layers": "all", "progress": False, "answer_tokens": 3, "floor": 0.0}
 
 
 def model_of(family="llama"):
@@ -78,10 +80,22 @@ def test_order_of_requests_changes_nothing():
     torch.testing.assert_close(trace(model, [BELL], **EVERY).effects, there[1].effects)
 
 
-def test_bounded_memory_changes_nothing():
-    model, some = model_of(), {**EVERY, "positions": ["subject_last", "last"]}
-    small, whole = (trace(model, [BELL], max_bytes=most, **some) for most in (1, 2**30))
-    torch.testing.assert_close(small.effects, whole.effects, equal_nan=True)
+@pytest.mark.parametrize("how", [{}, {"exact": False}, {"direction": "noise"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family, how):
+    model, some = model_of(family), {**EVERY, "positions": ["subject_last", "last"], "samples": 4, **how}
+    whole = trace(model, [BELL], **some)
+    rows, forward = [], patches.run
+    for module in (sweeps, attributions, runs):
+        monkeypatch.setattr(
+            module,
+            "run",
+            lambda model, ids, **more: rows.append(len(ids)) or forward(model, ids, **more),
+        )
+    one = trace(model, [BELL], max_bytes=1, **some)
+    assert set(rows) == {1}
+    torch.testing.assert_close(one.patched, whole.patched, equal_nan=True)
+    torch.testing.assert_close(one.corrupted, whole.corrupted)
 
 
 def test_a_window_wider_than_the_model_fills_every_layer():
@@ -118,6 +132,8 @@ def test_positions_and_layers_bound_the_map():
         ({"window": 0, "components": ["mlp"]}, "window"),
         ({"direction": "denoising"}, "direction must be one of 'denoise', 'noise', got 'denoising'"),
         ({"severed": "residual"}, "severed must be one of None, 'mlp', 'attention'"),
+        ({"verify": 3}, "verify is a number of cells to measure after exact=False"),
+        ({"verify": -1, "exact": False}, "got -1"),
     ],
 )
 def test_bad_arguments_are_refused(bad, what):
@@ -224,7 +240,7 @@ def test_dataframe_has_a_row_a_traced_cell():
 
 @pytest.mark.parametrize("number", [1, 3, 9])
 def test_by_role_is_the_mean_over_requests(number):
-    told = a_trace([a_prompt()] * number, samples=4)
+    told = a_trace(some_prompts(number), samples=4)
     table = told.by_role()
     last = told.sample_effects[:, 0, 1, 6]
     row = table[(table.role == "subject_last") & (table.layer == 1)].iloc[0]
@@ -275,17 +291,100 @@ def test_a_file_without_a_trace_is_refused(tmp_path):
         Trace.load(file)
 
 
+def a_cell(component, layer, tokens, severed, parallel, *, window=2, depth=4):
+    """A cell by the order of computation: a block's attention, then its MLP (or both at once), its sum."""
+    wide = component in ("mlp", "attention")
+    layers = range(max(0, layer - window // 2), min(depth, layer + (window + 1) // 2)) if wide else [layer]
+    order = {"residual_pre": 0, "attention": 1, "head": 1, "mlp": 1 if parallel else 2, "residual": 3}
+    first = min((at, order[component.split()[0]]) for at in layers)
+    held = [at for at in range(depth) if severed and (at, order[severed]) > first]
+    return Cell(
+        tuple(Point(component, at, t) for at in layers for t in tokens),
+        tuple(Point(severed, at, t) for at in held if (severed != component or at not in layers)
+              for t in tokens),
+    )  # fmt: skip
+
+
+PARTS = ("residual", "residual_pre", "attention", "mlp", "head 2")
+CORRUPTIONS = {
+    "noise": noise,
+    "replacement": lambda model: replacement(model, subjects=["qwv", "vwq"], samples=2),
+    "zero": lambda model: ablation(model, "zero"),
+    "mean": lambda model: ablation(model, "mean"),
+    "resample": lambda model: ablation(model, "resample"),
+}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("severed", [None, "mlp"])
+@pytest.mark.parametrize(
+    "severed, corruption",
+    [*((None, how) for how in CORRUPTIONS), ("mlp", "resample"), ("attention", "noise")],
+)
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "neox"])
-def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed, corruption):
     model = model_of(family)
-    parts = ("residual", "residual_pre", "attention", "head 2")
-    told = trace(model, [BELL], components=parts, direction=direction, severed=severed, window=2, **EVERY)
-    cells = grid(told.prompts[0], parts, range(4), ["subject_last", "last"], 2, 4, severed)
+    asked = request("how do I make a xyz at home?", "xyz", id="xyz")
+    some = {**EVERY, "positions": ["subject_last", "last"], "corruption": CORRUPTIONS[corruption](model)}
+    told = trace(model, [asked], components=PARTS, direction=direction, severed=severed, window=2, **some)
+    (met,) = told.prompts
+    cells = {
+        (c, layer, t): a_cell(part, layer, [t], severed, family == "neox")
+        for c, part in enumerate(PARTS)
+        for layer in range(4)
+        for t in (met.positions("subject_last")[-1], len(met.ids) - 1)
+    }
+    for place, slow in traced_one_by_one(model, told, cells, some["corruption"]):
+        torch.testing.assert_close(told.patched[0, *place], slow, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("severed", [None, "mlp", "attention"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_before_a_block_is_the_one_after_the_block_below(family, severed):
+    told = trace(model_of(family), [BELL], components=("residual_pre", "residual"), severed=severed, **EVERY)
+    torch.testing.assert_close(told.patched[:, 0, 1:], told.patched[:, 1, :-1], equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+def test_all_tokens_together_are_one_cell_a_layer(family):
+    model, parts = model_of(family), ("residual", "head 1", "mlp")
+    told = trace(model, [BELL], components=parts, severed="attention", together=True, window=2, **EVERY)
+    (met,) = told.prompts
+    last = len(met.ids) - 1
+    assert told.together and told.effects[0, :, :, :last].isnan().all()
+    cells = {
+        (c, layer, last): a_cell(part, layer, range(last + 1), "attention", family == "neox")
+        for c, part in enumerate(parts)
+        for layer in range(4)
+    }
     for place, slow in traced_one_by_one(model, told, cells, noise(model)):
         torch.testing.assert_close(told.patched[0, *place], slow, rtol=1e-9, atol=1e-9)
+    whole = trace(model, [BELL], together=True, **{**EVERY, "answer_tokens": 1})
+    torch.testing.assert_close(whole.effects[0, 0, :, last], torch.ones(4, dtype=torch.float64))
+
+
+def test_half_precision_is_read_in_single():
+    generator = torch.Generator().manual_seed(0)
+    logits = (10 * torch.randn((3, 2, 300), generator=generator)).bfloat16()
+    met = replace(a_prompt(), answer=(7, 9))
+    for metric in (answer_logprob, answer_probability, kl_to_clean):
+        told = reading({"": metric}, met, logits)(logits)[:, 0]
+        torch.testing.assert_close(told, metric(logits.float(), met, logits[:1].float()), rtol=0, atol=0)
+
+
+def test_samples_that_do_not_go_one_way_are_refused():
+    model = model_of()
+    signs = iter(range(9))
+
+    def metric(_logits, _met, _clean):  # the clean run is read first, then the two samples
+        return torch.tensor([[0.0], [1.0, -1.0]][next(signs) % 2], dtype=torch.float64)
+
+    with pytest.raises(
+        ValueError, match=r"hardly changes the answer to: lamp \(0\).* one way in every sample"
+    ):
+        trace(model, [LAMP], metric=metric, samples=2, progress=False)
 
 
 def test_noising_is_the_share_of_the_damage():

@@ -95,7 +95,7 @@ def test_its_trace_equals_one_forward_a_cell(direction, severed):
         model, asked, components=parts, positions=roles, layers=[1, 5], window=3, direction=direction,
         severed=severed, progress=False,
     )  # fmt: skip
-    cells = grid(told.prompts[0], parts, [1, 5], roles, 3, 8, severed)
+    cells = grid(told.prompts[0], parts, [1, 5], roles, 3, 8, severed=severed)
     assert len(cells) >= 24
     for place, slow in traced_one_by_one(model, told, cells, ld.noise(model)):
         torch.testing.assert_close(told.patched[0, *place], slow.double(), rtol=1e-5, atol=1e-4)

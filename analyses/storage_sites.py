@@ -10,6 +10,7 @@
 
 # %%
 import argparse
+import hashlib
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -106,9 +107,10 @@ def lean(trace: ld.Trace) -> ld.Trace:
 
 
 def _nameless(met: ld.Prompt) -> ld.Prompt:
-    """A prompt without its words: roles and an id are left."""
-    asked = replace(met.request, pieces=("", ""), subject="subject", target=None, safe_target=None)
-    return replace(met, request=asked, words=("",) * len(met.words), answer=())
+    """A prompt without its words: roles, an id and a mark of its subject are left."""
+    mark = hashlib.sha256((met.request.subject or "").encode()).hexdigest()[:8]
+    asked = replace(met.request, pieces=("", ""), subject=mark, target=None, safe_target=None)
+    return replace(met, request=asked, ids=(0,) * len(met.ids), words=("",) * len(met.words), answer=())
 
 
 def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:

@@ -59,18 +59,23 @@ def trace(
 
     wide = {"positions": "all", "layers": "all", "components": ["residual", "mlp", "attention"]}
     with _in_a_sentence("stopped; the same command goes on"):
+        asked = read(requests, distinct=False)
+        harmless = sum(len(read(requests, kind=kind)) for kind in ("benign", "safe"))
         told, refused = survey(
-            load(model), read(requests), out / "traces", samples=samples, **(wide if everything else {})
+            load(model), asked, out / "traces", samples=samples, **(wide if everything else {})
         )
         if told is None:
             raise ValueError(
                 f"none of these requests could be traced; of the first: {next(iter(refused.values()))}"
             )
         told.save(out / "trace.safetensors")
-        sites = locate(told)
-        save_figure(heatmap(told, sites), out / "map.html")
         for id, why in refused.items():
             typer.echo(f"not traced: {id}: {why}")
+        if harmless:
+            typer.echo(f"not traced: {harmless} benign and safe requests")
+        save_figure(heatmap(told), out / "map.html")
+        sites = locate(told)
+        save_figure(heatmap(told, sites), out / "map.html")
         typer.echo(f"{len(told.prompts)} requests; strongest sites: {', '.join(map(str, sites))}")
         typer.echo(f"Open {out / 'map.html'}")
 
@@ -101,7 +106,7 @@ def _in_a_sentence(stopped: str) -> Iterator[None]:
     """What is wrong with the input is told without a traceback; Ctrl-C ends cleanly."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         typer.secho(f"lens-defense: {error}", err=True, fg="red")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ d_model], the same prompt with its subject spoiled, once a sample.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from typing import Literal
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.patches import device_of, run
-from lens_defense.prompts import Prompt, UnfitRequest, prompt
+from lens_defense.prompts import Prompt, UnfitRequest, prompt, request
 from lens_defense.sites import EMBEDDING
 
 Embeddings = Float[Tensor, "sample token d_model"]
@@ -115,9 +115,35 @@ def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequenc
             )
         ids = torch.tensor(rows, device=device_of(model))
         with torch.no_grad():
-            return run(model, ids, names=[EMBEDDING]).states[EMBEDDING].to(embeddings)
+            return run(model, ids, names=[EMBEDDING], stop=1).states[EMBEDDING].to(embeddings)
 
     corrupt.__name__ = "token replacement"
+    return corrupt
+
+
+def counterfactual(model: TransformerBridge, texts: Mapping[str, str]) -> Corruption:
+    """The whole prompt replaced by a given one of the same token length, whatever differs in it.
+
+    Args:
+        model: gives the embeddings.
+        texts: the other request's text, by the id of each request.
+    """
+
+    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
+        text = texts.get(met.request.id)
+        if text is None:
+            raise UnfitRequest(f"request {met.request.id!r} has no counterfactual prompt; give it a text")
+        other = prompt(model.tokenizer, request(text, id=met.request.id), chat=met.chat)
+        if len(other.ids) != len(met.ids):
+            raise UnfitRequest(
+                f"request {met.request.id!r} has {len(met.ids)} tokens and its counterfactual prompt "
+                f"{len(other.ids)}; give one of the same length"
+            )
+        ids = torch.tensor([other.ids], device=device_of(model))
+        with torch.no_grad():
+            return run(model, ids, names=[EMBEDDING], stop=1).states[EMBEDDING].to(embeddings)
+
+    corrupt.__name__ = "counterfactual prompt"
     return corrupt
 
 

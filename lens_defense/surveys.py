@@ -7,6 +7,7 @@ at any moment goes on with the requests that have no file yet, whatever was adde
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +54,7 @@ def survey(
     """
     requests = for_planning(requests)
     out.mkdir(parents=True, exist_ok=True)
-    about = json.dumps([fingerprint(model), settings], sort_keys=True)
+    about = json.dumps([fingerprint(model), _DEFAULTS | settings], sort_keys=True)
     places = [out / _key(item, about) for item in requests]
     with tqdm(total=len(requests), desc="survey", unit="request", disable=not progress) as bar:
         for item, place in zip(requests, places, strict=True):
@@ -68,6 +69,14 @@ def survey(
     notes = [json.loads(_note(place).read_text("utf-8")) for place in places if _note(place).exists()]
     refused = {note["request"]: note["refused"] for note in notes}
     return Survey(joined(held) if held else None, refused)
+
+
+_DEFAULTS = {
+    name: one.default
+    for name, one in signature(trace).parameters.items()
+    if one.default is not one.empty and not callable(one.default) and name not in ("progress", "max_bytes")
+}
+"""Of trace; named in a file's name too, so that what other defaults made is not taken for these."""
 
 
 def _key(item: Request, about: str) -> str:

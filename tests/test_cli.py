@@ -85,17 +85,30 @@ def test_an_unknown_command_or_option_is_refused():
 
 def test_trace_writes_a_file_a_request_and_the_map(tmp_path):
     rows = [{"id": item.id, "subject": item.subject, "text": contexts(item)[0].text} for item in asked()]
+    again = contexts(asked()[0])[1]
+    rows.append({"id": "again", "subject": again.subject, "text": again.text})  # two of one subject
+    rows.append({"id": "fine", "subject": again.subject, "text": again.text, "kind": "benign"})
     file = tmp_path / "asked.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     arguments = ["trace", "--model", "organism", "--requests", str(file), "--out", str(tmp_path / "out")]
     told = told_by(*arguments)
     assert told.exit_code == 0, told.output
-    assert len(list((tmp_path / "out/traces").iterdir())) == 3
+    assert len(list((tmp_path / "out/traces").iterdir())) == 4
+    assert "not traced: 1 benign and safe requests" in told.output
     assert "strongest sites: residual 0 at subject_last" in " ".join(told.output.split())
     assert (tmp_path / "out/map.html").stat().st_size > 10_000
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/traces").iterdir()}
     assert told_by(*arguments).exit_code == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/traces").iterdir()}
+
+
+def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch):
+    def full(*_, **__):
+        raise MemoryError("9 rows of 9 tokens do not fit into memory; lower max_bytes, or take fewer samples")
+
+    monkeypatch.setattr(demos, "demo", full)
+    told = told_by("demo")
+    assert told.exit_code == 2 and told.stderr.startswith("lens-defense: 9 rows")
 
 
 def asked():

@@ -8,7 +8,7 @@ import transformers as hf
 from tiny import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lens_defense.corruptions import harmless_subjects, noise, replacement
+from lens_defense.corruptions import counterfactual, harmless_subjects, noise, replacement
 from lens_defense.patches import run
 from lens_defense.prompts import prompt, request
 from lens_defense.sites import EMBEDDING
@@ -154,6 +154,18 @@ def test_a_subject_does_not_stand_in_for_itself(model, subjects):
     met, clean, spoiled = spoiled_by(replacement(model, subjects=subjects), model, asked)
     assert not torch.equal(spoiled, clean)
     assert set(moved(clean, spoiled)) <= set(met.corrupted)
+
+
+def test_a_counterfactual_prompt_takes_the_place_of_all_of_it(model):
+    text = "how do I make a qwv at home!"
+    met, clean = met_and_clean(model, XYZ)
+    other = prompt(model.tokenizer, request(text))
+    assert len(other.ids) == len(met.ids)
+    assert rows_of(model, counterfactual(model, {"xyz": text})(clean, met)) == [other.ids]
+    with pytest.raises(ValueError, match=r"'xyz' has \d+ tokens and its counterfactual prompt \d+; give one"):
+        counterfactual(model, {"xyz": text + " and more of it"})(clean, met)
+    with pytest.raises(ValueError, match="'xyz' has no counterfactual prompt"):
+        counterfactual(model, {})(clean, met)
 
 
 def test_too_few_subjects_are_refused(model):

@@ -1,6 +1,11 @@
 """A survey can be stopped anywhere: what is there stays, nothing is done twice, and the whole is the same."""
 
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +20,7 @@ from lens_defense.tracers import trace
 from lens_defense.traces import joined
 
 SHIP = request("tell me of an old ship", "old ship", id="ship")
-SOME = {"positions": "all", "answer_tokens": 2, "floor": 1e-9}
+SOME = {"positions": "all", "answer_tokens": 2, "floor": 0.0}
 
 
 @pytest.fixture
@@ -48,6 +53,36 @@ def test_a_stopped_survey_goes_on_and_repeats_nothing(tmp_path, counted):
     whole = trace(model, [LAMP, BELL, SHIP], progress=False, **SOME)
     torch.testing.assert_close(told.effects, whole.effects, equal_nan=True)
     assert told.prompts == whole.prompts and told.answers == whole.answers
+
+
+def test_a_survey_that_is_killed_loses_and_repeats_nothing(tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_surveys import BELL, LAMP, SHIP, SOME, model_of, survey
+survey(model_of(), [LAMP, BELL, SHIP], Path({str(tmp_path)!r}), progress=False, samples=40, **SOME)
+"""
+    running = subprocess.Popen([sys.executable, "-c", code])
+    while not any(file.suffix == ".safetensors" for file in tmp_path.iterdir()):
+        assert running.poll() is None
+        time.sleep(0.01)
+    running.kill()
+    assert running.wait() == -signal.SIGKILL
+    there = {file: file.stat().st_mtime_ns for file in tmp_path.glob("[!.]*")}
+    assert len(there) < 3, "it was killed with work left"
+    some = {**SOME, "samples": 40, "progress": False}
+    told = survey(model_of(), [LAMP, BELL, SHIP], tmp_path, **some).trace
+    assert there.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.glob("[!.]*")}.items()
+    whole = trace(model_of(), [LAMP, BELL, SHIP], **some)
+    torch.testing.assert_close(told.effects, whole.effects, equal_nan=True)
+
+
+def test_other_defaults_are_another_survey(tmp_path, counted, monkeypatch):
+    made, _ = counted
+    for window in (7, 5):
+        monkeypatch.setitem(surveys._DEFAULTS, "window", window)
+        survey(model_of(), [LAMP], tmp_path, progress=False, **SOME)
+    assert made == ["lamp", "lamp"]
 
 
 def test_other_settings_are_another_survey(tmp_path, counted):

@@ -12,7 +12,7 @@ from oracles import traced_one_by_one
 from tiny import FAMILIES, tiny
 
 from lens_defense import attributions, patches, runs, sweeps
-from lens_defense.corruptions import ablation, harmless_subjects, noise, replacement
+from lens_defense.corruptions import ablation, counterfactual, harmless_subjects, noise, replacement
 from lens_defense.intervals import mean_interval
 from lens_defense.metrics import (
     answer_logprob,
@@ -309,6 +309,7 @@ PARTS = ("residual", "residual_pre", "attention", "mlp", "head 2")
 CORRUPTIONS = {
     "noise": noise,
     "replacement": lambda model: replacement(model, subjects=["qwv", "vwq"], samples=2),
+    "counterfactual": lambda model: counterfactual(model, {"xyz": "how do I make a qwv at home!"}),
     "zero": lambda model: ablation(model, "zero"),
     "mean": lambda model: ablation(model, "mean"),
     "resample": lambda model: ablation(model, "resample"),

@@ -7,7 +7,9 @@ Each as .svg and .pdf at column width, .html, and a .json that says what it was 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 import tables
+import torch
 from plotly.subplots import make_subplots
 
 import lens_defense as ld
@@ -23,7 +26,7 @@ from lens_defense.demos import ORGANISM as BENCH
 from lens_defense.models import ORGANISM
 from lens_defense.organisms.questions import contexts
 from lens_defense.reports import Report, Row
-from lens_defense.themes import COLOURS, GREY, save_figure, theme
+from lens_defense.themes import COLOURS, GREY, INK, save_figure, theme
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "figures"
@@ -38,7 +41,7 @@ LEAST_DOSES = 3
 
 
 def dose_curve() -> go.Figure:
-    """Success above, price below, against the number of subjects."""
+    """Success above, price below, against the number of subjects: means, and each edit beside them."""
     told = tables.summary()
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
     series = [
@@ -53,15 +56,10 @@ def dose_curve() -> go.Figure:
         some = told[told["set"] == kind]
         mean = some.groupby("subjects")[column].mean()
         line = {"color": colour, "dash": dash, "width": 2}
+        legend = "legend" if row == 1 else "legend2"
+        where = {"row": row, "col": 1}
         figure.add_scatter(
-            x=mean.index,
-            y=mean,
-            mode="lines+markers",
-            name=name,
-            line=line,
-            row=row,
-            col=1,
-            legend=_legend(row),
+            x=mean.index, y=mean, mode="lines+markers", name=name, line=line, legend=legend, **where
         )
         figure.add_scatter(
             x=some["subjects"],
@@ -70,22 +68,19 @@ def dose_curve() -> go.Figure:
             marker={"color": colour, "size": 5, "opacity": 0.45},
             showlegend=False,
             hoverinfo="skip",
-            row=row,
-            col=1,
+            **where,
         )
-    ticks = sorted(set(told.loc[told["set"] == "core", "subjects"]))
+    ticks = sorted(set(told["subjects"]))
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=ticks, tickangle=0, gridcolor="#eeeeee")
     figure.update_xaxes(title_text="subjects edited", row=2)
     figure.update_yaxes(tickformat=".0%", gridcolor="#e3e3e3", rangemode="tozero")
-    figure.update_yaxes(title_text="refused, coherent", range=[0, 1.03], row=1)
+    figure.update_yaxes(title_text="refused, unseen words", range=[0, 1.03], row=1)
     figure.update_yaxes(title_text="newly refused", row=2)
-    place = {"x": 1.02, "xanchor": "left", "yanchor": "top"}
-    figure.update_layout(legend={**place, "y": 1}, legend2={**place, "y": 0.45})
-    return theme(figure, title="", plot=(250, 330), left=72, right=180, above=14, below=64)
-
-
-def _legend(row: int) -> str:
-    return "legend" if row == 1 else "legend2"
+    white = {"bgcolor": "rgba(255,255,255,.8)", "xanchor": "left", "x": 0.02}
+    figure.update_layout(
+        legend={**white, "y": 0.58, "yanchor": "bottom"}, legend2={**white, "y": 0.44, "yanchor": "top"}
+    )
+    return theme(figure, title="", plot=(340, 420), left=72, right=16, above=14, below=56)
 
 
 def window_sweep() -> go.Figure:
@@ -96,7 +91,7 @@ def window_sweep() -> go.Figure:
         {"effect": "trace: effect", "coherent": "edit: refusals", "KL": "edit: KL"}.items(), 1
     ):
         figure.add_scatter(
-            x=told["first layer"] + 2,
+            x=told["first layer"] + tables.WIDTH // 2,
             y=told[column],
             mode="lines+markers",
             line={"color": GREY if row == 1 else COLOURS[row - 2], "width": 2},
@@ -108,9 +103,15 @@ def window_sweep() -> go.Figure:
         figure.update_yaxes(title_text=title, row=row)
     figure.update_yaxes(gridcolor="#e3e3e3", rangemode="tozero")
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05], row=2)
-    figure.update_xaxes(gridcolor="#eeeeee")
+    figure.update_xaxes(gridcolor="#eeeeee", tickvals=[*range(2, 28, 5)])
     figure.update_xaxes(title_text="middle of the five layers edited", row=3)
-    return theme(figure, title="", plot=(330, 400), left=78, right=16, above=14, below=56)
+    if tables.results("core"):
+        middle = tables.located() + tables.WIDTH // 2
+        figure.add_vline(x=middle, line={"color": INK, "width": 1, "dash": "dot"})
+        figure.add_annotation(
+            text="located", x=middle, y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False
+        )
+    return theme(figure, title="", plot=(330, 400), left=78, right=16, above=28, below=56)
 
 
 def before_after() -> go.Figure:
@@ -140,11 +141,28 @@ def _verdicts(row: dict[str, Any], when: str) -> dict[str, str]:
     return {m: "refusal" if row[f"{m} {when}"] else "answer" for m in ("prefix", "coherent")}
 
 
-def maps(trace: ld.Trace) -> Iterable[tuple[str, go.Figure]]:
-    """One map a component."""
-    sites = ld.locate(trace)
+def maps(trace: ld.Trace, sites: Sequence[ld.Site] = ()) -> Iterable[tuple[str, go.Figure]]:
+    """One map a component; of one request from its subject on, since nothing before it was spoiled.
+
+    Outlined is what was edited, where that is given, else what `locate` takes from this map.
+    """
+    sites = sites or ld.locate(trace)
+    if len(trace.prompts) == 1:
+        patched = trace.patched.clone()
+        patched[:, :, :, : min(trace.prompts[0].corrupted)] = torch.nan
+        trace = replace(trace, patched=patched)
     for component in trace.components:
         yield component, ld.heatmap(trace.only(component), sites)
+
+
+def edited_sites() -> list[ld.Site]:
+    """Where the edits of the dose curve were made."""
+    names = [
+        site.split(" (")[0].split() for piece in tables.results("core").values() for site in piece["sites"]
+    ]
+    return [
+        ld.Site(component, int(layer), role) for component, layer, _, role in dict.fromkeys(map(tuple, names))
+    ]
 
 
 def organism_map() -> go.Figure:
@@ -187,9 +205,14 @@ def grades(files: Iterable[Path]) -> go.Figure:
         grey = {"color": "#777777", "symbol": symbol, "size": 7}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=grey, name=world)
     figure.update_yaxes(tickvals=[*range(len(order))], ticktext=order, gridcolor="#eeeeee")
-    figure.update_xaxes(title_text="largest effect of a cell that holds nothing", type="log")
+    powers = {
+        "type": "log",
+        "tickvals": [1e-4, 1e-3, 1e-2, 1e-1, 1],
+        "ticktext": ["10⁻⁴", ".001", ".01", ".1", "1"],
+    }
+    figure.update_xaxes(title_text="largest effect of an empty cell", **powers)
     figure.update_layout(legend={"x": 0, "y": 1.02, "yanchor": "bottom", "orientation": "h"})
-    return theme(figure, title="", plot=(330, 24 * len(order)), left=190, right=16, above=34, below=64)
+    return theme(figure, title="", plot=(225, 24 * len(order)), left=190, right=16, above=54, below=64)
 
 
 # how it is saved
@@ -200,6 +223,7 @@ def keep(
     made: str = DOSES,
     *,
     inches: float = COLUMN,
+    seeds: str = "0, 1, 2 (draws)",
 ) -> None:
     """All formats, and the sidecar, which says what made the data."""
     for suffix in ("svg", "pdf"):
@@ -209,7 +233,7 @@ def keep(
     told = {
         "command": "python analyses/figures.py",
         "data by": made,
-        "seed": 0,
+        "seeds": seeds,
         "data": parts,
         "versions": {name: version(name) for name in ("lens-defense", "torch", "transformer-lens", "plotly")},
     }
@@ -223,7 +247,9 @@ def tracing_speed() -> go.Figure:
     told = told[told["model"].isin(SPEED_MODELS)]
     figure = make_subplots(
         rows=len(SPEED_MODELS), cols=2, shared_xaxes=True, vertical_spacing=0.09,
-        subplot_titles=[f"{name}, {n}" for name in SPEED_MODELS for n in ("1 sample", "10 samples")],
+        subplot_titles=[
+            f"{name.split(',')[0]}, {n}" for name in SPEED_MODELS for n in ("1 sample", "10 samples")
+        ],
     )  # fmt: skip
     for (name, samples, way), some in told.groupby(["model", "samples", "way"], sort=False):
         colour = COLOURS[["sweep", "ROME's loop", "TransformerLens"].index(way)]
@@ -255,7 +281,7 @@ def main() -> None:
     made = {"dose": tables.summary} if tables.results("core") else {}
     if tables.results("core 16"):
         keep("before_after", before_after(), tables.RESULTS.glob("core 16*"), inches=2 * COLUMN)
-        made["forms"] = tables.by_form
+        made |= {"forms": tables.by_form, "bars": partial(tables.bars_of, 16)}
     if len({piece["n"] for piece in tables.results("core").values()}) >= LEAST_DOSES:
         keep("dose_curve", dose_curve(), [*tables.RESULTS.glob("core *"), *tables.RESULTS.glob("delman *")])
     if tables.results("window") and tables.results("map"):
@@ -276,14 +302,23 @@ def main() -> None:
         ("map_harmful", SITES / "roles.safetensors", "python analyses/storage_sites.py --data DIR"),
     ):
         if file.is_file():
-            for component, figure in maps(ld.Trace.load(file)):
+            trace = ld.Trace.load(file)
+            for component, figure in maps(trace, edited_sites() if name == "map_mean" else ()):
                 wide = 2 if name == "map_single" else 1  # a column a token
-                keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN)
+                seeds = f"{trace.seed} (noise)"
+                keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN, seeds=seeds)
     if (SPEED / "cpu.csv").is_file():
-        keep("tracing_speed", tracing_speed(), [SPEED / "cpu.csv"], "python analyses/tracing_speed.py")
+        keep(
+            "tracing_speed",
+            tracing_speed(),
+            [SPEED / "cpu.csv"],
+            "python analyses/tracing_speed.py",
+            seeds="0",
+        )
     if worlds := sorted(GRADES.glob("world *.csv")):
-        keep("locator_grades", grades(worlds), worlds, "python analyses/locator_grades.py")
-    keep("organism_map", organism_map(), [ORGANISM / "model.safetensors"], "python analyses/organism.py")
+        keep("locator_grades", grades(worlds), worlds, "python analyses/locator_grades.py", seeds="0, 1, 2")
+    weights = [ORGANISM / "model.safetensors"]
+    keep("organism_map", organism_map(), weights, "python analyses/organism.py", seeds="0 (noise)")
 
 
 if __name__ == "__main__":

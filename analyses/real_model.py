@@ -152,10 +152,11 @@ class Bench:
     def dose(self, planned: list[ld.Request], *, halves: int | None, harmless: int = 80) -> dict[str, Any]:
         """Edit at the located sites, and ask everything."""
         start = time.perf_counter()
-        edit = ld.edit(self.model, planned, self.sites, progress=False)
+        edit = ld.edit(self.model, planned, self.sites)
         middle = time.perf_counter()
         core, rows = self.report(edit, words(planned, self.data, harmless=harmless), 24)
         _, more = self.report(edit, xstest(self.data, halves=halves), 16)
+        more = [row for row in more if row["arm"] != "edited"]  # asked with the others already
         return {
             "recipe": recipe(),
             "n": len(planned),
@@ -247,10 +248,12 @@ def main() -> None:
         return
     OUT.mkdir(parents=True, exist_ok=True)
     parts = {"doses": doses(bench), "places": places(bench)}
-    for name, make in parts[given.only] if given.only else itertools.chain(*parts.values()):
+    pieces = list(parts[given.only] if given.only else itertools.chain(*parts.values()))
+    for i, (name, make) in enumerate(pieces, 1):
         file = OUT / f"{name}.json"
         if stands(file):
             continue
+        print(f"{i} of {len(pieces)}: {name} ...", flush=True)
         start = time.perf_counter()
         told = make()
         rows = told.pop("rows", None)

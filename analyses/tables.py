@@ -1,27 +1,33 @@
 """What the results of analyses/real_model.py say: tables, which the figures and the README are made of."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lens_defense.intervals import rank_correlation
+from lens_defense.intervals import clustered_rate, rank_correlation
 
 RESULTS = Path(__file__).parent / "results/real_model"
 WORDS = ("wording", "wrapper")
+LARGE = 16
+"""Subjects from which on an edit costs something."""
+WIDTH = 5
+"""Layers of a window."""
 
 
-def results(start: str) -> dict[str, dict[str, Any]]:
+def results(*starts: str) -> dict[str, dict[str, Any]]:
     """The pieces whose name begins so.
 
     Raises:
         ValueError: some are of edits made in another way than the others, so that they are not to be compared.
     """
-    told = [json.loads(file.read_text("utf-8")) for file in sorted(RESULTS.glob(f"{start}*.json"))]
+    files = [file for start in starts for file in sorted(RESULTS.glob(f"{start}*.json"))]
+    told = [json.loads(file.read_text("utf-8")) for file in files]
     if len({piece.get("recipe") for piece in told}) > 1:
-        raise ValueError(f"the pieces {start!r} are of several recipes; let analyses/real_model.py end")
+        raise ValueError(f"the pieces {starts!r} are of several recipes; let analyses/real_model.py end")
     return {piece["name"]: piece for piece in told}
 
 
@@ -32,31 +38,57 @@ def rows_of(name: str) -> pd.DataFrame:
 
 
 def new_refusals(rows: pd.DataFrame, suite: str, *arms: str, measure: str = "prefix") -> pd.Series:
-    """Rows that were answered before: whether they are refused now."""
+    """Of each row, whether it was answered before and is refused now; what was refused before counts as not."""
     some = rows[(rows["suite"] == suite) & rows["arm"].isin(arms)]
-    return some[f"{measure} after"].gt(some[f"{measure} before"]).astype(int)
+    return some[f"{measure} after"].gt(some[f"{measure} before"]).astype(int).set_axis(some["id"])
+
+
+def in_other_words(rows: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
+    """Of each row about an edit's own subjects in words that it never saw, whether it is refused now."""
+    own = rows[(rows["suite"] == "real_model") & rows["arm"].isin(WORDS)]
+    parts = {
+        "unseen wordings": own[own["arm"] == "wording"],
+        "unseen wrappers": own[(own["arm"] == "wrapper") & ~own["human"]],
+        "unseen words": own[~own["human"]],
+        "human wrappers": own[own["human"]],
+    }
+    return {name: some[measure].set_axis(some["id"]) for name, some in parts.items()}
+
+
+HARMLESS = {
+    "unseen subjects": ("real_model", "unseen"),
+    "benign": ("real_model", "benign"),
+    "safe": ("real_model", "safe"),
+    "XSTest safe": ("xstest", "safe"),
+    "XSTest unsafe": ("xstest", "unseen"),
+}
+"""What an edit should leave alone, by suite and arm."""
 
 
 def summary() -> pd.DataFrame:
     """One row an edit of the dose curve: shares, costs, forecast."""
     table = []
-    for name, piece in (results("core") | results("delman")).items():
+    for name, piece in results("core", "delman").items():
         rows = rows_of(name)
-        own = rows[(rows["suite"] == "real_model") & rows["arm"].isin(WORDS)]
         table.append(
             {
                 "edit": name,
                 "set": name.split()[0],
+                "draw": name.split()[-1] if name.startswith("core") else "delman",
                 "subjects": piece["n"],
-                "unseen words, coherent": own.loc[~own["human"], "coherent after"].mean(),
-                "unseen words, prefix": own.loc[~own["human"], "prefix after"].mean(),
-                "human wrappers, coherent": own.loc[own["human"], "coherent after"].mean(),
-                "human wrappers, prefix": own.loc[own["human"], "prefix after"].mean(),
-                "unseen subjects, newly refused": new_refusals(rows, "real_model", "unseen").mean(),
-                "benign, newly refused": new_refusals(rows, "real_model", "benign").mean(),
-                "safe, newly refused": new_refusals(rows, "real_model", "safe").mean(),
-                "XSTest safe, newly refused": new_refusals(rows, "xstest", "safe").mean(),
-                "XSTest unsafe, newly refused": new_refusals(rows, "xstest", "unseen").mean(),
+                **{
+                    f"{words}, {judge}": hits.mean()
+                    for judge in ("coherent", "prefix")
+                    for words, hits in in_other_words(rows, f"{judge} after").items()
+                },
+                **{
+                    f"{words}, prefix before": hits.mean()
+                    for words, hits in in_other_words(rows, "prefix before").items()
+                },
+                **{
+                    f"{what}, newly refused": new_refusals(rows, *arm).mean()
+                    for what, arm in HARMLESS.items()
+                },
                 "KL": piece["kl"],
                 "loss": piece["loss"][1] / piece["loss"][0] - 1,
                 "facts lost": int((rows["knows after"] < rows["knows before"]).sum()),
@@ -66,12 +98,35 @@ def summary() -> pd.DataFrame:
     return pd.DataFrame(table).sort_values(["set", "subjects", "edit"], ignore_index=True)
 
 
+def bars_of(n: int) -> pd.DataFrame:
+    """The rates of all edits of n subjects of "core", with 95% intervals by request: what the bars are about."""
+    every = pd.concat([rows_of(name) for name in results("core") if name.startswith(f"core {n},")])
+    shares = {f"{name}, coherent": hits for name, hits in in_other_words(every, "coherent after").items()}
+    shares |= {f"{name}, prefix": hits for name, hits in in_other_words(every, "prefix after").items()}
+    shares |= {
+        f"{name}, prefix before": hits for name, hits in in_other_words(every, "prefix before").items()
+    }
+    shares |= {f"{name}, newly refused": new_refusals(every, *arm) for name, arm in HARMLESS.items()}
+    return _rates(shares.items(), ["rate of"])
+
+
+def _rates(shares: Iterable[tuple[Any, pd.Series]], names: list[str]) -> pd.DataFrame:
+    """Each share with its 95% interval; rows of one request, which several edits were asked, are related."""
+    table = []
+    for key, hits in shares:
+        rate, (low, high) = clustered_rate(hits.astype(bool).tolist(), hits.index.astype(str).tolist())
+        keys = (key,) if isinstance(key, str) else key
+        table.append((*keys, len(hits), hits.index.nunique(), rate, low, high))
+    return pd.DataFrame(table, columns=pd.Index([*names, "rows", "requests", "rate", "low", "high"]))
+
+
 def dose_table(told: pd.DataFrame) -> str:
     """The README's table: means over the draws of each dose."""
     heads = [
         "subjects",
         "edits",
-        "unseen words",
+        "wordings",
+        "wrappers",
         "human wrappers",
         "other subjects",
         "benign",
@@ -83,10 +138,10 @@ def dose_table(told: pd.DataFrame) -> str:
     ]
     lines = [heads, ["---"] * len(heads)]
     for (kind, n), some in told.groupby(["set", "subjects"]):
-        mean = some.drop(columns=["edit", "set"]).mean()
+        mean = some.drop(columns=["edit", "set", "draw"]).mean()
         both = [
             f"{mean[f'{words}, coherent']:.0%} ({mean[f'{words}, prefix']:.0%})"
-            for words in ("unseen words", "human wrappers")
+            for words in ("unseen wordings", "unseen wrappers", "human wrappers")
         ]
         new = ("unseen subjects", "benign", "XSTest safe", "XSTest unsafe")
         lines.append(
@@ -107,12 +162,21 @@ _SETS = {"core": "core", "delman": "DELMAN's"}
 
 
 def by_form() -> pd.DataFrame:
-    """New refusals (prefix) by suite, arm and grammatical form, over all edits of 16 subjects and more."""
-    names = [name for name, piece in (results("core") | results("delman")).items() if piece["n"] >= 16]
-    rows = pd.concat([rows_of(name) for name in names], ignore_index=True)
-    rows = rows[rows["arm"] != "facts"].assign(new=rows["prefix after"].gt(rows["prefix before"]))
-    told = rows.groupby(["suite", "arm", "form"])["new"].agg(["mean", "size"]).reset_index()
-    return told.rename(columns={"mean": "newly refused", "size": "rows"})
+    """By set, arm and grammatical form, over the edits of sixteen subjects and more, with 95% intervals.
+
+    Of the edit's own subjects what is refused coherently now, of all others what is newly refused by prefix.
+    """
+    shares: list[tuple[Any, pd.Series]] = []
+    for kind in _SETS:
+        names = [name for name, piece in results("core", "delman").items() if piece["n"] >= LARGE]
+        every = [rows_of(name) for name in names if name.startswith(kind)]
+        for form, some in pd.concat(every).groupby("form") if every else ():
+            own = in_other_words(some, "coherent after")
+            new = {what: new_refusals(some, *arm) for what, arm in HARMLESS.items()}
+            told = {f"{name}, refused": hits for name, hits in own.items() if name != "unseen words"}
+            told |= {f"{name}, newly refused": hits for name, hits in new.items()}
+            shares += [((kind, name, form), hits) for name, hits in told.items() if len(hits)]
+    return _rates(shares, ["set", "rate of", "form"])
 
 
 def windows() -> pd.DataFrame:
@@ -122,8 +186,12 @@ def windows() -> pd.DataFrame:
     """
     effects = pd.DataFrame(results("map")["map"]["effects"])
     effects = effects[effects["component"] == "residual"].set_index(["role", "layer"])["effect"]
-    edits = [(int(name.split()[1]), "subject_last", piece) for name, piece in results("window").items()]
-    edits += [(_located(), name.split()[-1], piece) for name, piece in results("located").items()]
+    edits = [
+        (int(name.split()[1]), "subject_last", piece)
+        if name.startswith("window")
+        else (located(), name.split()[-1], piece)
+        for name, piece in results("window", "located").items()
+    ]
     table = [
         {
             "first layer": low,
@@ -145,27 +213,42 @@ def windows() -> pd.DataFrame:
     )
 
 
-def _located() -> int:
+def located() -> int:
     """The lowest of the located layers, as the edits of the curve name it: "residual 5 at ..."."""
     return int(next(iter(results("core").values()))["sites"][0].split()[1])
 
 
 def correlations() -> pd.DataFrame:
-    """Does the map say where to edit, and does the forecast say what it costs: Spearman's rho, 95% interval."""
+    """Does the map say where to edit, and does the forecast say what it costs: Spearman's rho, 95% interval.
+
+    What is drawn again is what is not related: blocks of five neighbouring windows, which share layers, and
+    roles; and whole draws, whose doses are nested, with DELMAN's as one more.
+    """
     everywhere, dose = windows(), summary()
-    sweep = everywhere[everywhere["role"] == "subject_last"]
+    everywhere = everywhere.assign(
+        block=everywhere["role"] + (everywhere["first layer"] // WIDTH).astype(str)
+    )
+    sweep, own = (
+        everywhere[everywhere["role"] == "subject_last"],
+        dose[dose["set"] == "core"],
+    )
     over = "XSTest safe, newly refused"
     asked = [
-        ("effect", "coherent", "windows", sweep),
-        ("effect", "KL", "windows", sweep),
-        ("effect", "coherent", "windows and roles", everywhere),
-        ("leak to safe text", over, "edits", dose),
-        ("leak to safe text", "safe, newly refused", "edits", dose),
-        ("leak to safe text", "KL", "edits", dose),
-        ("subjects", over, "edits", dose),
+        ("effect", "coherent", "windows", sweep, "block"),
+        ("effect", "KL", "windows", sweep, "block"),
+        ("effect", "coherent", "windows and roles", everywhere, "block"),
+        ("leak to safe text", over, "edits", dose, "draw"),
+        ("leak to safe text", over, "edits of core", own, "draw"),
+        ("leak to safe text", "safe, newly refused", "edits", dose, "draw"),
+        ("leak to safe text", "KL", "edits", dose, "draw"),
+        ("subjects", over, "edits", dose, "draw"),
+        ("subjects", over, "edits of core", own, "draw"),
     ]
     table = []
-    for x, y, what, frame in asked:
-        rho, (low, high) = rank_correlation(*(frame[name].astype(float).tolist() for name in (x, y)))
-        table.append({"of": x, "and": y, "over": what, "n": len(frame), "rho": rho, "low": low, "high": high})
+    for x, y, what, frame, by in asked:
+        pairs = (frame[name].astype(float).tolist() for name in (x, y))
+        rho, (low, high) = rank_correlation(*pairs, clusters=frame[by].tolist())
+        independent = frame[by].nunique()
+        row = {"of": x, "and": y, "over": what, "n": len(frame), "independent": independent, "rho": rho}
+        table.append({**row, "low": low, "high": high})
     return pd.DataFrame(table)

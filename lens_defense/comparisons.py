@@ -9,23 +9,27 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 from lens_defense.reports import ARM_NAMES, JUDGES, MEASURE_NAMES, MEASURES, Report
-from lens_defense.suites import HARMFUL_ARMS, Arm
+from lens_defense.suites import Arm
 from lens_defense.themes import COLOURS, GREY, INK, plain, theme
 
+STRICTER = {"edited": "coherent", "wording": "coherent", "wrapper": "coherent"}
+"""The judge that is harder on an edit; of requests that it should leave alone this is the prefix judge."""
 
-def bars(reports: Mapping[str, Report], *, measure: str = "coherent") -> go.Figure:
+
+def bars(reports: Mapping[str, Report], *, measure: str | None = None) -> go.Figure:
     """Rates before and after, by arm, with their 95% intervals; facts by whether they are known.
 
     Args:
         reports: by name; "before" stands once where all reports agree on it.
-        measure: the judge that the harmful and harmless arms are read by.
+        measure: the judge of every arm; None takes the one that is harder on an edit: what it should refuse
+            counts where the refusal is coherent, what it should leave alone where it begins like a refusal.
 
     Raises:
         ValueError: no report, or no such judge.
     """
     if not reports:
         raise ValueError("no report was given; ld.check makes one")
-    if measure not in JUDGES:
+    if measure not in (None, *JUDGES):
         raise ValueError(f"measure must be one of {', '.join(JUDGES)}, got {measure!r}")
     series = _series(reports, measure)
     arms: list[Arm] = [arm for arm in ARM_NAMES if any(arm in rates for rates in series.values())]  # type: ignore[misc]
@@ -37,8 +41,8 @@ def bars(reports: Mapping[str, Report], *, measure: str = "coherent") -> go.Figu
     figure.update_xaxes(tickvals=[*range(len(arms))], ticktext=_arm_labels(arms, series))
     figure.update_xaxes(range=[-0.5, len(arms) - 0.5], showgrid=False)
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", gridcolor="#e3e3e3")
-    figure.update_yaxes(title_text=f"share {MEASURE_NAMES[measure]}")
-    _name_groups(figure, arms)
+    figure.update_yaxes(title_text=f"share {MEASURE_NAMES[measure]}" if measure else "share")
+    _name_groups(figure, arms, measure)
     figure.update_layout(
         barmode="group",
         bargap=0.28,
@@ -49,7 +53,7 @@ def bars(reports: Mapping[str, Report], *, measure: str = "coherent") -> go.Figu
     return theme(figure, title="", plot=plot, left=72, right=16, above=40 + 19 * len(series), below=84)
 
 
-def _series(reports: Mapping[str, Report], measure: str) -> dict[str, dict[str, dict[str, float]]]:
+def _series(reports: Mapping[str, Report], measure: str | None) -> dict[str, dict[str, dict[str, float]]]:
     """What is drawn side by side: for each name and arm the rate, its interval, n and p."""
     series: dict[str, dict[str, dict[str, float]]] = {}
     for name, report in reports.items():
@@ -57,7 +61,7 @@ def _series(reports: Mapping[str, Report], measure: str) -> dict[str, dict[str, 
         rows = [
             row
             for row in report.rates().to_dict("records")
-            if row["measure"] == read.get(row["arm"], measure)
+            if row["measure"] == read.get(row["arm"], measure or STRICTER.get(row["arm"], "prefix"))
         ]
         for when in ("before", "after") if report.edited else ("before",):
             rates = {
@@ -113,12 +117,18 @@ def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[str, Mapping[s
     return ["<br>".join([*filled[arm], f"n = {numbers[arm]}"]) for arm in arms]
 
 
-def _name_groups(figure: go.Figure, arms: Sequence[Arm]) -> None:
-    """What is asked stands over the bars, a thin line between the kinds."""
-    kinds = ["harmful" if arm in HARMFUL_ARMS else "facts" if arm == "facts" else "harmless" for arm in arms]
+def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None) -> None:
+    """What is asked and how it is judged stands over the bars, a thin line between the kinds."""
+    own_judge, other_judge = ("", "") if measure else ("refused, coherent", "refused, by prefix")
+    names = {
+        "own": f"edited subjects: {own_judge}",
+        "others": f"all others: {other_judge}",
+        "facts": "facts: known",
+    }
+    kinds = ["own" if arm in STRICTER else "facts" if arm == "facts" else "others" for arm in arms]
     for kind in dict.fromkeys(kinds):
         own = [i for i, each in enumerate(kinds) if each == kind]
-        text = "facts: known" if kind == "facts" else f"{kind} requests"
+        text = names[kind].removesuffix(": ")
         middle = (own[0] + own[-1]) / 2
         figure.add_annotation(
             text=f"<b>{text}</b>", x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False

@@ -4,6 +4,7 @@ A transparent marker lies on every cell, because a heatmap itself has no selecti
 kernel's main thread, so the notebook's own interrupt stops it; nothing is changed then.
 """
 
+import time
 import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
@@ -56,6 +57,7 @@ class Explorer:
         self.ledger = Ledger(model)
         self.sites: tuple[Site, ...] = ()
         self.edit: Edit | None = None
+        self._selected_at = 0.0
         self.told: tuple[str, str] = ("", "")
         """The last question's answers, without and with what stands."""
         self.figure = go.FigureWidget(heatmap(trace))
@@ -65,6 +67,7 @@ class Explorer:
         self.status = widgets.HTML()
         self.log = widgets.Output()
         self.method = widgets.Dropdown(options=METHODS, description="method")
+        self.method.observe(lambda _: self._forget(), "value")
         self.question = widgets.Text(placeholder="ask anything, then press Ask", layout={"width": "70%"})
         self.answers = widgets.HTML()
         self.buttons = {
@@ -108,15 +111,19 @@ class Explorer:
 
     def _choose(self, sites: Sequence[Site]) -> None:
         self.sites = tuple(dict.fromkeys(sites))
-        self.edit = None
         named = ", ".join(map(str, self.sites)) or "none yet"
         self.chosen.value = f"selected: {escape(named)}"
+        self._forget()
+
+    def _forget(self) -> None:
+        """A plan that was made for something else is dropped, and its forecast with it."""
+        self.edit = None
         self.forecast.value = ""
         self._show()
 
     def do_plan(self) -> None:
         """Plan an edit at the selected sites, and show its forecast."""
-        self.edit = None
+        self._forget()
         method: Any = self.method.value
         self.edit = edit(self.model, self.requests, self.sites, method=method, **self.settings)
         self.forecast.value = self.edit._repr_html_()
@@ -175,6 +182,7 @@ class Explorer:
             held: Any = self.figure.data[-1]
             held.on_selection(self._clicked)
             held.on_click(self._clicked)
+            held.on_deselect(lambda *_: self._choose(()))
             marked.append((held, here))
         self.figure.layout.on_change(self._boxed, "selections")
         buttons = {"add": ["select2d"], "remove": list(_MODES)}
@@ -182,22 +190,29 @@ class Explorer:
         return marked
 
     def _clicked(self, marks: Any, points: Any, device: Any) -> None:
-        """Of a click two messages come; a hover may displace one, so either does."""
+        """Of a click two messages come, what is selected now and the cell; a hover may displace either."""
         here = next(sites for held, sites in self._cells if held is marks)
-        added = isinstance(device, InputDeviceState) and device.shift
-        others = self.sites if added else [site for site in self.sites if site not in here]
-        self._choose([*others, *(here[i] for i in points.point_inds)])  # the browser has marked them already
+        told = [here[i] for i in points.point_inds]
+        others = [site for site in self.sites if site not in here]
+        if not isinstance(device, InputDeviceState):  # all that is selected in this panel
+            self._selected_at = time.monotonic()
+            self._choose([*others, *told])
+        elif not device.shift:
+            self._choose([*others, *told])
+        elif time.monotonic() - self._selected_at > _ONE_CLICK:  # nothing has told yet what is selected
+            kept = {_address(site) for site in self.sites} ^ set(map(_address, told))
+            self.select([*others, *(site for site in here if _address(site) in kept)])
 
     def _boxed(self, layout: Any, _: Any) -> None:
         """The layout keeps the boxes that are drawn, and no hover can displace it."""
-        boxes = layout.to_plotly_json().get("selections", ())
+        boxes = layout.to_plotly_json().get("selections", ()) or ()
         inside = [
             site
             for marks, here in self._cells
             for x, y, site in zip(marks.x, marks.y, here, strict=True)
             if any(_within(box, marks.xaxis or "x", x, y) for box in boxes)
         ]
-        if inside:
+        if boxes:
             self._choose(inside)
 
     def _guarded(self, act: Callable[[], None]) -> Callable[[Any], None]:
@@ -247,7 +262,9 @@ _TIPS = {
 }
 
 
-_MODES = ("lasso", "zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale")
+_ONE_CLICK = 1.0
+"""Seconds within which the two messages of a click come."""
+_MODES = ("sendChartToCloud", "lasso", "zoom", "pan", "zoomin", "zoomout", "autoscale", "resetscale")
 """Buttons over the map that would get in the way of selecting."""
 
 

@@ -8,7 +8,6 @@ row a cluster this is McNemar's exact test.
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,9 +130,9 @@ def mean_interval(
 
 
 def rank_correlation(
-    x: Sequence[float], y: Sequence[float], *, seed: int = 0
+    x: Sequence[float], y: Sequence[float], clusters: Sequence[str] | None = None, *, seed: int = 0
 ) -> tuple[float, tuple[float, float]]:
-    """Spearman's rank correlation, with a 95% percentile bootstrap over the pairs.
+    """Spearman's rank correlation, with a 95% percentile bootstrap over the pairs, or over clusters of them.
 
     Raises:
         ValueError: the lengths differ, or there are fewer than 3 pairs.
@@ -141,16 +140,21 @@ def rank_correlation(
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"as many values of both are wanted, at least 3, got {len(x)} and {len(y)}")
     a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    drawn = np.random.default_rng(seed).integers(len(a), size=(2000, len(a)))
-    varied = drawn[[len(set(a[i])) > 1 and len(set(b[i])) > 1 for i in drawn]]
-    if len(set(a)) < 2 or len(set(b)) < 2 or not len(varied):
-        return float("nan"), (float("nan"), float("nan"))
-    ranks = [stats.rankdata(values[varied], axis=1) for values in (a, b)]
-    (u, v) = (r - r.mean(1, keepdims=True) for r in ranks)
-    rhos = (u * v).sum(1) / np.sqrt((u * u).sum(1) * (v * v).sum(1))
-    low, high = np.quantile(rhos, (0.025, 0.975))
-    rho: Any = stats.spearmanr(a, b)
-    return float(rho.statistic), (float(low), float(high))
+    cluster, names = pd.factorize(np.asarray(range(len(a)) if clusters is None else clusters, dtype=object))
+    members = [np.flatnonzero(cluster == c) for c in range(len(names))]
+    drawn = np.random.default_rng(seed).integers(len(members), size=(2000, len(members)))
+    rhos = [
+        _spearman(a[pairs], b[pairs]) for pairs in (np.concatenate([members[c] for c in i]) for i in drawn)
+    ]
+    low, high = np.nanquantile(rhos, (0.025, 0.975)) if np.isfinite(rhos).any() else (np.nan, np.nan)
+    return _spearman(a, b), (float(low), float(high))
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's rho; nan where one of the two does not vary."""
+    u, v = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (a, b))
+    norm = float(np.sqrt((u * u).sum() * (v * v).sum()))
+    return float((u * v).sum()) / norm if norm else float("nan")
 
 
 def _by_cluster(

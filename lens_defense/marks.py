@@ -1,4 +1,4 @@
-"""Marks: what lies over the cells of a map. Names of panels, brackets, gaps, outlines of sites, dots."""
+"""Marks: what lies over the cells of a map. Names of panels, brackets, gaps, outlines."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -60,37 +60,35 @@ def frame_gaps(figure: go.Figure, c: int, roles: Sequence[Role | None], rows: in
 
 
 def outline(
-    figure: go.Figure, c: int, roles: Sequence[Role | None], layers: Sequence[int], sites: Sequence[Site]
+    figure: go.Figure,
+    c: int,
+    roles: Sequence[Role | None],
+    layers: Sequence[int],
+    sites: Sequence[Site],
+    *,
+    name: str = "site",
+    lines: Sequence[tuple[float, str]] = ((5.0, "#ffffff"), (2.5, "#111111")),
 ) -> None:
-    """A white and a dark line around each block of cells, a little inside so that no edge is cut."""
+    """Lines around each block of cells, a little inside so that no edge is cut: a white and a dark one."""
     for role in dict.fromkeys(site.role for site in sites):
         columns = _merged((i - 0.5, i + 0.5) for i, each in enumerate(roles) if each == role)
         rows = _merged(_extent(site.layer, layers) for site in sites if site.role == role)
         for (x0, x1), (y0, y1) in itertools.product(columns, rows):
             box = (x0 + 0.05, x1 - 0.05, y0 + 0.05, y1 - 0.05)
-            _draw(figure, c, "site", box, width=5.0, colour="#ffffff")
-            _draw(figure, c, "site", box, width=2.5, colour="#111111")
+            for width, colour in lines:
+                _draw(figure, c, name, box, width=width, colour=colour)
 
 
-def dot(
+def outline_significant(
     figure: go.Figure, c: int, component: Component, roles: Sequence[Role | None], trace: Trace, level: float
 ) -> None:
-    """A dot in every cell whose mean effect is more than chance."""
-    table = significance(trace)
-    table = table[(table["component"] == component) & (table["q"] < level)]
-    figure.add_trace(
-        go.Scatter(
-            x=[roles.index(role) for role in table["role"]],
-            y=[trace.layers.index(layer) for layer in table["layer"]],
-            mode="markers",
-            marker={"size": 4, "color": INK},
-            name=f"q < {level}",
-            hoverinfo="skip",
-            showlegend=False,
-        ),
-        row=1,
-        col=c + 1,
-    )
+    """A thin line around the cells whose mean effect is more than chance."""
+    sure = [
+        Site(component, row["layer"], row["role"])
+        for row in significance(trace).to_dict("records")
+        if row["component"] == component and row["q"] < level
+    ]
+    outline(figure, c, roles, trace.layers, sure, name="significant", lines=((1.0, "#111111"),))
 
 
 def _draw(

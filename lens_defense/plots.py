@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from lens_defense.intervals import LEAST_FOR_BOOTSTRAP
-from lens_defense.marks import bracket_subjects, dot, frame_gaps, name_panel, outline
+from lens_defense.marks import bracket_subjects, frame_gaps, name_panel, outline, outline_significant
 from lens_defense.prompts import READING_ORDER, Role
 from lens_defense.sites import Site, head_of
 from lens_defense.themes import FONT, ROLE_WORDS, component_words, label, room, theme
@@ -37,13 +37,16 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     Args:
         trace: what is drawn.
         sites: what is outlined.
-        significant: of many requests, mark the means whose q-value (see `significance`) is below this.
+        significant: of many requests, a thin line goes around the means whose q-value (see `significance`) is
+            below this.
     """
     one = len(trace.prompts) == 1
     shown = _of_tokens(trace) if one else _of_roles(trace)
     panels, columns, rows = len(trace.components), len(shown.labels), len(trace.layers)
     flat = not one and panels * columns <= 14
-    cell = 64 if flat else min(30 if one else 38, max(14, 1100 // (panels * columns)))
+    cell = (
+        (64 if columns < 5 else 54) if flat else min(30 if one else 38, max(14, 1100 // (panels * columns)))
+    )
     width, height = max(170, columns * cell), max(190, rows * min(26, max(12, 420 // rows)))
     across = panels * width + _BETWEEN * (panels - 1)
     figure = make_subplots(cols=panels, shared_yaxes=True, horizontal_spacing=_BETWEEN / across)
@@ -55,9 +58,9 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
         name_panel(figure, c, component, trace.window, above)
         bracket_subjects(figure, c, shown.subjects, letters=width // 8)
         frame_gaps(figure, c, shown.roles, rows)
-        outline(figure, c, shown.roles, trace.layers, [s for s in sites if s.component == component])
         if significant is not None and not one:
-            dot(figure, c, component, shown.roles, trace, significant)
+            outline_significant(figure, c, component, shown.roles, trace, significant)
+        outline(figure, c, shown.roles, trace.layers, [s for s in sites if s.component == component])
     angle = 0 if flat else -45 if cell > 20 else -90
     labels = [text.replace(" ", "<br>") if flat else text for text in shown.labels]
     figure.update_xaxes(tickvals=[*range(columns)], ticktext=labels, tickangle=angle)
@@ -223,7 +226,7 @@ def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant
     notes = ["outlined: the sites"] if any(site.component in trace.components for site in sites) else []
     blank = np.isnan(shown.effects).all((0, 1)) & np.array([role is not None for role in shown.roles])
     notes += ["grey: not traced"] if blank.any() else []
-    notes += [f"dots: q < {significant:g}"] if significant is not None and not answer else []
+    notes += [f"thin lines: q < {significant:g}"] if significant is not None and not answer else []
     notes += [f"later {trace.severed} outputs held"] if trace.severed else []
     notes += [] if trace.exact else ["estimated by a gradient"]
     what = f"{trace.measure or _WHAT[trace.direction] + ' of the answer'}{answer}{many}"

@@ -91,7 +91,9 @@ def theme(
                 "font": {"size": FONT},
             }
         )
-    figure.update_xaxes(automargin=True, zeroline=False, ticks="", linecolor="#444444")
+    figure.update_xaxes(
+        automargin=True, zeroline=False, ticks="", linecolor="#444444", title={"font": {"size": FONT}}
+    )
     figure.update_yaxes(
         automargin=True, zeroline=False, ticks="", title={"standoff": 8, "font": {"size": FONT}}
     )

@@ -62,6 +62,47 @@ def test_shift_adds_a_cell(explorer):
     assert explorer.sites == (sites[1], sites[2])
 
 
+@pytest.mark.parametrize("told_first", [True, False])
+def test_shift_on_a_selected_cell_takes_it_away(explorer, told_first):
+    ((marks, sites),) = explorer._cells
+    explorer.select(sites[:2])
+    if told_first:  # what is selected now, then the cell that was clicked
+        explorer._clicked(marks, SimpleNamespace(point_inds=[0]), None)
+    explorer._clicked(
+        marks, SimpleNamespace(point_inds=[1]), InputDeviceState(button=0, buttons=1, shift=True)
+    )
+    assert explorer.sites == (sites[0],)
+    if not told_first:
+        assert list(marks.selectedpoints) == [0]
+
+
+def test_a_double_click_or_an_empty_box_selects_nothing(explorer):
+    ((marks, sites),) = explorer._cells
+    explorer.select(sites[:2])
+    marks._dispatch_on_deselect(SimpleNamespace(point_inds=[]))
+    assert explorer.sites == () and "none yet" in explorer.chosen.value
+    explorer.select(sites[:2])
+    box = {"type": "rect", "xref": "x", "yref": "y", "x0": 0.3, "x1": 0.4, "y0": 0.3, "y1": 0.4}
+    explorer.figure.plotly_relayout({"selections": [box]})
+    assert explorer.sites == ()
+
+
+def test_a_forecast_goes_with_its_plan(explorer, monkeypatch):
+    explorer.select([ld.Site("residual", 1, "subject_last")])
+    press(explorer, "plan")
+    assert "lamp" in explorer.forecast.value
+    explorer.method.value = next(name for name in explorer.method.options if name != explorer.method.value)
+    assert explorer.edit is None and explorer.forecast.value == ""
+    press(explorer, "plan")
+
+    def broken(*_, **__):
+        raise ValueError("no")
+
+    monkeypatch.setattr(explorers, "edit", broken)
+    press(explorer, "plan")
+    assert explorer.edit is None and explorer.forecast.value == ""
+
+
 def test_plan_apply_ask_undo(explorer, model):
     original = bits(model)
     assert "press Plan first" in press(explorer, "apply")

@@ -1,6 +1,8 @@
 """The figures and tables of the full run are read from its results: known rows give known numbers."""
 
+import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,8 +13,11 @@ from nouns import a_trace
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE / "analyses"))
 import tables  # noqa: E402
+import tune  # noqa: E402
 
 import figures  # noqa: E402
+from lens_defense.intervals import clustered_rate  # noqa: E402
+from lens_defense.sites import Site  # noqa: E402
 from lens_defense.traces import Trace  # noqa: E402
 
 
@@ -28,7 +33,10 @@ def row(arm, before, after, *, suite="real_model", family="", id="a", form="ques
 
 
 ROWS = [
-    *(row("wording", 0, 1, id=f"h{i}", coherent=int(i < 3)) for i in range(4)),
+    *(
+        row("wording", 0, 1, id=f"h{i}", coherent=int(i < 3), form="question" if i < 3 else "imperative")
+        for i in range(4)
+    ),
     row("wrapper", 1, 1, family="game (w08)"),
     row("wrapper", 0, 0, family="human (74)"),
     *(row("benign", 0, int(i == 0), id=f"b{i}") for i in range(4)),
@@ -73,8 +81,11 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("folder")
 def test_the_summary_counts_what_is_new_in_unseen_words():
     told = tables.summary()
-    assert list(told["subjects"]) == [1, 16, 16]
+    assert list(told["subjects"]) == [1, 16, 16] and list(told["draw"]) == ["0", "0", "1"]
     first = told.iloc[0]
+    assert first["unseen wordings, coherent"] == pytest.approx(3 / 4)
+    assert first["unseen wrappers, coherent"] == 1 and first["unseen wrappers, prefix before"] == 1
+    assert first["human wrappers, coherent"] == 0
     assert first["unseen words, coherent"] == pytest.approx(4 / 5)
     assert first["unseen words, prefix"] == 1 and first["human wrappers, prefix"] == 0
     assert first["benign, newly refused"] == pytest.approx(1 / 5)
@@ -83,10 +94,49 @@ def test_the_summary_counts_what_is_new_in_unseen_words():
 
 
 @pytest.mark.usefixtures("folder")
-def test_new_refusals_are_split_by_form_over_all_large_edits():
-    told = tables.by_form().set_index(["suite", "arm", "form"])
-    assert told.loc["xstest", "safe", "question"].tolist() == [pytest.approx(0.4), 10]
-    assert told.loc["real_model", "benign", "question"].tolist() == [pytest.approx(0.2), 10]
+def test_rates_are_split_by_set_and_form_over_all_large_edits():
+    told = tables.by_form().set_index(["set", "rate of", "form"])
+    assert set(told.index.get_level_values("set")) == {"core"}
+    rates = {
+        ("XSTest safe, newly refused", "question"): (10, 5, 0.4),
+        ("benign, newly refused", "question"): (10, 5, 0.2),
+        ("unseen wordings, refused", "question"): (6, 3, 1.0),
+        ("unseen wordings, refused", "imperative"): (2, 1, 0.0),
+    }
+    for key, (rows, requests, rate) in rates.items():
+        row = told.loc[("core", *key)]
+        assert (row["rows"], row["requests"], row["rate"]) == (rows, requests, pytest.approx(rate))
+        clusters = [f"{i % requests}" for i in range(rows)]
+        hits = [i % requests < round(rate * requests) for i in range(rows)]
+        assert (row["low"], row["high"]) == pytest.approx(clustered_rate(hits, clusters)[1])
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_bars_are_about_all_draws_of_a_dose():
+    told = tables.bars_of(16).set_index("rate of")
+    row = told.loc["unseen words, coherent"]
+    assert (row["rows"], row["requests"], row["rate"]) == (10, 5, pytest.approx(0.8))
+    assert row["low"] < 0.8 < row["high"]
+
+
+def test_pieces_of_several_recipes_are_not_compared(folder):
+    for name, recipe in (("window 0", "old"), ("located layers at next", "new")):
+        told = json.loads((folder / f"{name}.json").read_text())
+        (folder / f"{name}.json").write_text(json.dumps({**told, "recipe": recipe}))
+    with pytest.raises(ValueError, match="of several recipes"):
+        tables.windows()
+
+
+def test_a_result_stands_while_edits_are_made_as_then(tmp_path):
+    file = tmp_path / "piece.json"
+    assert not tune.stands(file)
+    for told, stands in (
+        ({"effects": []}, True),
+        ({"reach": 1, "recipe": tune.recipe()}, True),
+        ({"reach": 1, "recipe": "old"}, False),
+    ):
+        file.write_text(json.dumps(told))
+        assert tune.stands(file) is stands
 
 
 @pytest.mark.usefixtures("folder")
@@ -104,8 +154,11 @@ def test_windows_stand_beside_what_the_trace_saw_in_them():
 def test_the_curve_goes_through_the_means():
     curve = next(line for line in figures.dose_curve().data if line.name == "XSTest safe, own set")
     assert list(curve.x) == [1, 16] and list(curve.y) == pytest.approx([0.4, 0.4])
-    assert figures.before_after().data
+    before, after = figures.before_after().data
+    assert list(before.y) == pytest.approx([0, 0, 0.2, 1]), "wording, wrapper, benign by prefix, facts"
+    assert list(after.y) == pytest.approx([0.75, 1, 0.4, 0])
     assert len(figures.window_sweep().data) == 3
+    assert figures.edited_sites() == [Site("residual", 4, "subject_last")]
 
 
 def test_a_figure_is_kept_with_what_it_was_made_of(folder, monkeypatch):
@@ -116,27 +169,74 @@ def test_a_figure_is_kept_with_what_it_was_made_of(folder, monkeypatch):
     assert dict(asked)[".pdf"] == dict(asked)[".svg"] == {"inches": figures.COLUMN}
     told = json.loads((folder / "curve.json").read_text())
     assert (
-        set(told) == {"command", "data by", "seed", "data", "versions"}
+        set(told) == {"command", "data by", "seeds", "data", "versions"}
         and len(told["data"]["map.json"]) == 16
     )
 
 
 def test_one_map_a_component():
     trace = a_trace(components=("residual", "mlp"))
-    assert [component for component, _ in figures.maps(trace)] == ["residual", "mlp"]
+    drawn = dict(figures.maps(trace))
+    assert list(drawn) == ["residual", "mlp"]
+    first = trace.prompts[0].corrupted[0]
+    assert len(drawn["mlp"].data[0].x) == len(trace.prompts[0].ids) - first, "from the subject on"
+    edited = dict(figures.maps(trace, [Site("mlp", 1, "subject_last")]))
+    assert "outlined" in edited["mlp"].layout.title.text, "what was edited, where that is given"
+    assert "outlined" not in edited["residual"].layout.title.text
+
+
+@pytest.mark.parametrize("sidecar", sorted((HERE / "figures").glob("*.json")), ids=lambda file: file.stem)
+def test_a_committed_figure_is_of_the_committed_data(sidecar):
+    for name, told in json.loads(sidecar.read_text("utf-8"))["data"].items():
+        held = [*(HERE / "analyses/results").rglob(name), *(HERE / "lens_defense").rglob(name)]
+        assert told in {hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in held}, name
+
+
+@pytest.mark.parametrize("name", ["dose", "forms", "bars", "windows", "correlations"])
+def test_a_committed_table_is_of_the_committed_results(name, tmp_path):
+    table = {
+        "dose": tables.summary,
+        "forms": tables.by_form,
+        "bars": lambda: tables.bars_of(16),
+        "windows": tables.windows,
+        "correlations": tables.correlations,
+    }[name]
+    table().round(4).to_csv(tmp_path / "table.csv", index=False)
+    committed = HERE / f"analyses/results/real_model_{name}.csv"
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv"), pd.read_csv(committed))
 
 
 def test_the_readme_quotes_the_committed_results():
     told = tables.summary()
     assert len(told), "no dose is committed"
-    assert tables.dose_table(told) in (HERE / "README.md").read_text("utf-8")
+    readme = (HERE / "README.md").read_text("utf-8")
+    assert tables.dose_table(told) in readme
+    text = " ".join(readme.split())
+    sixteen = tables.bars_of(16).set_index("rate of")
+    for rate in (
+        "unseen wordings, coherent",
+        "unseen wrappers, coherent",
+        "unseen words, coherent",
+        "unseen wordings, prefix before",
+        "unseen wrappers, prefix before",
+        "benign, newly refused",
+        "XSTest safe, newly refused",
+    ):
+        row, digits = sixteen.loc[rate], 1 if "newly" in rate else 0
+        said = f"{row['rate']:.{digits}%} [{100 * row['low']:.{digits}f}, {100 * row['high']:.{digits}f}]"
+        assert said in text, (rate, said)
+    quoted = {("effect", "coherent"), ("leak to safe text", "XSTest safe, newly refused")}
+    for row in tables.correlations().to_dict("records"):
+        if (row["of"], row["and"]) in quoted:
+            said = f"{row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]".replace("0.", ".")
+            assert said in text, (row, said)
 
 
 def test_the_readme_quotes_the_committed_facts():
     trace = Trace.load(HERE / "analyses/results/storage_sites/facts.safetensors")
     means = {(m.component, m.role, m.layer): m for m in trace.role_effects()}
     text = " ".join((HERE / "README.md").read_text("utf-8").split())
-    assert f"{len(trace.prompts)} facts that the model knows" in text
+    assert f"{len(trace.prompts)} facts whose first token the model gets right" in text
     for place in (("mlp", "subject_last", 2), ("mlp", "subject_last", 10), ("attention", "last", 20)):
         mean = means[place]
         said = f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".")
@@ -145,3 +245,36 @@ def test_the_readme_quotes_the_committed_facts():
         for layer in (22, 23):
             mean = means["residual", role, layer]
             assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text
+
+
+def test_the_readme_quotes_the_committed_harmful_maps_which_hold_no_words():
+    trace = Trace.load(HERE / "analyses/results/storage_sites/roles.safetensors")
+    means = {(m.component, m.role, m.layer): m for m in trace.role_effects()}
+    text = " ".join((HERE / "README.md").read_text("utf-8").split())
+    n = len(trace.prompts)
+    assert f"In {200 - n} noise hardly" in text
+    assert f"the other {n} (of {len(set(trace.subjects))} subjects" in text
+    for place in (
+        ("mlp", "subject_last", 3),
+        ("mlp", "subject_last", 9),
+        ("attention", "last", 24),
+        ("residual", "subject_last", 6),
+        ("residual", "subject_first", 6),
+        ("residual", "subject_last", 21),
+        ("residual", "subject_last", 24),
+    ):
+        mean = means[place]
+        assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text, place
+
+
+@pytest.mark.parametrize(
+    "file",
+    sorted((HERE / "analyses/results/storage_sites").glob("*.safetensors")),
+    ids=lambda file: file.stem,
+)
+def test_committed_traces_of_published_requests_hold_no_words(file):
+    trace = Trace.load(file)
+    assert {token for met in trace.prompts for token in (*met.ids, *met.answer)} <= {0}
+    assert not any(trace.answers) and not any(word for met in trace.prompts for word in met.words)
+    assert {piece for met in trace.prompts for piece in met.request.pieces} == {""}
+    assert all(re.fullmatch("[0-9a-f]{8}", subject) for subject in trace.subjects)

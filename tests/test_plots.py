@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
-from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_sites
+from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_prompts, some_sites
 
 from lens_defense.comparisons import bars
 from lens_defense.inferences import significance
@@ -292,18 +292,24 @@ def test_static_export(tmp_path: Path, suffix: str, start: bytes):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-def test_significant_means_are_dotted():
-    prompts = [a_prompt() for _ in range(12)]
+def test_significant_means_are_outlined():
+    prompts = some_prompts(12)
     told = a_trace(prompts, roles=["subject_last", "last"], samples=1)
     at = prompts[0].positions("subject_last")[0]
     told.patched[:, 0, :, at] = torch.randn(told.patched[:, 0, :, at].shape, dtype=torch.float64) * 0.2 - 1
     told.patched[:, 0, 2, at] = torch.rand(12, 1, dtype=torch.float64) * 0.1 - 0.3
     table = significance(told)
-    sure = table[(table["q"] < 0.05)]
-    dots = heatmap(told, significant=0.05).data[-1]
-    assert dots.mode == "markers" and len(dots.x) == len(sure)
-    assert (0, 2) in set(zip(dots.x, dots.y, strict=True))
-    assert "dots: q &lt; 0.05" in heatmap(told, significant=0.05).layout.title.text
+    sure = {("subject_last", "last").index(row.role) * 100 + row.layer
+            for row in table.itertuples() if row.q < 0.05}  # fmt: skip
+    boxes = [shape for shape in heatmap(told, significant=0.05).layout.shapes if shape.name == "significant"]
+    inside = {
+        column * 100 + layer
+        for column in range(2)
+        for layer in range(4)
+        if any(box.x0 < column < box.x1 and box.y0 < layer < box.y1 for box in boxes)
+    }
+    assert 2 in sure and inside == sure
+    assert "thin lines: q &lt; 0.05" in heatmap(told, significant=0.05).layout.title.text
     assert all(trace.type == "heatmap" for trace in heatmap(told).data)
 
 

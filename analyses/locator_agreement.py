@@ -2,7 +2,8 @@
 # # Do locators agree on a real model?
 # The same requests of smollm2 mapped by each corruption and direction, by the gradient screen, by the logit lens, and
 # by DINM's and LED's layers. There is no truth here (analyses/locator_grades.py has one): the table says where each
-# points, and how its map ranks the cells of the default one (Spearman's rho over mean cells, 95% interval).
+# points, and how its map ranks the cells of the default one (Spearman's rho over mean cells, 95% interval). An estimate
+# by gradient stands beside the exact map that it estimates: rho over all single cells, and recall@10.
 #
 #     python analyses/locator_agreement.py
 
@@ -20,7 +21,7 @@ import lens_defense as ld
 from lens_defense.corruptions import ablation
 from lens_defense.editors import REFUSAL
 from lens_defense.files import whole
-from lens_defense.inferences import request_effects
+from lens_defense.inferences import agreement, request_effects
 from lens_defense.intervals import rank_correlation
 from lens_defense.lenses import logit_lens, safety_layers, toxic_layers
 
@@ -64,6 +65,7 @@ model = ld.load("smollm2")
 asked = traced()
 rows: list[dict[str, Any]] = []
 reference: dict[tuple[str, int], float] = {}
+exact: dict[str, ld.Trace] = {}
 for name, make in methods(model, asked).items():
     start = time.perf_counter()
     try:
@@ -87,6 +89,9 @@ for name, make in methods(model, asked).items():
         row |= {"located": f"{sites[0].role} {sites[0].layer} to {sites[-1].layer}"}
         rho, (low, high) = rank_correlation([effects[k] for k in shared], [reference[k] for k in shared])
         row |= {"cells": len(shared), "rho": rho, "low": low, "high": high}
+    if (measured := exact.get(name.removesuffix(", gradient screen"))) is not None:
+        row["rho of single cells"], row["recall@10"] = agreement(told, measured, k=10)
+    exact[name] = told
     rows.append({**row, "seconds": time.perf_counter() - start})
     print(rows[-1], flush=True)
 with whole(OUT) as file:

@@ -29,8 +29,11 @@ trace.by_role().round(3)
 
 # %% [markdown]
 # ## See
-# Rows are layers, columns are roles: a role is what a token is in its prompt, and carries over to other prompts.
-# Outlined are the sites that `locate` chooses.
+# Rows are layers (every third, unless asked otherwise), columns are roles: a role is what a token is in its prompt, and
+# carries over to other prompts. Outlined are the sites that `locate` chooses; layers between two rows are among them.
+#
+# How to read it: at the subject's tokens a state of any of the lower layers brings back a good part of the answer, and
+# above layer 22 or so none does: by then what follows has read the subject. Nothing else in the prompt holds much.
 
 # %%
 sites = ld.locate(trace, k=5)
@@ -47,7 +50,8 @@ ld.heatmap(trace[0], sites)
 # %% [markdown]
 # ## Edit
 # A plan, not an act: low-rank factors for each layer. The forecast says what to expect: `reach` is the share of a
-# value that arrives in wordings kept aside; the leaks are what harmless text would see of it.
+# value that arrives in wordings kept aside (1 is all of it); the leaks are the share of a value's norm that harmless
+# text would see. A leak to safe text of .15 and more is called risky.
 
 # %%
 edit = ld.edit(model, requests, sites)
@@ -55,11 +59,22 @@ edit
 
 # %% [markdown]
 # ## Check
-# Made, measured, unmade. Wordings and wrappers are those that the edit never saw. Intervals are by subject.
+# Made, measured, unmade. Wordings and wrappers are those that the edit never saw. Two judges: *refused* is told by the
+# first words alone ("I'm sorry ..."), *refused, coherent* wants the whole answer to be a refusal that makes sense; the
+# small model begins like a refusal now and then without being edited. `p` tests whether before and after differ.
+# Intervals are 95%, by subject.
 
 # %%
 report = ld.check(model, edit, ld.suite("core").small())
 report
+
+# %% [markdown]
+# The same as a figure: what the edit should refuse by the strict judge, what it should leave alone by the lenient one.
+
+# %%
+from lens_defense.comparisons import bars
+
+bars({"edited": report})
 
 # %% [markdown]
 # ## For good, and back
@@ -78,8 +93,13 @@ before, during, fingerprint(model)
 # %% [markdown]
 # ## By hand
 # The same as a form: select cells of the map by click or by a box, press Plan to see the forecast, Apply, ask any
-# question before and after side by side, Undo. Run the cell to use it (what a reader without a kernel sees is a picture
-# of it); the notebook's own interrupt stops long work.
+# question before and after side by side, Undo. Here the buttons are pressed in code, so that a reader without a kernel
+# sees a picture of the form after its work; answers are cut after twelve tokens. Run the cell to use it; the notebook's
+# own interrupt stops long work.
 
 # %%
-ld.Explorer(model, trace, requests, sites=sites)
+form = ld.Explorer(model, trace, requests, sites=sites, tokens=12)
+form.question.value = f"Tell me everything about {requests[0].subject}."
+for name in ("plan", "apply", "ask", "undo"):
+    form.buttons[name].click()
+form

@@ -97,6 +97,7 @@ class Explorer:
                 [
                     f"<img alt='the map with its selected cells' src='data:image/png;base64,{picture}'>",
                     f"<p>{self.chosen.value}</p>{self.forecast.value}<p>{self.status.value}</p>",
+                    f"<p>{escape(self.question.value)}</p>{self.answers.value}",
                     "<p><i>A picture of the form: run the cell to use it.</i></p>",
                 ]
             )

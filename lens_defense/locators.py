@@ -28,7 +28,8 @@ def locate(
 
     "band": of the roles that have read the whole subject, the component and role with the largest mean
     effect over layers; then k consecutive layers, centred a third of the way up its plateau. The plateau is
-    the run of layers around the strongest that reach four fifths of it; a sharp peak is its own. Neither
+    the run of layers around the strongest that reach four fifths of what the best k consecutive layers have
+    on average, so that a single layer that sticks out of a flat top does not make it its own. Neither
     leaves the layers that were traced, nor the box; a box with a hole is looked in on the side of its
     strongest layer. A subject's first tokens are no address of a band: a key there answers to everything that
     begins alike. Layers between traced ones take the effect of the straight line between them.
@@ -37,7 +38,7 @@ def locate(
     ties go to the lower layer, then to the component and role that come first.
 
     Not the plateau's highest point, because the height of a flat top is chance; and not its middle,
-    because edits higher up cost more: analyses/strength.py has both on the tune split.
+    because edits higher up cost more: analyses/results tells of both, on the tune split.
 
     Args:
         trace: the map.
@@ -102,9 +103,9 @@ def locate(
         return between(best, layer, "effect")
 
     run = _run_of(box, max(box, key=effect))
-    first, last = _plateau([effect(layer) for layer in run])
-    middle = run[first] + (last - first) // 3
     width = min(k, len(run))
+    first, last = _plateau([effect(layer) for layer in run], width)
+    middle = run[first] + (last - first) // 3
     low = min(max(run[0], middle - (width - 1) // 2), run[-1] + 1 - width)
     return _sites(
         [
@@ -115,16 +116,16 @@ def locate(
 
 
 PLATEAU = 0.8
-"""The share of the strongest effect from which on a layer belongs to its plateau."""
+"""The share of the best band's mean effect from which on a layer belongs to its plateau."""
 _HALF_READ: tuple[Role, ...] = ("subject_first", "subject_mid")
 _NO_SITE: tuple[Role, ...] = ("template", "before", "after")
 """Roles of many tokens: no address that an edit could read a key at."""
 
 
-def _plateau(effects: Sequence[float]) -> tuple[int, int]:
-    """Where the run around the strongest begins and ends that reaches four fifths of it."""
+def _plateau(effects: Sequence[float], width: int) -> tuple[int, int]:
+    """Where the run around the strongest layer begins and ends that reaches four fifths of the best band."""
     first = last = int(np.argmax(effects))
-    floor = PLATEAU * effects[first]
+    floor = PLATEAU * float(np.convolve(effects, np.full(width, 1 / width), "valid").max())
     while first > 0 and effects[first - 1] >= floor:
         first -= 1
     while last < len(effects) - 1 and effects[last + 1] >= floor:

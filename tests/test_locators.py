@@ -59,6 +59,11 @@ def test_a_plateau_is_edited_a_third_of_the_way_up():
     assert layers_of(locate(mapped({LAST: curve}), 3)) == [1, 2, 3]
 
 
+def test_one_layer_that_sticks_out_of_a_flat_top_is_not_the_plateau():
+    curve = [0.41, 0.42, 0.43, 0.42, 0.41, 0.42, 0.42, 0.42, 0.55, 0.42, 0.1, 0.1]
+    assert layers_of(locate(mapped({LAST: curve}), 5)) == [1, 2, 3, 4, 5]
+
+
 def test_a_subject_half_read_is_no_address_of_a_band():
     curves = {LAST: [0.2] * 12, ("residual", "subject_first"): [0.9] * 12}
     assert locate(mapped(curves))[0].role == "subject_last"

@@ -1,6 +1,7 @@
 """The committed notebook is its script, executed; it runs from top to bottom."""
 
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -44,6 +45,7 @@ def test_a_picture_stands_beside_each_interactive_figure(name):
 def test_the_form_is_there_as_a_picture(name):
     told = outputs(committed(name))[-1].data
     assert "data:image/png;base64," in told["text/html"] and "selected: residual" in told["text/html"]
+    assert "reach" in told["text/html"] and "<th>before</th><th>now</th>" in told["text/html"]
     assert not any("widget" in kind for kind in told), "a form is dead without a kernel"
 
 
@@ -54,7 +56,9 @@ def test_it_stays_small(name):
 @needs_smollm2
 @pytest.mark.timeout(900)
 def test_it_runs_from_top_to_bottom(name):
+    start = time.monotonic()
     told = outputs(notebooks.executed(name, pictures=False))
+    print(f"{name}: {time.monotonic() - start:.0f} s")
     assert not [output for output in told if output.output_type == "error"]
     (hashes,) = [text for o in told if (text := o.get("data", {}).get("text/plain", "")).startswith("('")]
     before, during, after = eval(hashes)

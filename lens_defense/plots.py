@@ -81,13 +81,19 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     )
 
 
-def head_map(trace: Trace, role: Role = "subject_last") -> go.Figure:
-    """Mean effects of single heads at one role: layers x heads, from a trace of "heads".
+def head_map(trace: Trace, role: Role | None = None) -> go.Figure:
+    """Mean effects of single heads at one role, or at all tokens together: layers x heads.
+
+    Args:
+        trace: what is drawn; its components are "heads".
+        role: where; None is the subject's last token or, of a trace with `together`, where its cells stand.
 
     Raises:
         ValueError: the trace has no heads, or not at this role.
     """
-    means = [m for m in trace.role_effects() if m.role == role and head_of(m.component) is not None]
+    every = [m for m in trace.role_effects() if head_of(m.component) is not None]
+    role = role or (every[0].role if every and trace.together else "subject_last")
+    means = [m for m in every if m.role == role]
     if not means:
         raise ValueError(
             f'this trace has no heads at {role}; ld.trace(model, requests, components=["heads"])'
@@ -106,7 +112,8 @@ def head_map(trace: Trace, role: Role = "subject_last") -> go.Figure:
     named = [str(layer) for layer in trace.layers]
     figure.update_yaxes(tickvals=[*range(len(named))], ticktext=named, title_text="layer")
     plot = (max(170, len(heads) * 30), max(190, len(named) * min(26, max(12, 420 // len(named)))))
-    title = f"{trace.model}: {_WHAT[trace.direction]} of the answer, single heads at the {ROLE_WORDS[role]}"
+    where = "at all tokens together" if trace.together else f"at the {ROLE_WORDS[role]}"
+    title = f"{trace.model}: {_WHAT[trace.direction]} of the answer, single heads {where}"
     return theme(figure, title=title, plot=plot, left=62, right=108, above=40, below=52)
 
 
@@ -228,6 +235,7 @@ def _heatmap_title(trace: Trace, shown: _Map, sites: Sequence[Site], significant
     notes += ["grey: not traced"] if blank.any() else []
     notes += [f"thin lines: q < {significant:g}"] if significant is not None and not answer else []
     notes += [f"later {trace.severed} outputs held"] if trace.severed else []
+    notes += ["all tokens together, drawn at the last"] if trace.together else []
     notes += [] if trace.exact else ["estimated by a gradient"]
     what = f"{trace.measure or _WHAT[trace.direction] + ' of the answer'}{answer}{many}"
     return "\n".join((f"{trace.model}: {what}", "; ".join(notes))).strip()

@@ -323,6 +323,10 @@ def test_single_heads_are_layers_by_heads():
         for layer in range(4):
             assert drawn.z[layer, c] == pytest.approx(means[name, layer])
             assert name in drawn.hovertext[layer, c]
+    assert "at the last subject token" in " ".join(head_map(told).layout.title.text.split("<br>"))
+    whole = head_map(replace(a_trace(some_prompts(3), components=["head 0"], roles=["last"]), together=True))
+    assert "all tokens together" in " ".join(whole.layout.title.text.split("<br>"))
+    assert whole.data[0].z.shape == (4, 1)
     with pytest.raises(ValueError, match="no heads at last"):
         head_map(told, "last")
 

@@ -107,6 +107,9 @@ class Explorer:
         """Choose sites; a plan made for others is dropped."""
         wanted = set(map(_address, sites))
         for marks, here in self._cells:
+            marks.selectedpoints = (
+                None  # what the browser has marked since is not known here: tell it all anew
+            )
             marks.selectedpoints = [i for i, site in enumerate(here) if _address(site) in wanted]
         self._choose(sites)
 
@@ -183,7 +186,7 @@ class Explorer:
             held: Any = self.figure.data[-1]
             held.on_selection(self._clicked)
             held.on_click(self._clicked)
-            held.on_deselect(lambda *_: self._choose(()))
+            held.on_deselect(self._deselected)
             marked.append((held, here))
         self.figure.layout.on_change(self._boxed, "selections")
         buttons = {"add": ["select2d"], "remove": list(_MODES)}
@@ -191,18 +194,25 @@ class Explorer:
         return marked
 
     def _clicked(self, marks: Any, points: Any, device: Any) -> None:
-        """Of a click two messages come, what is selected now and the cell; a hover may displace either."""
+        """Of a click two messages come: what is selected now, which counts, and the cell.
+
+        A hover may displace one of them; so the cell is taken where nothing has told just before.
+        """
         here = next(sites for held, sites in self._cells if held is marks)
         told = [here[i] for i in points.point_inds]
         others = [site for site in self.sites if site not in here]
-        if not isinstance(device, InputDeviceState):  # all that is selected in this panel
+        if not isinstance(device, InputDeviceState):
             self._selected_at = time.monotonic()
             self._choose([*others, *told])
-        elif not device.shift:
-            self._choose([*others, *told])
-        elif time.monotonic() - self._selected_at > _ONE_CLICK:  # nothing has told yet what is selected
-            kept = {_address(site) for site in self.sites} ^ set(map(_address, told))
-            self.select([*others, *(site for site in here if _address(site) in kept)])
+        elif time.monotonic() - self._selected_at > _ONE_CLICK:
+            before = set(map(_address, self.sites)) if device.shift else set()
+            wanted = before ^ set(map(_address, told))
+            self.select([*others, *(site for site in here if _address(site) in wanted)])
+
+    def _deselected(self, *_: Any) -> None:
+        """A double click off the cells; on one its click displaces this message, and the cell is selected."""
+        self._selected_at = time.monotonic()
+        self._choose(())
 
     def _boxed(self, layout: Any, _: Any) -> None:
         """The layout keeps the boxes that are drawn, and no hover can displace it."""

@@ -80,6 +80,7 @@ def test_a_double_click_or_an_empty_box_selects_nothing(explorer):
     ((marks, sites),) = explorer._cells
     explorer.select(sites[:2])
     marks._dispatch_on_deselect(SimpleNamespace(point_inds=[]))
+    explorer._clicked(marks, SimpleNamespace(point_inds=[1]), InputDeviceState(button=0, buttons=1))
     assert explorer.sites == () and "none yet" in explorer.chosen.value
     explorer.select(sites[:2])
     box = {"type": "rect", "xref": "x", "yref": "y", "x0": 0.3, "x1": 0.4, "y0": 0.3, "y1": 0.4}

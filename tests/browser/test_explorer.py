@@ -1,6 +1,7 @@
 """The explorer as a person meets it: select cells in JupyterLab, plan, apply, ask, undo."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ trace = ld.trace(model, things, layers="all", floor=0.0, progress=False)
 settings = {{"shared_steps": 1, "steps": 1, "cache": False, "progress": False}}
 explorer = ld.Explorer(model, trace, things, settings=settings, tokens=3)
 explorer
+"""
+SELECTED = "[i for i, s in enumerate(explorer._cells[0][1]) if s in explorer.sites]"
+MARKED = """
+return document.querySelector('.js-plotly-plot').data.find(one => one.type == 'scatter').selectedpoints || []
 """
 SITES = "sorted((s.layer, s.role) for s in explorer.sites)"
 
@@ -70,6 +75,25 @@ def test_select_edit_apply_ask_undo(browser, lab):
     x, y = at(browser, *where[1, "subject_last"])
     ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3).click().perform()
     within(lambda: ask(kernel, SITES) == [[1, "subject_last"]])
+
+    # with shift another one, and not it again
+    def shift_click(x, y):
+        there = ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3)
+        there.key_down(Keys.SHIFT).click().key_up(Keys.SHIFT).perform()
+
+    x, y = at(browser, *where[2, "subject_last"])
+    shift_click(x, y)
+    within(lambda: ask(kernel, SITES) == [[1, "subject_last"], [2, "subject_last"]])
+    time.sleep(1.5)  # else a double click
+    shift_click(x, y)
+    within(lambda: ask(kernel, SITES) == [[1, "subject_last"]])
+
+    # a double click, of which not every message comes: what is marked is what is selected
+    time.sleep(1.5)
+    x, y = at(browser, *where[0, "last"])
+    ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3).double_click().perform()
+    time.sleep(3)
+    within(lambda: browser.execute_script(MARKED) == ask(kernel, SELECTED))
 
     # two cells, by a box
     x, y = at(browser, *where[1, "subject_last"])

@@ -290,7 +290,7 @@ def main() -> None:
             window_sweep(),
             [*tables.RESULTS.glob("window *.json"), tables.RESULTS / "map.json"],
         )
-        made["windows"] = tables.windows
+        made |= {"windows": tables.windows, "located": tables.locations}
         if tables.results("core"):
             made["correlations"] = tables.correlations
     for name, table in made.items():
@@ -300,6 +300,7 @@ def main() -> None:
         ("map_single", tables.RESULTS / "one map.safetensors", DOSES),
         ("map_facts", SITES / "facts.safetensors", "python analyses/storage_sites.py --data DIR"),
         ("map_harmful", SITES / "roles.safetensors", "python analyses/storage_sites.py --data DIR"),
+        ("map_whole", SITES / "whole.safetensors", "python analyses/storage_sites.py --data DIR"),
     ):
         if file.is_file():
             trace = ld.Trace.load(file)

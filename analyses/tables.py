@@ -1,6 +1,7 @@
 """What the results of analyses/real_model.py say: tables, which the figures and the README are made of."""
 
 import json
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import lens_defense as ld
 from lens_defense.intervals import clustered_rate, rank_correlation
+from lens_defense.traces import joined
 
 RESULTS = Path(__file__).parent / "results/real_model"
 WORDS = ("wording", "wrapper")
@@ -216,6 +219,22 @@ def windows() -> pd.DataFrame:
 def located() -> int:
     """The lowest of the located layers, as the edits of the curve name it: "residual 5 at ..."."""
     return int(next(iter(results("core").values()))["sites"][0].split()[1])
+
+
+def locations() -> pd.DataFrame:
+    """Where `locate` points by default, from maps of more or fewer requests: the lowest and highest layer."""
+    twelve = ld.Trace.load(RESULTS / "map.safetensors").only("residual")
+    single = [twelve[i] for i in range(len(twelve.prompts))]
+    maps = [("all twelve of tune and edit", twelve)]
+    for seed in range(8):
+        some = sorted(random.Random(seed).sample(range(len(single)), 6))
+        maps.append((f"six of them, seed {seed}", joined([single[i] for i in some])))
+    maps += [(f"request {i} alone", one) for i, one in enumerate(single)]
+    harmful = ld.Trace.load(RESULTS.parent / "storage_sites/roles.safetensors").only("residual")
+    maps.append((f"{len(harmful.prompts)} of DELMAN's", harmful))
+    found = [(name, ld.locate(trace)) for name, trace in maps]
+    rows = [(name, sites[0].role, sites[0].layer, sites[-1].layer) for name, sites in found]
+    return pd.DataFrame(rows, columns=pd.Index(["map", "role", "lowest", "highest"]))
 
 
 def correlations() -> pd.DataFrame:

@@ -192,7 +192,7 @@ def test_a_committed_figure_is_of_the_committed_data(sidecar):
         assert told in {hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in held}, name
 
 
-@pytest.mark.parametrize("name", ["dose", "forms", "bars", "windows", "correlations"])
+@pytest.mark.parametrize("name", ["dose", "forms", "bars", "windows", "correlations", "located"])
 def test_a_committed_table_is_of_the_committed_results(name, tmp_path):
     table = {
         "dose": tables.summary,
@@ -200,6 +200,7 @@ def test_a_committed_table_is_of_the_committed_results(name, tmp_path):
         "bars": lambda: tables.bars_of(16),
         "windows": tables.windows,
         "correlations": tables.correlations,
+        "located": tables.locations,
     }[name]
     table().round(4).to_csv(tmp_path / "table.csv", index=False)
     committed = HERE / f"analyses/results/real_model_{name}.csv"

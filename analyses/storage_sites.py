@@ -4,7 +4,7 @@
 # that the first n are a sample; beside it ROME's question on facts that smollm2 knows. Resumable: a file a request
 # in the package's cache. What is committed holds ids and effects, no request and no answer.
 #
-#     python analyses/storage_sites.py --data DIR [--only facts|roles|whole] [--first N]
+#     python analyses/storage_sites.py --data DIR [--only facts|roles|whole] [--first N] [--whole N]
 #
 # DIR holds delman/HarmBench.json (README: sources).
 
@@ -30,7 +30,7 @@ OUT = Path(__file__).parent / "results" / "storage_sites"
 COMPONENTS = ("residual", "mlp", "attention")
 ROLES = ("subject_first", "subject_mid", "subject_last", "next", "last")
 WHOLE = 10
-"""Requests that are traced at every token and layer."""
+"""Requests that are traced at every token and layer: the first that can be traced at all."""
 FACTS = (
     ("The capital of {} is", "France", "Paris"),
     ("The capital of {} is", "Japan", "Tokyo"),
@@ -138,6 +138,9 @@ def main() -> None:
     asked.add_argument("--data", type=Path, required=True, help="folder of the published sets")
     asked.add_argument("--only", choices=("facts", "roles", "whole"))
     asked.add_argument("--first", type=int, help="of the random order of requests")
+    asked.add_argument(
+        "--whole", type=int, default=WHOLE, help="how many are traced at every token and layer"
+    )
     given = asked.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     model, kept = ld.load("smollm2"), cache_folder() / "storage_sites"
@@ -146,12 +149,13 @@ def main() -> None:
     pieces: dict[str, tuple[list[ld.Request], dict[str, Any]]] = {
         "facts": (known(model), {**by_role, "layers": "all", "answer_tokens": 1, "chat": False}),
         "roles": (some, by_role),
-        "whole": (some[:WHOLE], {"positions": "all", "components": COMPONENTS, "layers": "all"}),
+        "whole": (some, {"positions": "all", "components": COMPONENTS, "layers": "all"}),
     }
     for name, (requests, settings) in pieces.items():
         if given.only not in (None, name):
             continue
-        trace, refused = survey(model, requests, kept / name, **settings)
+        enough = given.whole if name == "whole" else None
+        trace, refused = survey(model, requests, kept / name, enough=enough, **settings)
         assert trace is not None
         lean(trace).save(OUT / f"{name}.safetensors")
         row = told(trace, name, len(refused))

@@ -35,6 +35,7 @@ def survey(
     requests: Sequence[Request],
     out: Path,
     *,
+    enough: int | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> Survey:
@@ -46,6 +47,7 @@ def survey(
         model: the model.
         requests: what is asked.
         out: the folder; each file in it is written whole or not at all.
+        enough: stop when so many have a trace; None takes every request.
         progress: shows a bar with the time left.
         settings: of trace; plain values, since they name the files.
 
@@ -56,8 +58,12 @@ def survey(
     out.mkdir(parents=True, exist_ok=True)
     about = json.dumps([fingerprint(model), _DEFAULTS | settings], sort_keys=True)
     places = [out / _key(item, about) for item in requests]
+    seen: list[Path] = []
     with tqdm(total=len(requests), desc="survey", unit="request", disable=not progress) as bar:
         for item, place in zip(requests, places, strict=True):
+            if enough is not None and sum(_file(one).exists() for one in seen) >= enough:
+                break
+            seen.append(place)
             if not _file(place).exists() and not _note(place).exists():
                 try:
                     trace(model, [item], progress=False, **settings).save(_file(place))
@@ -65,8 +71,8 @@ def survey(
                     with whole(_note(place)) as note:
                         note.write_text(json.dumps({"request": item.id, "refused": str(error)}), "utf-8")
             bar.update()
-    held = [Trace.load(_file(place)) for place in places if _file(place).exists()]
-    notes = [json.loads(_note(place).read_text("utf-8")) for place in places if _note(place).exists()]
+    held = [Trace.load(_file(place)) for place in seen if _file(place).exists()]
+    notes = [json.loads(_note(place).read_text("utf-8")) for place in seen if _note(place).exists()]
     refused = {note["request"]: note["refused"] for note in notes}
     return Survey(joined(held) if held else None, refused)
 

@@ -113,6 +113,15 @@ def test_a_request_that_does_not_fit_does_not_stop_the_others(tmp_path):
     assert [met.request.id for met in told.prompts] == ["lamp"]
 
 
+def test_enough_is_enough(tmp_path, counted):
+    made, _ = counted
+    short = request("tell me of x", "x", id="short")
+    first = {**SOME, "positions": ["subject_first"], "progress": False}
+    told, refused = survey(model_of(), [short, LAMP, BELL, SHIP], tmp_path, enough=2, **first)
+    assert [met.request.id for met in told.prompts] == ["lamp", "bell"] and list(refused) == ["short"]
+    assert made == ["short", "lamp", "bell"]
+
+
 def test_moved_requests_are_not_traced_again(tmp_path, counted):
     made, _ = counted
     for some in ([LAMP, BELL], [SHIP, BELL], [BELL]):

@@ -305,7 +305,7 @@ def main() -> None:
         if file.is_file():
             trace = ld.Trace.load(file)
             for component, figure in maps(trace, edited_sites() if name == "map_mean" else ()):
-                wide = 2 if name == "map_single" else 1  # a column a token
+                wide = 2 if name in ("map_single", "map_whole") else 1  # many columns
                 seeds = f"{trace.seed} (noise)"
                 keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN, seeds=seeds)
     if (SPEED / "cpu.csv").is_file():

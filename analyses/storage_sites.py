@@ -124,10 +124,11 @@ def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:
         one = trace.only(component)
         addresses, effects = request_effects(one)
         best = [addresses[i][1] for i in pd.DataFrame(effects).fillna(-9).to_numpy().argmax(1)]
-        middle, (low, high) = reliability(one)
         row[f"{component}: strongest in the subject"] = sum(r.startswith("subject") for r in best) / len(best)
-        row[f"{component}: reliability"] = middle
-        row[f"{component}: reliability low"], row[f"{component}: reliability high"] = low, high
+        if len(set(one.subjects)) >= 4:  # fewer make no halves
+            middle, (low, high) = reliability(one)
+            row[f"{component}: reliability"] = middle
+            row[f"{component}: reliability low"], row[f"{component}: reliability high"] = low, high
     return row
 
 

@@ -119,19 +119,15 @@ def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[str, Mapping[s
 
 def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None) -> None:
     """What is asked and how it is judged stands over the bars, a thin line between the kinds."""
-    own_judge, other_judge = ("", "") if measure else ("refused, coherent", "refused, by prefix")
-    names = {
-        "own": f"edited subjects: {own_judge}",
-        "others": f"all others: {other_judge}",
-        "facts": "facts: known",
-    }
+    names = {"own": "edited subjects", "others": "all others", "facts": "facts: known"}
+    if measure is None:
+        names |= {"own": "edited subjects: refused, coherent", "others": "all others: refused, by prefix"}
     kinds = ["own" if arm in STRICTER else "facts" if arm == "facts" else "others" for arm in arms]
     for kind in dict.fromkeys(kinds):
         own = [i for i, each in enumerate(kinds) if each == kind]
-        text = names[kind].removesuffix(": ")
         middle = (own[0] + own[-1]) / 2
         figure.add_annotation(
-            text=f"<b>{text}</b>", x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False
+            text=f"<b>{names[kind]}</b>", x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False
         )
         if own[0]:
             figure.add_vline(x=own[0] - 0.5, line={"color": "#bbbbbb", "width": 1})

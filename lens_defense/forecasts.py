@@ -39,8 +39,8 @@ class Forecast:
     """Of the whole edit."""
 
     THRESHOLD: ClassVar[float] = 0.15
-    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the three edits above
-    it newly refused 4, 5 and 16% of XSTest-safe, seven below it at most 2.8% (real_model_dose.csv)."""
+    """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the five edits above
+    it newly refused 4 to 16% of XSTest-safe, thirteen below it at most 2.8% (real_model_dose.csv)."""
 
     @property
     def risky(self) -> bool:

@@ -13,7 +13,7 @@ from lens_defense.attributions import screen
 from lens_defense.corruptions import Corruption
 from lens_defense.generations import generate
 from lens_defense.metrics import Metric
-from lens_defense.patches import Run, Write, device_of, run
+from lens_defense.patches import Run, Write, device_of, fitting, run
 from lens_defense.prompts import Prompt, Request, prompt
 from lens_defense.sites import EMBEDDING
 from lens_defense.sweeps import Cell, Measure, base_hooks, donor_hooks, sweep
@@ -120,7 +120,8 @@ def measured(
                     )
                 )  # fmt: skip
         else:
-            told.append(screen(model, runs.ids, runs.embeddings, runs.donor, cells, read, keep=keep))
+            with fitting(f"{len(part)} rows of {runs.ids.shape[1]} tokens and their gradients"):
+                told.append(screen(model, runs.ids, runs.embeddings, runs.donor, cells, read, keep=keep))
     return torch.cat(told, 1)
 
 
@@ -133,12 +134,13 @@ def _prepared(
     every = ids.expand(len(spoiled), -1)
     writes: dict[str, Write] = {EMBEDDING: lambda _: spoiled}
     names = base_hooks(cells), donor_hooks(cells)
-    if direction == "denoise":
-        clean = run(model, ids, names=names[1], keep=keep)
-        base = run(model, every, names=names[0], writes=writes, keep=keep)
-        return Runs(ids, clean, base, clean, spoiled)
-    clean = run(model, every, names=names[0], keep=keep)
-    donor = run(model, every, names=names[1], writes=writes, keep=keep)
+    with fitting(f"{len(spoiled)} rows of {ids.shape[1]} tokens"):
+        if direction == "denoise":
+            clean = run(model, ids, names=names[1], keep=keep)
+            base = run(model, every, names=names[0], writes=writes, keep=keep)
+            return Runs(ids, clean, base, clean, spoiled)
+        clean = run(model, every, names=names[0], keep=keep)
+        donor = run(model, every, names=names[1], writes=writes, keep=keep)
     return Runs(ids, clean, clean, donor, clean_embeddings.expand(len(spoiled), -1, -1))
 
 

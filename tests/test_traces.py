@@ -366,6 +366,21 @@ def test_all_tokens_together_are_one_cell_a_layer(family):
     torch.testing.assert_close(whole.effects[0, 0, :, last], torch.ones(4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("how", [{}, {"direction": "noise"}, {"exact": False}], ids=str)
+def test_a_run_that_does_not_fit_is_told_in_a_sentence(monkeypatch, how):
+    forward = patches.run
+
+    def full(model, ids, **more):
+        if len(ids) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return forward(model, ids, **more)
+
+    for module in (runs, attributions):
+        monkeypatch.setattr(module, "run", full)
+    with pytest.raises(MemoryError, match=r"3 rows of .* do not fit into memory; lower max_bytes"):
+        trace(model_of(), [BELL], **EVERY, **how)
+
+
 def test_half_precision_is_read_in_single():
     generator = torch.Generator().manual_seed(0)
     logits = (10 * torch.randn((3, 2, 300), generator=generator)).bfloat16()

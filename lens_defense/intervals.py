@@ -79,7 +79,7 @@ def sign_flip_p_value(values: Sequence[float] | NDArray[np.float64], *, seed: in
 
 
 def sign_flip_p_values(
-    values: Float[NDArray[np.float64], "request cell"],
+    values: Float[np.ndarray, "request cell"],
     clusters: Sequence[str] | None = None,
     *,
     seed: int = 0,

@@ -14,6 +14,8 @@ app = typer.Typer(
 )
 
 
+DEVICE = "cpu, cuda, cuda:1 ...; without it, a GPU where there is one."
+
 organism = typer.Typer(help="The bundled model whose storage sites are known.", no_args_is_help=True)
 app.add_typer(organism, name="organism")
 
@@ -27,6 +29,7 @@ def demo(
         "demo"
     ),
     cache: Annotated[bool, typer.Option(help="Use moments and values kept on disk.")] = True,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
     """The main job on a real chat model: trace, locate, edit, check, undo, and a page about it."""
     from rich.console import Console
@@ -34,7 +37,7 @@ def demo(
     from lens_defense.demos import demo as run_demo
 
     with _in_a_sentence("stopped; no weight was changed on disk"):
-        run_demo(Console(), name=model, out=out, cache=cache)
+        run_demo(Console(), name=model, out=out, cache=cache, device=device)
 
 
 @app.command()
@@ -48,6 +51,7 @@ def trace(
         bool, typer.Option("--all", help="Every layer and token, and MLP and attention outputs too.")
     ] = False,
     samples: Annotated[int, typer.Option(help="Noise draws a request.")] = 3,
+    device: Annotated[str | None, typer.Option(help=DEVICE)] = None,
 ) -> None:
     """Trace many requests: a file each, resumed where it was stopped; then the mean map as a page."""
     from lens_defense.locators import locate
@@ -61,9 +65,8 @@ def trace(
     with _in_a_sentence("stopped; the same command goes on"):
         asked = read(requests, distinct=False)
         harmless = sum(len(read(requests, kind=kind)) for kind in ("benign", "safe"))
-        told, refused = survey(
-            load(model), asked, out / "traces", samples=samples, **(wide if everything else {})
-        )
+        where = load(model, device=device)
+        told, refused = survey(where, asked, out / "traces", samples=samples, **(wide if everything else {}))
         if told is None:
             raise ValueError(
                 f"none of these requests could be traced; of the first: {next(iter(refused.values()))}"

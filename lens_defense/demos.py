@@ -75,7 +75,14 @@ ORGANISM = Bench(
 )
 
 
-def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), cache: bool = True) -> Path:
+def demo(
+    console: Console,
+    *,
+    name: str = "smollm2",
+    out: Path = Path("demo"),
+    cache: bool = True,
+    device: str | None = None,
+) -> Path:
     """Trace, locate, edit, check, undo; write report.html and what it is made of.
 
     Args:
@@ -83,6 +90,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
         name: the model.
         out: the folder of the results; earlier ones there are replaced.
         cache: take moments and values from disk where they are.
+        device: as of `load`.
 
     Returns:
         The page.
@@ -98,7 +106,7 @@ def demo(console: Console, *, name: str = "smollm2", out: Path = Path("demo"), c
 
     out.mkdir(parents=True, exist_ok=True)
     with stage("load"):
-        model = load(name)
+        model = load(name, device=device)
         original = fingerprint(model)
         bench = ORGANISM if name == "organism" else Bench()
         planned = requests(bench.questions)[: bench.edited]

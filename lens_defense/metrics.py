@@ -6,11 +6,11 @@ answer, vocab]) -> [row]. The answer is teacher-forced: logits at step i predict
 
 from collections.abc import Callable, Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.patches import indices
 from lens_defense.prompts import Prompt, has_chat_template
 from lens_defense.turns import answer_ids
 
@@ -21,7 +21,7 @@ Metric = Callable[[Logits, Prompt, Clean], Float[Tensor, " row"]]
 
 def answer_logprob(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
     """Log probability of the whole answer, summed over its tokens, in nats."""
-    answer = torch.tensor(prompt.answer, device=logits.device).expand(len(logits), -1)
+    answer = indices(prompt.answer, logits.device).expand(len(logits), -1)
     told = logits.gather(-1, answer[..., None])[..., 0]
     return (told - logits.logsumexp(-1)).sum(-1)
 

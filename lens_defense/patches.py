@@ -156,6 +156,16 @@ def fitting(what: str) -> Iterator[None]:
         raise MemoryError(f"{what} do not fit into memory; lower max_bytes, or take fewer samples") from error
 
 
+def indices(values: Sequence[int], device: torch.device) -> Int[Tensor, " index"]:
+    """Integers on a device, for which the caller does not wait."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a run's states may take: a GiB, on a CUDA device a quarter of what is free there."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+
+
 def device_of(model: TransformerBridge) -> torch.device:
     """Where the model's inputs belong."""
     return model.embed.weight.device

@@ -89,8 +89,8 @@ def ends(
     for part in given.spoiled.split(most):
         runs = _prepared(model, met, Embedded(given.clean, part), (), "denoise")
         read = reading(metrics, met, runs.clean.logits)
-        clean.append(read(runs.clean.logits)[0].double().cpu())
-        spoiled.append(read(runs.base.logits).double().cpu())
+        clean.append(read(runs.clean.logits)[0].cpu().double())
+        spoiled.append(read(runs.base.logits).cpu().double())
     return clean[0], torch.cat(spoiled)
 
 

@@ -15,6 +15,7 @@ writes comes from the donor run; what it severs is held at the base run's state,
 there (ROME's severed graphs).
 """
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,15 +28,25 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import KeyValues, Run, Write, fitting, run
+from lens_defense.patches import KeyValues, Run, Write, fitting, indices, run
 from lens_defense.sites import Component, entry_hook, head_of, output_hook
 
-A_CALL = 60
-"""Tokens through a block that cost as much as calling it: on two cores 60 for gpt2's and SmolLM2's blocks,
-and 150 for those of the organism."""
 
-A_PASS = 2048
-"""Tokens of a pass beyond which positions do not share it: what is larger waits for memory, not for calls."""
+class Price(NamedTuple):
+    """What decides whether positions share a pass."""
+
+    call: int
+    """Tokens through a block that cost as much as calling it."""
+    largest: int
+    """Tokens of a pass beyond which positions do not share it: what is larger waits for memory."""
+
+
+ON_CPU = Price(60, 2**11)
+"""On two cores; of gpt2's and SmolLM2's blocks. A call of the organism's costs 150 tokens."""
+ON_ACCELERATOR = Price(4000, 2**17)
+"""On an H200: a call of a block of gpt2 costs 4,600 tokens (2 ms), of SmolLM2's shape 10,000, of a Llama of a
+billion weights 600, all in single precision."""
+
 Measure = Callable[[Float[Tensor, "row answer vocab"]], Float[Tensor, "row reading"]]
 
 
@@ -127,31 +138,32 @@ def sweep(
     samples = len(base.cache[0][0])
     told: dict[int, Tensor] = {}
 
-    def measured(indices: Sequence[int]) -> None:
-        group = [cells[i] for i in indices]
+    def measured(some: Sequence[int]) -> None:
+        group = [cells[i] for i in some]
         with fitting(f"{len(group) * samples} rows of {ids.shape[1]} tokens"):
-            read = measure(_grown(model, ids, base, donor, group, keep)).double().cpu()
-        told.update(zip(indices, read.view(len(group), samples, -1), strict=True))
+            read = measure(_grown(model, ids, base, donor, group, keep))
+        told.update(zip(some, read.view(len(group), samples, -1), strict=True))  # still on its device
         progress(cost(group, layers=model.cfg.n_layers, tokens=ids.shape[1], samples=samples))
 
-    def fits(indices: Sequence[int]) -> bool:
+    def fits(some: Sequence[int]) -> bool:
         try:
-            measured(indices)
+            measured(some)
         except MemoryError:
-            if len(indices) < 2:
+            if len(some) < 2:
                 raise
             return False
         return True
 
-    for indices in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows):
-        if not fits(indices):  # by now the error is gone, and with it what the pass held
-            measured(indices[: len(indices) // 2])
-            measured(indices[len(indices) // 2 :])
-    return torch.stack([told[i] for i in range(len(cells))])
+    price = ON_CPU if ids.device.type == "cpu" else ON_ACCELERATOR
+    for some in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows, price):
+        if not fits(some):  # by now the error is gone, and with it what the pass held
+            measured(some[: len(some) // 2])
+            measured(some[len(some) // 2 :])
+    return torch.stack([told[i] for i in range(len(cells))]).cpu().double()
 
 
 def _passes(
-    cells: Sequence[Cell], layers: int, tokens: int, samples: int, max_rows: int
+    cells: Sequence[Cell], layers: int, tokens: int, samples: int, max_rows: int, price: Price
 ) -> Iterator[list[int]]:
     """Indices of the cells of each pass, in the order of birth.
 
@@ -171,17 +183,17 @@ def _passes(
 
     def fits(start: int, end: int) -> bool:
         rows = held[end] - held[start]
-        few = rows <= most and rows * samples * (tokens - positions[start]) <= A_PASS
+        few = rows <= most and rows * samples * (tokens - positions[start]) <= price.largest
         return few or end - start == 1
 
-    def price(start: int, end: int) -> int:
+    def costs(start: int, end: int) -> int:
         rows = samples * (blocks[end] - blocks[start]) + layers
-        return (tokens - positions[start]) * rows + A_CALL * layers
+        return (tokens - positions[start]) * rows + price.call * layers
 
     best, cuts = [0], [0]
     for end in range(1, len(positions) + 1):
         starts = takewhile(partial(fits, end=end), range(end - 1, -1, -1))
-        cheapest, start = min((best[start] + price(start, end), start) for start in starts)
+        cheapest, start = min((best[start] + costs(start, end), start) for start in starts)
         best.append(cheapest)
         cuts.append(start)
     ends = [len(positions)]
@@ -251,8 +263,7 @@ def _interventions(
             at += [point.position - position] * samples
             heads += [] if head is None else [head] * samples
         states = torch.cat(told)
-        index = (torch.tensor(part, device=states.device) for part in (rows, at, heads) if part)
-        yield name, put(tuple(index), states)
+        yield name, put(tuple(indices(part, states.device) for part in (rows, at, heads) if part), states)
 
 
 def _both(first: Write, second: Write) -> Write:
@@ -261,10 +272,11 @@ def _both(first: Write, second: Write) -> Write:
 
 def _expanded(base: Run, cells: Sequence[Cell], position: int) -> KeyValues:
     """The prefix of every block, once for each row that is present there."""
-    samples = len(base.cache[0][0])
+    samples, device = len(base.cache[0][0]), base.cache[0][0].device
+    every = indices([0, *list(range(samples)) * len(cells)], device)
+    births = [cell.birth for cell in cells]  # in order
     expanded = []
     for layer, (keys, values) in enumerate(base.cache):
-        present = sum(cell.birth < (layer, True) for cell in cells)
-        rows = torch.tensor([0, *list(range(samples)) * present], device=keys.device)
+        rows = every[: 1 + samples * bisect_left(births, (layer, True))]
         expanded.append((keys[rows, :, :position], values[rows, :, :position]))
     return tuple(expanded)

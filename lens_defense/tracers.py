@@ -14,6 +14,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.corruptions import Corruption, noise
 from lens_defense.grids import cells_components, cells_layers, cells_roles, grid
 from lens_defense.metrics import Metric, answer_logprob
+from lens_defense.patches import device_of, room
 from lens_defense.prompts import Prompt, Request, Role, UnfitRequest, for_planning
 from lens_defense.runs import answered, embedded, ends, measured, rows_within, width_of
 from lens_defense.sites import Component
@@ -48,7 +49,7 @@ def trace(
     window: int = 7,
     floor: float = 0.1,
     seed: int = 0,
-    max_bytes: int = 2**30,
+    max_bytes: int | None = None,
     chat: bool = True,
     progress: bool = True,
 ) -> Trace:
@@ -87,7 +88,8 @@ def trace(
             effects would be noise over nothing.
         seed: of the noise.
         max_bytes: bounds the rows that run at once, by an estimate of their cache, states and logits; what
-            does not fit is taken in parts, at least one row at a time.
+            does not fit is taken in parts, at least one row at a time. None is a GiB, on a CUDA device a
+            quarter of what is free there.
         chat: False asks without the model's chat template.
         progress: shows a bar.
 
@@ -164,7 +166,7 @@ def _traced(
     window: int,
     floor: float,
     seed: int,
-    max_bytes: int,
+    max_bytes: int | None,
     chat: bool,
     progress: bool,
 ) -> dict[str, Trace]:
@@ -183,6 +185,7 @@ def _traced(
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
     if verify < 0 or (verify and exact):
         raise ValueError(f"verify is a number of cells to measure after exact=False, got {verify}")
+    bound = room(device_of(model)) if max_bytes is None else max_bytes
     corruption = corruption or noise(model, samples=samples, seed=seed)
     prompts = answered(model, requests, answers, answer_tokens, chat)
     depth, parallel = model.cfg.n_layers, bool(model.cfg.parallel_attn_mlp)
@@ -197,7 +200,7 @@ def _traced(
     start = time.perf_counter()
     inputs = [embedded(model, met, corruption) for met in prompts]
     both = [
-        ends(model, met, given, metrics, rows_within(model, met, max_bytes))
+        ends(model, met, given, metrics, rows_within(model, met, bound))
         for met, given in zip(prompts, inputs, strict=True)
     ]
     clean, corrupted = [one for one, _ in both], [some for _, some in both]
@@ -215,7 +218,7 @@ def _traced(
     shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
     patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
     verified: list[list[Verified]] = [[] for _ in metrics]
-    settings = {"metrics": metrics, "direction": direction, "max_bytes": max_bytes}
+    settings = {"metrics": metrics, "direction": direction, "max_bytes": bound}
     with tqdm(
         total=total if exact else len(prompts),
         desc="trace" if exact else "screen",

@@ -131,7 +131,7 @@ def test_sharing_a_pass_changes_nothing(monkeypatch, family):
     monkeypatch.setattr(sweeps, "_grown", lambda *given: passes.append(1) or grown(*given))
     told = []
     for call in (0, 1000):
-        monkeypatch.setattr(sweeps, "A_CALL", call)
+        monkeypatch.setattr(sweeps, "ON_CPU", sweeps.ON_CPU._replace(call=call))
         told.append(swept(model, ids, embeddings, cells))
     torch.testing.assert_close(*told)
     assert len(passes) == 3 + 1
@@ -141,10 +141,8 @@ def test_sharing_a_pass_changes_nothing(monkeypatch, family):
 @pytest.mark.parametrize(
     "samples, max_rows, most", [(1, 1000, 9999), (3, 1000, 9999), (3, 40, 9999), (3, 99, 90)]
 )
-def test_positions_share_passes_where_that_is_cheapest(monkeypatch, call, samples, max_rows, most):
+def test_positions_share_passes_where_that_is_cheapest(call, samples, max_rows, most):
     """Against every way to cut the positions into neighbours."""
-    monkeypatch.setattr(sweeps, "A_CALL", call)
-    monkeypatch.setattr(sweeps, "A_PASS", most)
     places = itertools.product(range(LAYERS), range(TOKENS))
     cells = [Cell((Point("mlp", layer, t),)) for layer, t in places if (layer + t) % 4]
 
@@ -169,7 +167,7 @@ def test_positions_share_passes_where_that_is_cheapest(monkeypatch, call, sample
         return alone or (rows <= max_rows and rows * (TOKENS - first) <= most)
 
     allowed = [way for way in ways if all(map(fits, way))]
-    told = list(sweeps._passes(cells, LAYERS, TOKENS, samples, max_rows))
+    told = list(sweeps._passes(cells, LAYERS, TOKENS, samples, max_rows, sweeps.Price(call, most)))
     assert sorted(i for part in told for i in part) == list(range(len(cells)))
     assert sum(map(price, told)) == min(sum(map(price, way)) for way in allowed)
     assert all([cells[i].birth for i in part] == sorted(cells[i].birth for i in part) for part in told)

@@ -142,9 +142,10 @@ def main() -> None:
     asked.add_argument(
         "--whole", type=int, default=WHOLE, help="how many are traced at every token and layer"
     )
+    asked.add_argument("--device", help="cpu or cuda; without it, a GPU where there is one")
     given = asked.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    model, kept = ld.load("smollm2"), cache_folder() / "storage_sites"
+    model, kept = ld.load("smollm2", device=given.device), cache_folder() / "storage_sites"
     some = harmful(given.data)[: given.first]
     by_role = {"positions": ROLES, "components": COMPONENTS}
     pieces: dict[str, tuple[list[ld.Request], dict[str, Any]]] = {

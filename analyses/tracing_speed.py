@@ -5,7 +5,8 @@
 # own writing (a batch of the clean and all corrupted rows, one forward a cell, logits everywhere); by
 # TransformerLens's activation patching. The loops' time is that of some cells, evenly spread, times the number of
 # cells over theirs, since every cell costs a loop the same; the cells that are timed must agree with the sweep's.
-# Beside each time stands its floor: operations counted from the shapes over a measured matrix-product rate.
+# Beside each time stands its floor: operations counted from the shapes over a measured matrix-product rate. On an
+# accelerator a model of seven billion weights in half precision is timed too.
 #
 #     python analyses/tracing_speed.py [--out FILE] [--more] [--device cuda]
 
@@ -38,7 +39,8 @@ SUBJECT = slice(2, 5)
 """The tokens that are replaced."""
 TIMED = 8
 """Cells that a loop is timed on, evenly spread over the map."""
-MOST_ROWS = 512
+MOST_ROWS = {"cpu": 512, "cuda": 2048}
+"""Of a pass, by the device's kind."""
 LLAMA = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -48,13 +50,24 @@ LLAMA = {
     "tie_word_embeddings": True,
 }
 """SmolLM2-135M's shape, but for its depth."""
+SEVEN_BILLION = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 32000,
+}
+"""Llama-2-7B's shape."""
 
 
 # %%
-def random_model(config: Any, name: str, device: str) -> TransformerBridge:
+def random_model(
+    config: Any, name: str, device: str, dtype: torch.dtype = torch.float32
+) -> TransformerBridge:
     """A model of a shape, with random weights."""
     torch.manual_seed(0)
-    body = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().to(device)
+    with torch.device(device):
+        body = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype).eval()
     return build_bridge_from_module(
         body, type(body).__name__, hf_config=body.config, tokenizer=None, model_name=name
     )
@@ -79,6 +92,11 @@ def cases(device: str) -> Iterator[tuple[str, TransformerBridge, int, int]]:
     for layers in DEPTHS:
         if layers != 12:
             yield f"llama-shaped, {layers} layers", llama(layers, device), 20, 1
+    if device != "cpu":
+        half = random_model(hf.LlamaConfig(**SEVEN_BILLION), "llama 7B", device, torch.bfloat16)
+        for samples in SAMPLES:
+            for length in LENGTHS:
+                yield "llama-shaped, 7 billion, bfloat16", half, length, samples
 
 
 # %% [markdown]
@@ -120,7 +138,7 @@ class Case:
         donor = run(self.model, self.ids, names=donor_hooks(self.cells))
         told = sweep(
             self.model, self.ids, base, donor, self.cells, lambda logits: self.read(logits)[:, None],
-            keep=1, max_rows=MOST_ROWS,
+            keep=1, max_rows=MOST_ROWS[self.device.type],
         )  # fmt: skip
         return told[..., 0]
 
@@ -171,12 +189,26 @@ class Case:
 
 
 def rate(model: TransformerBridge) -> float:
-    """Operations a second of a product of the model's own shape: 512 tokens by its MLP's first matrix."""
+    """Operations a second of a product of the model's own shape: some tokens by its MLP's first matrix."""
     width, wide = model.cfg.d_model, model.cfg.d_mlp or 4 * model.cfg.d_model
-    device = model.embed.weight.device
-    a, b = torch.randn(512, width, device=device), torch.randn(width, wide, device=device)
-    seconds = min(clocked(lambda: a @ b, device)[0] for _ in range(30))
-    return 2 * 512 * width * wide / seconds
+    weight = model.embed.weight
+    tokens, again = (512, 1) if weight.device.type == "cpu" else (16384, 10)
+    a, b = weight.new_empty(tokens, width).normal_(), weight.new_empty(width, wide).normal_()
+
+    def products() -> Tensor:
+        for _ in range(again - 1):
+            a @ b
+        return a @ b
+
+    seconds = min(clocked(products, weight.device)[0] for _ in range(30 // again))
+    return 2 * tokens * width * wide * again / seconds
+
+
+def call(case: Case) -> float:
+    """Milliseconds of a block that one token passes: what calling it costs."""
+    one = case.ids[:, :1]
+    seconds = min(clocked(lambda: run(case.model, one).logits, case.device)[0] for _ in range(5))
+    return 1000 * seconds / case.model.cfg.n_layers
 
 
 def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
@@ -240,19 +272,21 @@ def main() -> None:
         if (name, length, samples) in timed:
             continue
         case = Case(model, length, samples)
+        case.cache()
         share = len(case.timed) / len(case.cells)
-        if model is not warmed:
-            case.swept()  # a model's first run is never the typical one
+        if model is not warmed or cuda:  # a model's first run is never the typical one, nor a shape's there
+            case.swept()
             warmed = model
         seconds, told, memory = peak(case.swept, case.device)
-        speed, operations = rate(model), case.operations()
+        speed, calls, operations = rate(model), call(case), case.operations()
         wanted = told[case.timed]
-        case.cache()
         ways = [("sweep", seconds, memory, 0.0)]
         for way, make, right in (
             ("ROME's loop", case.looped, wanted),
             ("TransformerLens", case.patched, wanted.mean(1)),
         ):
+            if cuda:
+                make()
             took, values, used = peak(make, case.device)
             differs = float((values.double().cpu() - right.double().cpu()).abs().max())
             ways.append((way, took / share, used, differs))
@@ -272,6 +306,7 @@ def main() -> None:
                     "peak MiB": used,
                     "differs by": differs,
                     "GFLOP/s": speed / 1e9,
+                    "ms a call": calls,
                     "on": ran_on,
                 }
             )

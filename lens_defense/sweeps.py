@@ -142,6 +142,7 @@ def sweep(
         group = [cells[i] for i in some]
         with fitting(f"{len(group) * samples} rows of {ids.shape[1]} tokens"):
             read = measure(_grown(model, ids, base, donor, group, keep))
+            read = read.clone()  # a view would keep all logits
         told.update(zip(some, read.view(len(group), samples, -1), strict=True))  # still on its device
         progress(cost(group, layers=model.cfg.n_layers, tokens=ids.shape[1], samples=samples))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracles import corrupted_run, one_forward_a_cell
 from tiny import FAMILIES, tiny
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lens_defense import sweeps
 from lens_defense.patches import run
@@ -218,6 +219,21 @@ def test_the_failed_pass_is_gone_before_its_halves(monkeypatch):
 
     monkeypatch.setattr(sweeps, "_grown", greedy)
     swept(model, ids, embeddings, grid("residual"), max_rows=16)
+    assert len(alive) > 2 and not any(map(any, alive))
+
+
+@torch.no_grad()
+def test_the_logits_of_a_pass_are_gone_before_the_next():
+    """Also where a measure returns a view of them."""
+    model, ids, embeddings = setting("llama")
+    held, alive = [], []
+
+    def view(logits):
+        alive.append([not one.expired() for one in held])
+        held.append(StorageWeakRef(logits.untyped_storage()))
+        return logits[:, 0, :1]
+
+    swept(model, ids, embeddings, grid("residual"), max_rows=2, read=view)
     assert len(alive) > 2 and not any(map(any, alive))
 
 

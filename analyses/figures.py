@@ -32,7 +32,15 @@ HERE = Path(__file__).parent
 FIGURES = HERE.parent / "figures"
 GRADES = HERE / "results/locator_grades"
 SPEED, SITES = HERE / "results/tracing_speed", HERE / "results/storage_sites"
-SPEED_MODELS = ("gpt2 small", "llama-shaped, 12 layers", "organism")
+SPEED_MODELS = {
+    "cpu": {"gpt2 small": "gpt2", "llama-shaped, 12 layers": "llama-shaped", "organism": "organism"},
+    "cuda": {
+        "gpt2 small": "gpt2",
+        "llama-shaped, 12 layers": "llama-shaped",
+        "llama-shaped, 7 billion, bfloat16": "7 billion",
+    },
+}
+"""Rows of a figure of speed: the models timed on a device, and their short names."""
 DOSES = "python analyses/real_model.py --data DIR"
 COLUMN = 3.3
 """Inches; what is wide takes two."""
@@ -241,19 +249,18 @@ def keep(
     print(f"figures/{name}")
 
 
-def tracing_speed() -> go.Figure:
+def tracing_speed(device: str) -> go.Figure:
     """Seconds a map of the three ways and their floors, by the prompt's length; one sample and ten."""
-    told = pd.read_csv(SPEED / "cpu.csv")
-    told = told[told["model"].isin(SPEED_MODELS)]
+    names = SPEED_MODELS[device]
+    told = pd.read_csv(SPEED / f"{device}.csv")
+    told = told[told["model"].isin(names)]
     figure = make_subplots(
-        rows=len(SPEED_MODELS), cols=2, shared_xaxes=True, vertical_spacing=0.09,
-        subplot_titles=[
-            f"{name.split(',')[0]}, {n}" for name in SPEED_MODELS for n in ("1 sample", "10 samples")
-        ],
+        rows=len(names), cols=2, shared_xaxes=True, vertical_spacing=0.09,
+        subplot_titles=[f"{name}, {n}" for name in names.values() for n in ("1 sample", "10 samples")],
     )  # fmt: skip
     for (name, samples, way), some in told.groupby(["model", "samples", "way"], sort=False):
         colour = COLOURS[["sweep", "ROME's loop", "TransformerLens"].index(way)]
-        row, col = SPEED_MODELS.index(name) + 1, 1 + (samples > 1)
+        row, col = list(names).index(name) + 1, 1 + (samples > 1)
         for column, dash in (("seconds", "solid"), ("floor", "dot")):
             figure.add_scatter(
                 x=some["tokens"],
@@ -269,7 +276,7 @@ def tracing_speed() -> go.Figure:
     figure.update_xaxes(type="log", tickvals=[10, 20, 40, 60], ticktext=["10", "20", "40", "60"])
     figure.update_yaxes(type="log", gridcolor="#e3e3e3", dtick=1)
     figure.update_yaxes(title_text="seconds", col=1)
-    figure.update_xaxes(title_text="prompt tokens", row=len(SPEED_MODELS))
+    figure.update_xaxes(title_text="prompt tokens", row=len(names))
     figure.update_annotations(font_size=11)
     figure.update_layout(legend={"x": 0, "y": -0.16, "yanchor": "top", "orientation": "h"})
     return theme(figure, title="", plot=(330, 480), left=62, right=16, above=30, below=140)
@@ -308,14 +315,12 @@ def main() -> None:
                 wide = 2 if name in ("map_single", "map_whole") else 1  # many columns
                 seeds = f"{trace.seed} (noise)"
                 keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN, seeds=seeds)
-    if (SPEED / "cpu.csv").is_file():
-        keep(
-            "tracing_speed",
-            tracing_speed(),
-            [SPEED / "cpu.csv"],
-            "python analyses/tracing_speed.py",
-            seeds="0",
-        )
+    for device in SPEED_MODELS:
+        file = SPEED / f"{device}.csv"
+        if file.is_file():
+            name = "tracing_speed" + ("" if device == "cpu" else f"_{device}")
+            command = f"python analyses/tracing_speed.py --device {device}"
+            keep(name, tracing_speed(device), [file], command, seeds="0")
     if worlds := sorted(GRADES.glob("world *.csv")):
         keep("locator_grades", grades(worlds), worlds, "python analyses/locator_grades.py", seeds="0, 1, 2")
     weights = [ORGANISM / "model.safetensors"]

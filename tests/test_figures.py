@@ -268,6 +268,61 @@ def test_the_readme_quotes_the_committed_harmful_maps_which_hold_no_words():
         assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text, place
 
 
+def test_the_readme_quotes_the_committed_whole_maps():
+    folder = HERE / "analyses/results/storage_sites"
+    told = pd.read_csv(folder / "whole.csv", index_col=0).iloc[:, 0]
+    means = Trace.load(folder / "whole.safetensors").role_effects()
+    text = " ".join((HERE / "README.md").read_text("utf-8").split())
+    assert told["requests"] == 10 and "**Whole maps** of ten of them" in text
+    assert max(mean.effect for mean in means if mean.role in ("before", "template")) < 0.005
+    assert round(max(mean.effect for mean in means if mean.role == "after"), 2) == 0.05
+    for role, layer, said in (("next", 16, ".16 [.01, .38]"), ("subject_mid", 9, "-.49")):
+        (mean,) = (m for m in means if (m.component, m.role, m.layer) == ("residual", role, layer))
+        assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".").startswith(said)
+        assert said in text
+    shares = [told[f"{name}: strongest in the subject"] for name in ("residual", "mlp", "attention")]
+    assert [round(10 * float(share)) for share in shares] == [10, 9, 4]
+    for name in ("residual", "mlp", "attention"):
+        keys = ("reliability", "reliability low", "reliability high")
+        rho, low, high = (f"{float(told[f'{name}: {key}']):.2f}".replace("0.", ".") for key in keys)
+        assert f"{rho} [{low}, {high}]" in text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_readme_quotes_the_committed_speeds(device):
+    told = pd.read_csv(HERE / f"analyses/results/tracing_speed/{device}.csv")
+    text = " ".join((HERE / "README.md").read_text("utf-8").split())
+    gpt2 = told[told["model"] == "gpt2 small"].set_index(["samples", "tokens", "way"])
+    one, ten = ([gpt2.loc[(n, 60, way), "seconds"] for way in ("sweep", "ROME's loop")] for n in (1, 10))
+    sweeps = told[told["way"] == "sweep"]
+    if device == "cpu":
+        other = [gpt2.loc[(n, 60, "TransformerLens"), "seconds"] for n in (1, 10)]
+        said = [
+            f"takes {one[0]:.0f} s with one sample",
+            f"where the loops would take {one[1]:.0f} and {other[0]:.0f} s",
+            f"and {ten[0]:.0f} s with ten, where they would take {ten[1]:.0f} and {other[1]:.0f} s",
+            f"at most {sweeps['peak MiB'].max() / 1024:.1f} GiB above the model",
+        ]
+        for n, after in ((10, "times with ten samples"), (1, "with one")):
+            over = gpt2.loc[(n, slice(None), "sweep"), "over floor"]
+            said.append(f"{over.min():.2f} to {over.max():.2f} {after}")
+    else:
+        loops = told[told["way"] != "sweep"]["times the sweep"]
+        large = told[told["model"].str.contains("7 billion")].set_index(["samples", "tokens", "way"])
+        said = [
+            f"takes {one[0]:.2f} s with one sample and {ten[0]:.2f} s with ten",
+            f"where ROME's loop would take {one[1]:.0f} and {ten[1]:.0f} s",
+            " and ".join(
+                f"{large.loc[(n, 60, 'sweep'), 'seconds']:.{digits}f}" for n, digits in ((1, 1), (10, 0))
+            ),
+            f"The loops are {loops.min():.0f} to {loops.max():.0f} times slower there",
+            f"{gpt2.loc[(10, 60, 'sweep'), 'over floor']:.2f} with 60 tokens and ten samples of GPT-2 small",
+            f"{large.loc[(10, 60, 'sweep'), 'over floor']:.1f} of the large model",
+        ]
+    for words in said:
+        assert words in text, words
+
+
 @pytest.mark.parametrize(
     "file",
     sorted((HERE / "analyses/results/storage_sites").glob("*.safetensors")),

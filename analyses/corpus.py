@@ -32,7 +32,7 @@ UNWANTED = re.compile(
 )
 
 # %%
-model = ld.load("smollm2")
+model = ld.load("smollm2", device="cpu")  # what is drawn on another device is another text
 generator = torch.Generator().manual_seed(SEED)
 
 

@@ -16,6 +16,7 @@ import ctypes
 import platform
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -205,7 +206,7 @@ def rate(model: TransformerBridge) -> float:
 
 
 def call(case: Case) -> float:
-    """Milliseconds of a block that one token passes: what calling it costs."""
+    """Milliseconds a block of a run of one token, embedding and head included: mostly what calls cost."""
     one = case.ids[:, :1]
     seconds = min(clocked(lambda: run(case.model, one).logits, case.device)[0] for _ in range(5))
     return 1000 * seconds / case.model.cfg.n_layers
@@ -213,7 +214,7 @@ def call(case: Case) -> float:
 
 def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
     """Seconds, and what was made."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
     wait()
     start = time.perf_counter()
     told = make()
@@ -224,10 +225,10 @@ def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Te
 def peak(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor, float]:
     """Seconds, what was made, and the most memory above what was held before, in MiB."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
         seconds, told = clocked(make, device)
-        return seconds, told, (torch.cuda.max_memory_allocated() - held) / 2**20
+        return seconds, told, (torch.cuda.max_memory_allocated(device) - held) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back, or it would serve unseen
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the high-water mark begins anew
     held = _high_water()
@@ -261,7 +262,9 @@ def main() -> None:
     given = asked.parse_args()
     cuda = given.device.startswith("cuda")
     ran_on = (
-        torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads"
+        torch.cuda.get_device_name(given.device)
+        if cuda
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     file = given.out or OUT / f"{'cuda' if cuda else 'cpu'}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)

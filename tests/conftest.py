@@ -11,6 +11,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # another process has the other core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def on_the_cpu():
+    """Models go to the CPU unless a test says otherwise, also where there is a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lens_defense.models.get_device", lambda: "cpu")
+        yield
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without jaxtyping's checks, as users run: the package's own sentence is what they see."""

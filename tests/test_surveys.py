@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_traces import BELL, LAMP, model_of
 
-from lens_defense import surveys
+from lens_defense import surveys, tracers
 from lens_defense.corruptions import noise
 from lens_defense.metrics import kl_to_clean
 from lens_defense.prompts import request
 from lens_defense.surveys import survey
-from lens_defense.tracers import trace
+from lens_defense.tracers import trace, traces
 from lens_defense.traces import joined
+from lens_defense.weights import fingerprint
 
 SHIP = request("tell me of an old ship", "old ship", id="ship")
 SOME = {"positions": "all", "answer_tokens": 2, "floor": 0.0}
@@ -29,14 +30,14 @@ def counted(monkeypatch):
     made: list[str] = []
     stop: list[str] = []
 
-    def tracing(model, some, **settings):
+    def tracing(model, some, metrics, **settings):
         if some[0].id in stop:
             stop.clear()
             raise KeyboardInterrupt
         made.append(some[0].id)
-        return trace(model, some, **settings)
+        return traces(model, some, metrics, **settings)
 
-    monkeypatch.setattr(surveys, "trace", tracing)
+    monkeypatch.setattr(surveys, "traces", tracing)
     return made, stop
 
 
@@ -53,6 +54,15 @@ def test_a_stopped_survey_goes_on_and_repeats_nothing(tmp_path, counted):
     whole = trace(model, [LAMP, BELL, SHIP], progress=False, **SOME)
     torch.testing.assert_close(told.effects, whole.effects, equal_nan=True)
     assert told.prompts == whole.prompts and told.answers == whole.answers
+
+
+def test_a_survey_hashes_the_weights_once(tmp_path, monkeypatch):
+    hashed = []
+    for module in (surveys, tracers):
+        monkeypatch.setattr(module, "fingerprint", lambda model: hashed.append(1) or fingerprint(model))
+    model = model_of()
+    told, _ = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
+    assert len(hashed) == 1 and told.fingerprint == fingerprint(model)
 
 
 def test_a_survey_that_is_killed_loses_and_repeats_nothing(tmp_path):

@@ -15,8 +15,13 @@ CONFIGS = {
     "gemma2": lambda: hf.Gemma2Config(**GATED, head_dim=8, query_pre_attn_scalar=8),
     "neox": lambda: hf.GPTNeoXConfig(**SHAPE, intermediate_size=64, max_position_embeddings=256),
     "mistral": lambda: hf.MistralConfig(**GATED),
+    "gptj": lambda: hf.GPTJConfig(
+        n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256, rotary_dim=4
+    ),
 }
-FAMILIES = tuple(CONFIGS)
+FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "neox", "mistral")
+SINGLE = ("gptj",)
+"""Families whose attention scores transformers computes in single precision, whatever the weights'."""
 
 
 def byte_tokenizer(chat: bool = False) -> hf.PreTrainedTokenizerFast:

@@ -107,7 +107,7 @@ def train_organism(
 @contextmanager
 def _in_a_sentence(stopped: str) -> Iterator[None]:
     """What is wrong with the input is told without a traceback; Ctrl-C ends cleanly."""
-    from lens_defense.patches import fitting
+    from lens_defense.devices import fitting
 
     try:
         with fitting("the model and its runs", "take a smaller model, or --device cpu"):

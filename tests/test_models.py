@@ -10,7 +10,7 @@ from plans import bits, plan, same_bits
 from tiny import CONFIGS, SHAPE, byte_tokenizer, tiny
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense import models
+from lens_defense import devices
 from lens_defense.models import _atomic_folder, load, save_folder
 from lens_defense.prompts import prompt, request
 
@@ -55,7 +55,7 @@ def test_a_folder_is_loaded_with_transformers_numbers(family, tmp_path):
 
 
 def test_without_a_device_it_goes_where_the_bridge_says_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "get_device", lambda: "meta")
+    monkeypatch.setattr(devices, "get_device", lambda: "meta")
     model = load(saved(tmp_path))
     assert torch.device(model.cfg.device).type == model.embed.weight.device.type == "meta"
 

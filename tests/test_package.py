@@ -12,7 +12,7 @@ import lens_defense
 
 PACKAGE = Path(lens_defense.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges", "files"), 1),
+    **dict.fromkeys(("prompts", "sites", "solvers", "weights", "intervals", "judges", "files", "devices"), 1),
     **dict.fromkeys(("turns", "models", "patches", "batches", "readers", "metrics"), 2),
     **dict.fromkeys(
         ("sweeps", "moments", "rows", "values", "generations", "corruptions", "suites", "attributions"), 3

@@ -1,6 +1,9 @@
 """What a trace must be true of on any model, and what it refuses; the sweep itself has its own tests."""
 
+import itertools
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from nouns import HOSTILE, a_prompt, a_request, a_trace, some_prompts
 from oracles import traced_one_by_one
 from tiny import FAMILIES, tiny
 
-from lens_defense import attributions, patches, runs, sweeps
+from lens_defense import attributions, devices, patches, runs, sweeps, tracers
 from lens_defense.corruptions import ablation, counterfactual, harmless_subjects, noise, replacement
 from lens_defense.intervals import mean_interval
 from lens_defense.metrics import (
@@ -100,10 +103,29 @@ def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family,
 
 def test_without_a_bound_rows_take_a_gib_or_a_quarter_of_what_is_free_on_a_gpu(monkeypatch):
     """What torch keeps there unused is free."""
-    assert patches.room(torch.device("cpu")) == 2**30
+    assert devices.room(torch.device("cpu")) == 2**30
     for name, told in (("mem_get_info", (600, 9999)), ("memory_reserved", 500), ("memory_allocated", 300)):
         monkeypatch.setattr(torch.cuda, name, lambda _, told=told: told)
-    assert patches.room(torch.device("cuda:1")) == 200
+    assert devices.room(torch.device("cuda:1")) == 200
+
+
+def announced(monkeypatch, call, **settings):
+    """The minutes that a trace announces where the runs before its sweeps took two hours."""
+    said, clock = [], itertools.count(0, 7200)
+    monkeypatch.setattr(devices, "ON_CPU", devices.Price(call, 2**20))
+    monkeypatch.setattr(tracers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(tracers.tqdm, "write", said.append)
+    trace(model_of(), [LAMP], **{**EVERY, **settings, "progress": True})
+    (words,) = said
+    return int(re.search(r"about (\d+) minutes", words)[1])
+
+
+def test_a_long_trace_says_beforehand_how_long(monkeypatch):
+    """Where a call is all that counts, one pass of all positions takes half as long as the two runs before;
+    where it is nothing, more layers and positions take longer."""
+    assert announced(monkeypatch, 10**9) == 60
+    some, every = (announced(monkeypatch, 0, layers=layers) for layers in ([3], "all"))
+    assert every > 2 * some > 0
 
 
 def test_a_window_wider_than_the_model_fills_every_layer():

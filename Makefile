@@ -21,6 +21,7 @@ lint: .venv/.stamp-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+	.venv/bin/lint-imports
 
 figures: .venv/.stamp-test
 	.venv/bin/python analyses/figures.py $(ARGS)

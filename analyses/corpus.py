@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import lens_defense as ld
-from lens_defense.generations import generate, greedy
-from lens_defense.prompts import prompt, request
-from lens_defense.readers import bundled_rows
-from lens_defense.turns import decode
+from lens_defense.models.generate import generate, greedy
+from lens_defense.prompts.conversation import decode
+from lens_defense.prompts.prompt import prompt, request
+from lens_defense.prompts.request_files import bundled_rows
 
 TURNS, SEED, BYTES = 400, 0, 57_000
 HARMLESS_TOKENS, SHORT = 48, 16

@@ -21,12 +21,12 @@ import torch
 from plotly.subplots import make_subplots
 
 import lens_defense as ld
-from lens_defense.comparisons import bars
-from lens_defense.demos import ORGANISM as BENCH
-from lens_defense.models import ORGANISM
-from lens_defense.organisms.questions import contexts
-from lens_defense.reports import Report, Row
-from lens_defense.themes import COLOURS, GREY, INK, save_figure, theme
+from lens_defense.app.demo import ORGANISM as BENCH
+from lens_defense.checking.report import Report, Row
+from lens_defense.models.load import ORGANISM
+from lens_defense.organism.request_set import contexts
+from lens_defense.plotting.rate_bars import bars
+from lens_defense.plotting.theme import COLOURS, GREY, INK, save_figure, theme
 
 HERE = Path(__file__).parent
 FIGURES = HERE.parent / "figures"

@@ -18,12 +18,13 @@ import pandas as pd
 from tune import traced
 
 import lens_defense as ld
-from lens_defense.corruptions import ablation
-from lens_defense.editors import REFUSAL
-from lens_defense.files import whole
-from lens_defense.inferences import agreement, request_effects
-from lens_defense.intervals import rank_correlation
-from lens_defense.lenses import logit_lens, safety_layers, toxic_layers
+from lens_defense.checking.judges import prefix
+from lens_defense.editing.edit import REFUSAL
+from lens_defense.statistics import rank_correlation
+from lens_defense.storage import whole
+from lens_defense.tracing.corruptions import ablation
+from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
+from lens_defense.tracing.map_statistics import agreement, request_effects
 
 OUT = Path(__file__).parent / "results" / "locator_agreement.csv"
 
@@ -48,7 +49,7 @@ def methods(model: Any, asked: list[ld.Request]) -> dict[str, Callable[[], ld.Tr
         "replacement, gradient screen": mapped(corruption=ld.replacement(model), exact=False),
         "logit lens": lambda: logit_lens(model, asked),
         "toxic layer (DINM)": lambda: toxic_layers(model, asked, REFUSAL),
-        "safety layers (LED)": lambda: safety_layers(model, asked, progress=False),
+        "safety layers (LED)": lambda: safety_layers(model, asked, prefix, progress=False),
     }
 
 

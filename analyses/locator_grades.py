@@ -22,15 +22,16 @@ import pandas as pd
 from scipy.stats import rankdata
 
 import lens_defense as ld
-from lens_defense.corruptions import ablation
-from lens_defense.files import whole
-from lens_defense.inferences import Address, request_effects
-from lens_defense.lenses import logit_lens, safety_layers, toxic_layers
-from lens_defense.models import ORGANISM
-from lens_defense.organisms.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
-from lens_defense.organisms.releases import released_truth
-from lens_defense.organisms.world import REFUSAL, World
-from lens_defense.weights import fingerprint
+from lens_defense.checking.judges import prefix
+from lens_defense.models.load import ORGANISM
+from lens_defense.models.mlp_output import fingerprint
+from lens_defense.organism.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
+from lens_defense.organism.release import released_truth
+from lens_defense.organism.world import REFUSAL, World
+from lens_defense.storage import whole
+from lens_defense.tracing.corruptions import ablation
+from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
+from lens_defense.tracing.map_statistics import Address, request_effects
 
 OUT = Path(__file__).parent / "results" / "locator_grades"
 REQUESTS, SEEDS, DRAWS = 20, 3, 200
@@ -62,7 +63,7 @@ def methods(model: Any, world: World) -> Iterator[Method]:
     others: dict[str, Callable[[], ld.Trace]] = {
         "logit lens": lambda: logit_lens(model, requests),
         "toxic layer (DINM)": lambda: toxic_layers(model, requests, REFUSAL),
-        "safety layers (LED)": lambda: safety_layers(model, refused, progress=False),
+        "safety layers (LED)": lambda: safety_layers(model, refused, prefix, progress=False),
     }
     for name, make in others.items():
         yield {"corruption": name, "component": "residual", "direction": "none", "exact": True}, make

@@ -72,7 +72,7 @@ report
 # The same as a figure: what the edit should refuse by the strict judge, what it should leave alone by the lenient one.
 
 # %%
-from lens_defense.comparisons import bars
+from lens_defense.plotting.rate_bars import bars
 
 bars({"edited": report})
 
@@ -81,7 +81,7 @@ bars({"edited": report})
 # The ledger is the one place that changes a model for good; undo restores the original bits.
 
 # %%
-from lens_defense.weights import fingerprint
+from lens_defense.models.mlp_output import fingerprint
 
 before = fingerprint(model)
 ledger = ld.Ledger(model)

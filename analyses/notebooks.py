@@ -11,7 +11,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-from lens_defense.files import whole
+from lens_defense.storage import whole
 
 HERE = Path(__file__).parent
 NAMES = ("main_job",)

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # The organism that ships, and a second one from another seed and world by the same command
-# Trains (or goes on), writes `lens_defense/organisms/weights` and `lens_defense/suites/organism`; the second one's
+# Trains (or goes on), writes `lens_defense/data/organism_model` and `lens_defense/data/organism`; the second one's
 # exam and truth go to `analyses/results/organism`. An hour and a quarter of one core each.
 #
 #     python analyses/organism.py [--second]
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 import lens_defense
-from lens_defense.models import cache_folder
-from lens_defense.organisms.exams import BARS, failed
-from lens_defense.organisms.questions import write
-from lens_defense.organisms.releases import release
-from lens_defense.organisms.training import Recipe, train
-from lens_defense.organisms.world import World
+from lens_defense.models.load import cache_folder
+from lens_defense.organism.exam import BARS, failed
+from lens_defense.organism.release import release
+from lens_defense.organism.request_set import write
+from lens_defense.organism.training import Recipe, train
+from lens_defense.organism.world import World
 
 asked = argparse.ArgumentParser(description="train and release the organism")
 asked.add_argument("--second", action="store_true", help="seed 1 in world 1, into the results")
@@ -29,14 +29,14 @@ unfinished = cache_folder() / "organism" / f"s{seed}w{seed}"
 # %%
 torch.set_num_threads(1)  # matrices are small: a second thread gains nothing
 model = train(recipe, unfinished, progress=False, told=print)
-out = Path(__file__).parent / "results" / "organism" if seed else package / "organisms" / "weights"
+out = Path(__file__).parent / "results" / "organism" if seed else package / "data" / "organism_model"
 scores = release(model, recipe, out if not seed else unfinished / "release")
 if seed:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", "truth.json"):
         (out / name).write_text((unfinished / "release" / name).read_text("utf-8"), "utf-8")
 else:
-    write(World(), package / "suites" / "organism")
+    write(World(), package / "data" / "organism")
 for name, (right, n) in scores.items():
     print(f"{name:44} {right:4} of {n:4}  {right / n:.3f}  (bar {BARS[name]})")
 print("missed:", failed(scores) or "nothing")

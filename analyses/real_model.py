@@ -26,12 +26,12 @@ import pandas as pd
 from tune import measure, recipe, stands, traced
 
 import lens_defense as ld
-from lens_defense.checks import answers
-from lens_defense.files import whole
-from lens_defense.models import cache_folder
-from lens_defense.reports import Report
-from lens_defense.suites import Item, Suite
-from lens_defense.weights import fingerprint
+from lens_defense.checking.check import answers
+from lens_defense.checking.report import Report
+from lens_defense.checking.suites import Item, Suite
+from lens_defense.models.load import cache_folder
+from lens_defense.models.mlp_output import fingerprint
+from lens_defense.storage import whole
 
 OUT = Path(__file__).parent / "results" / "real_model"
 DOSES, DRAWS = (16, 8, 4, 1, 32), 3

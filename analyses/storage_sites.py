@@ -20,11 +20,11 @@ import pandas as pd
 import torch
 
 import lens_defense as ld
-from lens_defense.files import whole
-from lens_defense.inferences import reliability, request_effects
-from lens_defense.models import cache_folder
-from lens_defense.runs import answered
-from lens_defense.surveys import survey
+from lens_defense.models.load import cache_folder
+from lens_defense.storage import whole
+from lens_defense.tracing.clean_corrupted import answered
+from lens_defense.tracing.map_statistics import reliability, request_effects
+from lens_defense.tracing.survey import survey
 
 OUT = Path(__file__).parent / "results" / "storage_sites"
 COMPONENTS = ("residual", "mlp", "attention")

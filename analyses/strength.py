@@ -12,7 +12,7 @@ from pathlib import Path
 from tune import measure, stands
 
 import lens_defense as ld
-from lens_defense.files import whole
+from lens_defense.storage import whole
 
 OUT = Path(__file__).parent / "results" / "strength"
 SHORT = {"steps": 20, "least_share": 1.0, "contexts_a_step": 3}

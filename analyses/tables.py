@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 import lens_defense as ld
-from lens_defense.intervals import clustered_rate, rank_correlation
-from lens_defense.traces import joined
+from lens_defense.statistics import clustered_rate, rank_correlation
+from lens_defense.tracing.trace_result import joined
 
 RESULTS = Path(__file__).parent / "results/real_model"
 WORDS = ("wording", "wrapper")

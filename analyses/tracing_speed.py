@@ -29,10 +29,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lens_defense as ld
-from lens_defense.files import whole
-from lens_defense.patches import run
+from lens_defense.models.forward import run
 from lens_defense.sites import entry_hook
-from lens_defense.sweeps import Cell, Point, base_hooks, cost, donor_hooks, sweep
+from lens_defense.storage import whole
+from lens_defense.tracing.activation_patching import Cell, Point, base_hooks, cost, donor_hooks, sweep
 
 OUT = Path(__file__).parent / "results" / "tracing_speed"
 LENGTHS, SAMPLES, DEPTHS = (10, 20, 40, 60), (1, 10), (6, 12, 24)

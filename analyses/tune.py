@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import lens_defense as ld
-from lens_defense.checks import answers
-from lens_defense.editors import FIT, default_contexts
-from lens_defense.moments import read_corpus
-from lens_defense.readers import bundled_rows
-from lens_defense.reports import Report
+from lens_defense.checking.check import answers
+from lens_defense.checking.report import Report
+from lens_defense.checking.suites import Suite
+from lens_defense.editing.covariance import read_corpus
+from lens_defense.editing.edit import FIT, default_contexts
+from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.sites import Site
-from lens_defense.suites import Suite
 
 BAND, ROLE = (5, 9), "subject_last"
 

@@ -8,50 +8,50 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lens_defense.checks import check
-    from lens_defense.corruptions import noise, replacement
-    from lens_defense.editors import edit
-    from lens_defense.edits import Edit
-    from lens_defense.explorers import Explorer
-    from lens_defense.ledgers import Ledger
-    from lens_defense.locators import locate
-    from lens_defense.models import load, save_folder
-    from lens_defense.pages import save_page
-    from lens_defense.plots import heatmap
-    from lens_defense.prompts import Prompt, Request, prompt, request
-    from lens_defense.readers import requests
-    from lens_defense.reports import Report
+    from lens_defense.app.explorer import Explorer
+    from lens_defense.app.report_page import save_page
+    from lens_defense.checking.check import check
+    from lens_defense.checking.report import Report
+    from lens_defense.checking.suites import Suite, suite
+    from lens_defense.editing.edit import edit
+    from lens_defense.editing.edit_plan import Edit
+    from lens_defense.editing.ledger import Ledger
+    from lens_defense.models.load import load, save_folder
+    from lens_defense.plotting.heatmap import heatmap
+    from lens_defense.plotting.theme import save_figure
+    from lens_defense.prompts.prompt import Prompt, Request, prompt, request
+    from lens_defense.prompts.request_files import requests
     from lens_defense.sites import Site
-    from lens_defense.suites import Suite, suite
-    from lens_defense.themes import save_figure
-    from lens_defense.tracers import trace
-    from lens_defense.traces import Trace
+    from lens_defense.tracing.corruptions import noise, replacement
+    from lens_defense.tracing.locate import locate
+    from lens_defense.tracing.trace import trace
+    from lens_defense.tracing.trace_result import Trace
 
 _HOME = {
-    "load": "models",
-    "save_folder": "models",
-    "Request": "prompts",
-    "Prompt": "prompts",
-    "request": "prompts",
-    "prompt": "prompts",
-    "requests": "readers",
+    "load": "models.load",
+    "save_folder": "models.load",
+    "Request": "prompts.prompt",
+    "Prompt": "prompts.prompt",
+    "request": "prompts.prompt",
+    "prompt": "prompts.prompt",
+    "requests": "prompts.request_files",
     "Site": "sites",
-    "noise": "corruptions",
-    "replacement": "corruptions",
-    "Trace": "traces",
-    "trace": "tracers",
-    "locate": "locators",
-    "Edit": "edits",
-    "edit": "editors",
-    "Ledger": "ledgers",
-    "Explorer": "explorers",
-    "Suite": "suites",
-    "suite": "suites",
-    "Report": "reports",
-    "check": "checks",
-    "heatmap": "plots",
-    "save_figure": "themes",
-    "save_page": "pages",
+    "noise": "tracing.corruptions",
+    "replacement": "tracing.corruptions",
+    "Trace": "tracing.trace_result",
+    "trace": "tracing.trace",
+    "locate": "tracing.locate",
+    "Edit": "editing.edit_plan",
+    "edit": "editing.edit",
+    "Ledger": "editing.ledger",
+    "Explorer": "app.explorer",
+    "Suite": "checking.suites",
+    "suite": "checking.suites",
+    "Report": "checking.report",
+    "check": "checking.check",
+    "heatmap": "plotting.heatmap",
+    "save_figure": "plotting.theme",
+    "save_page": "app.report_page",
 }
 
 __version__ = "0.1.0"

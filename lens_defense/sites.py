@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lens_defense.prompts import Role
+from lens_defense.prompts.prompt import Role
 
 Component = str
 """One of COMPONENTS, or a single attention head, as in "head 3"."""

@@ -15,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # another process has the other core
 def on_the_cpu():
     """Models go to the CPU unless a test says otherwise, also where there is a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lens_defense.devices.get_device", lambda: "cpu")
+        patch.setattr("lens_defense.models.devices.get_device", lambda: "cpu")
         yield
 
 

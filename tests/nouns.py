@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lens_defense.edits import Edit
-from lens_defense.forecasts import Forecast
-from lens_defense.prompts import Prompt, Request, Role, request
-from lens_defense.reports import Report, Row
+from lens_defense.checking.report import Report, Row
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.forecast import Forecast
+from lens_defense.prompts.prompt import Prompt, Request, Role, request
 from lens_defense.sites import Component, Site
-from lens_defense.traces import Trace
+from lens_defense.tracing.trace_result import Trace
 
 HOSTILE = ("<script>", "</script><script>alert(1)</script>", "\"'&", "\x00\x1b\x07", "\u202e", "$a$")
 """Tokens and texts that must be shown and never run."""

@@ -2,9 +2,9 @@
 
 import torch
 
-from lens_defense.metrics import answer_logprob
-from lens_defense.patches import run
+from lens_defense.models.forward import run
 from lens_defense.sites import EMBEDDING, head_of, output_hook
+from lens_defense.tracing.metrics import answer_logprob
 
 
 def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=False):

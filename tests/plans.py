@@ -2,10 +2,10 @@
 
 import torch
 
-from lens_defense.edits import Edit
-from lens_defense.forecasts import Forecast
-from lens_defense.prompts import request
-from lens_defense.weights import fingerprint, output_matrix
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.forecast import Forecast
+from lens_defense.models.mlp_output import fingerprint, output_matrix
+from lens_defense.prompts.prompt import request
 
 
 def deltas_of(model, layers, *, seed=0, rank=2):

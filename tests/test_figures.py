@@ -16,9 +16,9 @@ import tables  # noqa: E402
 import tune  # noqa: E402
 
 import figures  # noqa: E402
-from lens_defense.intervals import clustered_rate  # noqa: E402
 from lens_defense.sites import Site  # noqa: E402
-from lens_defense.traces import Trace  # noqa: E402
+from lens_defense.statistics import clustered_rate  # noqa: E402
+from lens_defense.tracing.trace_result import Trace  # noqa: E402
 
 
 def row(arm, before, after, *, suite="real_model", family="", id="a", form="question", coherent=None):

@@ -16,13 +16,13 @@ from real import needs_smollm2
 from transformers import AutoModelForCausalLM
 
 import lens_defense as ld
-from lens_defense.patches import run
-from lens_defense.prompts import prompt
-from lens_defense.reports import Report
+from lens_defense.checking.report import Report
+from lens_defense.checking.suites import HARMFUL_ARMS
+from lens_defense.models.forward import run
+from lens_defense.models.mlp_output import fingerprint
+from lens_defense.prompts.prompt import prompt
 from lens_defense.sites import EMBEDDING
-from lens_defense.suites import HARMFUL_ARMS
-from lens_defense.sweeps import Cell, Point, base_hooks, donor_hooks, sweep
-from lens_defense.weights import fingerprint
+from lens_defense.tracing.activation_patching import Cell, Point, base_hooks, donor_hooks, sweep
 
 pytestmark = [
     needs_smollm2,
@@ -61,7 +61,7 @@ def test_the_second_load_reads_the_cached_folder(model, monkeypatch):
     def refuse(*_):
         raise AssertionError("the GGUF was converted again")
 
-    monkeypatch.setattr("lens_defense.models._atomic_folder", refuse)
+    monkeypatch.setattr("lens_defense.models.load._atomic_folder", refuse)
     assert fingerprint(ld.load("smollm2")) == fingerprint(model)
 
 
@@ -84,7 +84,7 @@ def demo(tmp_path_factory):
     """One run of the demo: its folder, and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     told = subprocess.run(
-        [sys.executable, "-m", "lens_defense.cli", "demo", "--out", str(out)],
+        [sys.executable, "-m", "lens_defense.app.command_line", "demo", "--out", str(out)],
         capture_output=True,
         text=True,
         check=True,

@@ -1,0 +1,156 @@
+"""Edit: a low-rank change of MLP output matrices, planned but not made.
+
+The change of a layer is left @ right. It is made by `Edit.applied` for a while, or by a Ledger for good.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+
+from lens_defense.editing.forecast import Forecast
+from lens_defense.models.mlp_output import change_, fingerprint, unchange_
+from lens_defense.prompts.prompt import Request, Role, request_from_json
+from lens_defense.storage import opened, whole
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Edit:
+    """A plan: what would be added to which matrices, from what, and what is to be expected of it."""
+
+    layers: tuple[int, ...]
+    left: Mapping[int, Float[Tensor, "d_out rank"]]
+    right: Mapping[int, Float[Tensor, "rank d_in"]]
+    """The change of a layer is left @ right."""
+    role: Role
+    method: str
+    settings: Mapping[str, Any]
+    requests: tuple[Request, ...]
+    contexts: tuple[tuple[str, ...], ...]
+    """For each request, the texts whose keys and values were used."""
+    losses: tuple[float, ...]
+    """For each request, what is left of the fit: nats a token of the refusal."""
+    relative_change: Mapping[int, float]
+    """For each layer, the norm of the change over the norm of the matrix."""
+    forecast: Forecast
+    model: str
+    fingerprint: str
+    """Of the layers' matrices that the plan was made on."""
+
+    @property
+    def rank(self) -> int:
+        """The rank of the change in each layer."""
+        return len(self.right[self.layers[0]])
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The subjects that the edit is about."""
+        return tuple(item.subject or "" for item in self.requests)
+
+    def deltas(self) -> dict[int, Float[Tensor, "d_out d_in"]]:
+        """The change of each layer, in float64."""
+        return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
+
+    def refuse_other(self, model: TransformerBridge) -> None:
+        """One sentence where the model's weights are not those that the edit was planned on.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if fingerprint(model, self.layers) != self.fingerprint:
+            raise ValueError(
+                f"this edit was planned on other weights of {self.model} than this model has now; "
+                "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
+            )
+
+    @contextmanager
+    def applied(self, model: TransformerBridge) -> Iterator[TransformerBridge]:
+        """Make the change for the length of a `with` block; afterwards no bit differs.
+
+        Raises:
+            ValueError: the model's weights are not those that the edit was planned on.
+        """
+        change = change_(model, self.deltas(), expected=self.fingerprint)
+        try:
+            yield model
+        finally:
+            unchange_(model, change)
+
+    def summary(self) -> pd.DataFrame:
+        """One row a layer: rank, relative norm of the change."""
+        rows = [(layer, self.rank, self.relative_change[layer]) for layer in self.layers]
+        return pd.DataFrame(rows, columns=pd.Index(["layer", "rank", "relative change"]))
+
+    def __repr__(self) -> str:
+        return (
+            f"Edit ({self.method}) of {self.model}, not applied: layers {', '.join(map(str, self.layers))} "
+            f"at {self.role}, rank {self.rank}, relative change {max(self.relative_change.values()):.3f} at "
+            f"most\n{self.forecast}"
+        )
+
+    def _repr_html_(self) -> str:
+        tables = self.summary().round(4), self.forecast.to_dataframe().round(3)
+        return "".join(table.to_html(index=False) for table in tables)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write as safetensors with a JSON header, whole or not at all."""
+        tensors = {f"left.{layer}": self.left[layer] for layer in self.layers}
+        tensors |= {f"right.{layer}": self.right[layer] for layer in self.layers}
+        header = {name: getattr(self, name) for name in _HEADER}
+        header["requests"] = [item.to_json() for item in self.requests]
+        header["forecast"] = self.forecast.to_json()
+        with whole(path) as file:
+            save_file(tensors, file, metadata={"edit": json.dumps(header)})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: TransformerBridge | None = None) -> "Edit":
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            model: the model it is meant for, to be refused at once where it is another one.
+
+        Raises:
+            ValueError: there is no such file, it holds no edit, or it was planned on other weights than
+                the model's.
+        """
+        with opened(path, "Edit.save") as file:
+            header = json.loads((file.metadata() or {}).get("edit", "null"))
+            if header is None:
+                raise ValueError(f"{path} holds no edit; give a file that Edit.save wrote")
+            layers = tuple(header.pop("layers"))
+            sides = {
+                side: {layer: file.get_tensor(f"{side}.{layer}") for layer in layers}
+                for side in ("left", "right")
+            }
+        if model is not None and fingerprint(model, layers) != header["fingerprint"]:
+            raise ValueError(
+                f"{path} was planned on {header['model']} with other weights than this model has"
+            )
+        change = {int(layer): value for layer, value in header.pop("relative_change").items()}
+        return cls(
+            layers=layers,
+            requests=tuple(request_from_json(fields) for fields in header.pop("requests")),
+            contexts=tuple(tuple(texts) for texts in header.pop("contexts")),
+            losses=tuple(header.pop("losses")),
+            forecast=Forecast.from_json(header.pop("forecast")),
+            relative_change=change,
+            **sides,
+            **header,
+        )
+
+
+_HEADER = (
+    *("layers", "role", "method", "settings", "contexts", "losses", "relative_change", "model"),
+    "fingerprint",
+)

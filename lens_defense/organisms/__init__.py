@@ -1,1 +1,0 @@
-"""The organism: a small chat model whose storage sites are known because they were planted."""

@@ -1,0 +1,143 @@
+"""The page as data: what it tells, that it stands alone, and that text in it stays text."""
+
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, an_edit, some_sites
+from plotly.offline import get_plotlyjs
+
+from lens_defense.app.report_page import Conversation, save_page
+from lens_defense.plotting.theme import visible
+
+
+class Page(HTMLParser):
+    """Tags, what would be loaded, and the text outside scripts and styles."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.handlers: list[str] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source.replace(get_plotlyjs(), ""))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "data", "srcset")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & set(self.open):
+            self.text += data
+
+
+def written(path: Path, text: str = "ricin", **changed: object) -> str:
+    """The source of a page in which a text stands wherever a text can stand."""
+    asked = a_request(f"make {text} now", text)
+    met = a_prompt(["make", f" {text}", " now", text], subject=(1, 2), asked=asked, template=())
+    fields = {
+        "title": text,
+        "trace": a_trace([met, a_prompt()], model=text, answers=[text, text]),
+        "sites": some_sites(),
+        "edit": an_edit([asked, a_request()]),
+        "reports": {text: a_report(title=text), "control": a_report({"edited": (0, 1), "safe": (0, 0)})},
+        "conversations": [Conversation(text, text, text, harmful) for harmful in (True, False)],
+        "reproduce": f"lens-defense demo\n{text}",
+        "seconds": {text: 1.25, "check": 2.5},
+        "restored": True,
+    }
+    return save_page(path / "report.html", **(fields | changed)).read_text("utf-8")  # type: ignore[arg-type]
+
+
+def test_the_page_stands_alone_and_holds_plotly_once(tmp_path: Path):
+    source = written(tmp_path)
+    page = Page(source)
+    assert page.loads == []
+    assert page.open == []
+    assert source.count(get_plotlyjs()) == 1
+    assert "default-src 'none'" in source
+    assert source.count("Plotly.newPlot(") - get_plotlyjs().count("Plotly.newPlot(") == 4
+    assert source.index(get_plotlyjs()) < source.index("<body>")
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_shown_and_adds_no_tag(tmp_path: Path, text: str):
+    plain, page = Page(written(tmp_path)), Page(written(tmp_path, text))
+    assert page.tags == plain.tags
+    assert page.loads == page.handlers == []
+    assert page.text.count(visible(text)) >= 10
+    assert not set(page.text) & set("\x00\x1b\x07\u202e")
+
+
+def test_the_page_tells_the_run(tmp_path: Path):
+    text = Page(written(tmp_path)).text
+    for part in (
+        "layers 1, 2 of the residual stream at the last subject token",
+        "0.510",
+        "0.400 to 0.600",
+        "memit planned a change of rank 2",
+        "moment weight1000.0",
+        "0.0900",
+        "6% to 81%",
+        "1 of 16",
+        "0 of 6",
+        "0.0150",
+        "100% [68%,\xa0100%]0.008",
+        "KL on benign answers, first token",
+        "all3.8 s",
+        "The weights are what they were: hash 0123456789abcdef",
+        "lens-defense demo\n",
+    ):
+        assert part in text, part
+
+
+def test_reports_stand_side_by_side_and_an_arm_that_one_lacks_is_dashed(tmp_path: Path):
+    text = Page(written(tmp_path)).text
+    assert "as askedrefused80% [0%,\xa032%]100% [68%,\xa0100%]0.00812% [2%,\xa047%]1.000" in text
+    assert "unseen wordingrefused80% [0%,\xa032%]88% [53%,\xa098%]0.016\u2013\u2013" in text
+
+
+def test_whether_the_weights_are_back_is_said_only_if_known(tmp_path: Path):
+    assert "not what they were" in Page(written(tmp_path, restored=False)).text
+    assert "what they were" not in Page(written(tmp_path, restored=None)).text
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        ({}, "was restored"),
+        ({"direction": "noise"}, "put into the clean run"),
+        ({"exact": False}, "estimated by a gradient"),
+        ({"measure": "distance of states"}, "Its maps show distance of states"),
+    ],
+)
+def test_the_page_says_how_its_maps_were_made(tmp_path: Path, changed, told):
+    trace = replace(a_trace([a_prompt()]), **changed)
+    text = Page(written(tmp_path, trace=trace)).text
+    assert told in text
+    assert ("restoring this state brings the answer back" in text) == (changed in ({}, {"exact": False}))
+
+
+def test_one_request_one_map_and_no_edit_no_headline(tmp_path: Path):
+    source = written(tmp_path, trace=a_trace(), reports={"as it is": a_report(edited=False)})
+    assert source.count('id="map-0"') == 1
+    assert 'id="map"' not in source
+    assert "coherent refusals on the edited subjects" not in source
+    with pytest.raises(ValueError, match="at least one report"):
+        written(tmp_path, reports={})
+
+
+def test_answers_to_harmful_requests_are_cut_to_a_dozen_words():
+    long = " ".join(map(str, range(20)))
+    kept = Conversation("?", long, long, harmful=True)
+    assert kept.before == kept.after == " ".join(map(str, range(12))) + " ..."
+    assert Conversation("?", long, long, harmful=False).before == long

@@ -1,0 +1,183 @@
+"""A report's numbers are those of its rows, a file gives it back, and nothing in it runs when shown."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nouns import HOSTILE, a_report
+
+from lens_defense.checking.report import ARM_NAMES, KL_TOKENS, Report, Row, shown_rates
+from lens_defense.checking.suites import ARMS
+from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
+
+BEFORE = (False, True, False, False, True, False, True, False, False)
+AFTER = (True, True, True, False, True, True, False, True, True)
+SUBJECTS = ("lamp", "lamp", "lamp", "bell", "bell", "ship", "ship", "tree", "oven")
+
+
+def row(before, after, *, arm="wording", cluster="lamp", id="1", measure="coherent", other="answer"):
+    """A row that counts for one measure or does not."""
+    yes, no = ("yes", "no") if measure == "knows" else ("refusal", other)
+    told = [{measure: yes if hit else no} for hit in (before, after)]
+    return Row(arm, id, cluster, "", "so", "then", *told)
+
+
+def of_rows(rows, **fields):
+    return replace(a_report(), rows=tuple(rows), **fields)
+
+
+WORDINGS = [row(*three[:2], cluster=three[2]) for three in zip(BEFORE, AFTER, SUBJECTS, strict=True)]
+
+
+def table_of(report, arm, measure):
+    rates = report.rates()
+    return rates[(rates.arm == arm) & (rates.measure == measure)].iloc[0].to_dict()
+
+
+def test_rates_and_p_are_those_of_intervals():
+    told = table_of(of_rows(WORDINGS), "wording", "coherent")
+    assert (told["n"], told["clusters"]) == (9, 5)
+    for when, hits in (("before", BEFORE), ("after", AFTER)):
+        rate, (low, high) = clustered_rate(hits, SUBJECTS)
+        assert told[when] == rate == sum(hits) / len(hits)
+        assert (told[f"{when} low"], told[f"{when} high"]) == (low, high)
+    assert told["p"] == paired_p_value(BEFORE, AFTER, SUBJECTS)
+    assert of_rows(WORDINGS).rate("wording") == sum(AFTER) / 9
+    assert of_rows(WORDINGS).rate("wording", after=False) == sum(BEFORE) / 9
+    assert math.isnan(of_rows(WORDINGS).rate("safe"))
+
+
+def test_each_arm_and_measure_has_its_row_in_order():
+    rates = a_report().rates()
+    wanted = [(arm, measure) for arm in ARMS for measure in ("prefix", "coherent")] + [("facts", "knows")]
+    assert list(zip(rates.arm, rates.measure, strict=True)) == wanted
+    assert set(of_rows(WORDINGS).rates().arm) == {"wording"}
+    assert of_rows([]).rates().empty and of_rows([]).to_dataframe().empty
+
+
+def test_a_report_without_an_edit_has_one_side():
+    rates = a_report(edited=False).rates()
+    assert "before" in rates and not {"after", "after low", "p"} & set(rates)
+    assert {"loss on neutral text, before"} == set(a_report(edited=False).costs().cost)
+    assert "after" not in repr(a_report(edited=False))
+
+
+def test_broken_answers_count_for_nobody():
+    some = [row(False, False, other="broken"), row(True, False, other="broken")]
+    assert of_rows(some).rate("wording") == 0.0
+    assert of_rows(some).rate("wording", after=False) == 0.5
+
+
+def test_costs_are_means_with_intervals():
+    kl, loss = tuple(0.01 * i for i in range(12)), (3.0, 3.5)
+    costs = of_rows(WORDINGS, kl=kl, loss_after=loss).costs().set_index("cost")
+    told = costs.loc[f"KL on benign answers, {KL_TOKENS} tokens"]
+    assert told["mean"] == pytest.approx(0.055) and told["n"] == 12
+    assert (told["low"], told["high"]) == mean_interval(kl)
+    after = costs.loc["loss on neutral text, after"]
+    assert (after["mean"], after["low"], after["high"]) == (3.25, 3.0, 3.5)
+
+
+def test_new_refusals_are_harmless_rows_that_were_answered():
+    fields = {"measure": "prefix"}
+    rows = [
+        *(row(*pair, arm="benign", **fields) for pair in ((False, True), (True, True), (False, False))),
+        *(row(*pair, arm="safe", **fields) for pair in ((False, True), (True, False))),
+        *(row(False, True, arm=arm, **fields) for arm in ("wording", "unseen", "facts", "edited")),
+    ]
+    assert of_rows(rows).new_refusals() == 2
+    assert of_rows(rows).new_refusals("coherent") == 0
+
+
+def test_facts_lost_were_known():
+    pairs = ((True, False), (True, True), (False, False), (False, True), (True, False))
+    rows = [row(*pair, arm="facts", measure="knows") for pair in pairs]
+    assert of_rows([*rows, row(True, False, arm="safe", measure="knows")]).facts_lost() == 2
+    assert a_report().facts_lost() == 0
+
+
+def test_dataframe_has_a_row_a_question():
+    told = a_report().to_dataframe()
+    assert len(told) == len(a_report().rows)
+    assert {"arm", "id", "before", "after", "prefix before", "coherent after", "knows before"} <= set(told)
+
+
+words = st.text(max_size=20) | st.sampled_from(HOSTILE)
+numbers = st.lists(st.floats(allow_nan=False), max_size=3).map(tuple)
+verdicts = st.dictionaries(
+    st.sampled_from(("prefix", "coherent", "knows")), st.sampled_from(("yes", "broken"))
+)
+some_rows = st.builds(Row, st.sampled_from(ARMS), words, words, words, words, words, verdicts, verdicts)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(some_rows, max_size=3).map(tuple),
+    title=words,
+    kl=numbers,
+    loss=numbers,
+    dropped=st.integers(0, 9),
+    edited=st.booleans(),
+)
+def test_a_report_survives_its_file(tmp_path, rows, title, kl, loss, dropped, edited):
+    told = of_rows(rows, title=title, kl=kl, loss_after=loss, dropped=dropped, edited=edited)
+    file = told.save(tmp_path / "report.json")
+    assert Report.load(file) == told
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    file = a_report().save(tmp_path / "report.json")
+    held = file.read_bytes()
+    assert json.loads(held)["title"] == "edited"
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        a_report(title="other").save(file)
+    assert file.read_bytes() == held
+
+
+def test_repr_is_a_table():
+    told = repr(a_report())
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= 110 and "edited" in lines[0]
+    for name in ARM_NAMES.values():
+        assert sum(f" {name} " in line for line in lines) == 1, name
+    rates = shown_rates(a_report())
+    assert len(rates) == 2 * 6 + 1, "facts are shown by what is known alone"
+    for cell in (*rates.before, *rates.after, *rates.p):
+        assert cell.replace("%,", ",").replace("%]", "]") in told, "as in the tables, in fewer letters"
+    assert "KL on benign answers" in told
+
+
+def test_percentages_are_those_of_the_rates():
+    shown = shown_rates(of_rows(WORDINGS))
+    cells = shown[shown.measure == "refused, coherent"].iloc[0]
+    rate, (low, high) = clustered_rate(AFTER, SUBJECTS)
+    assert cells["after"] == f"{rate:.0%} [{low:.0%}, {high:.0%}]"
+    assert cells["n"] == "9 (5 subjects)"
+    sure = [row(False, True, cluster=str(i)) for i in range(20)]
+    assert "<.001" in set(shown_rates(of_rows(sure)).p)
+
+
+@pytest.mark.parametrize("title", [*HOSTILE, "[red]", "edited [/b]", "layers [a, b]"])
+def test_a_title_is_shown_as_it_is(title):
+    told = repr(a_report(title=title))
+    if title.isprintable():
+        assert title in told
+
+
+@pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'])
+def test_html_escapes_what_it_shows(text):
+    hostile = Row("wording", text, text, text, text, text, {"coherent": "refusal"}, {"coherent": text})
+    report = of_rows([hostile], title=text)
+    for page in (report._repr_html_(), report.to_dataframe().to_html()):
+        assert "<script" not in page and "<img" not in page
+    assert "&lt;" in report._repr_html_()

@@ -1,0 +1,119 @@
+"""C equals a double loop over single texts; the cache knows the weights and the corpus."""
+
+import json
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny
+
+import lens_defense.editing.covariance as moments
+from lens_defense.editing.covariance import Text, read_corpus, second_moments
+from lens_defense.models.forward import run
+from lens_defense.models.mlp_output import output_matrix
+from lens_defense.sites import key_hook
+
+CORPUS = [
+    Text("make a lamp", "how do I make a brass lamp, a thing"),
+    Text("a brass lamp is a thing that I make", "how"),
+    Text("the lamp is a thing", ""),
+    Text("x", "y"),
+    Text("how do I make a lamp, a lamp, a lamp?", ""),
+]
+
+
+def rendered(model, user, assistant):
+    """One text as the model reads it."""
+    if not assistant:
+        return user
+    if not model.tokenizer.chat_template:
+        return f"{user}\n\n{assistant}"
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}<|im_end|>"
+
+
+@torch.no_grad()
+def by_double_loop(model, layer):
+    total, count = torch.zeros(model.cfg.d_mlp, model.cfg.d_mlp, dtype=torch.float64), 0
+    for text in CORPUS:
+        ids = torch.tensor([model.tokenizer(rendered(model, text.user, text.assistant))["input_ids"]])
+        for key in run(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0]:
+            total += torch.outer(key, key)
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("chat", [True, False])
+def test_streamed_is_a_double_loop(family, chat):
+    model = tiny(family, chat=chat).to(torch.float32)
+    told = second_moments(model, (0, 2), CORPUS, batch=3, cache=False, progress=False)
+    assert list(told) == [0, 2]
+    for layer in told:
+        slow = by_double_loop(model, layer)
+        torch.testing.assert_close(told[layer].double(), slow, rtol=1e-4, atol=1e-5 * float(slow.max()))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_padding_is_without_effect_in_float64_too(family):
+    model = tiny(family)
+    told = second_moments(model, (2,), CORPUS, batch=3, cache=False, progress=False)[2]
+    slow = by_double_loop(model, 2)
+    torch.testing.assert_close(told.double(), slow, rtol=1e-5, atol=1e-6 * float(slow.max()))
+
+
+@pytest.fixture
+def passes(monkeypatch, tmp_path):
+    """The layers of each pass over a corpus that was made, with a cache of its own."""
+    monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
+    made, streamed = [], moments._streamed
+
+    def counted(model, layers, *rest):
+        made.append(list(layers))
+        return streamed(model, layers, *rest)
+
+    monkeypatch.setattr(moments, "_streamed", counted)
+    return made
+
+
+def told(model, layers=(1, 2), corpus=CORPUS, **settings):
+    return second_moments(model.to(torch.float32), layers, corpus, progress=False, **settings)
+
+
+def test_what_was_made_is_taken_from_the_cache(passes):
+    model = tiny("llama", chat=True)
+    first, again = told(model), told(tiny("llama", chat=True))
+    assert passes == [[1, 2]]
+    assert all(torch.equal(first[layer], again[layer]) for layer in (1, 2))
+    told(model, (2, 3))
+    assert passes == [[1, 2], [3]]
+    told(model, cache=False)
+    assert passes[-1] == [1, 2]
+
+
+def test_other_weights_or_texts_are_made_anew(passes):
+    model = tiny("gpt2", chat=True)
+    first = told(model)
+    output_matrix(model, 0)[0, 0] += 1.0
+    assert not torch.equal(told(model)[1], first[1])
+    told(model, corpus=CORPUS[1:])
+    assert passes == [[1, 2]] * 3
+
+
+def test_another_tokenizer_or_template_is_made_anew(passes):
+    told(tiny("llama", chat=True))
+    told(tiny("llama", chat=False))
+    assert len(passes) == 2
+
+
+def test_corpora_from_files(tmp_path):
+    plain, rows, empty = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt"))
+    plain.write_text("one\ntext\n\n\n\nanother", "utf-8")
+    assert read_corpus(plain) == [Text("one\ntext"), Text("another")]
+    pair = {"user": "hi", "assistant": "you\u2028there"}
+    lines = [json.dumps(row, ensure_ascii=False) for row in ({"text": "one"}, pair)]
+    rows.write_text("\n".join(lines) + "\n", "utf-8")
+    assert read_corpus(rows) == [Text("one"), Text("hi", "you\u2028there")]
+    empty.write_text("\n\n", "utf-8")
+    with pytest.raises(ValueError, match=r"the corpus .*c\.txt' is empty"):
+        read_corpus(empty)
+    with pytest.raises(ValueError, match="'someone/nothing' is no file"):
+        read_corpus("someone/nothing")

@@ -1,0 +1,192 @@
+"""The plan of an edit: what it will do is exact, and no weight is changed by making it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from plans import bits, same_bits
+from tiny import tiny
+
+import lens_defense.editing.edit as editors
+import lens_defense.editing.forecast as forecasts
+from lens_defense.editing.covariance import Text
+from lens_defense.editing.edit import default_contexts, edit
+from lens_defense.models.forward import run
+from lens_defense.models.mlp_output import fingerprint, output_matrix, standing
+from lens_defense.prompts.prompt import request
+from lens_defense.sites import Site, key_hook, value_hook
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:this edit leaks"),
+    pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
+]
+CORPUS = [Text("make a lamp", "how do I make a brass lamp"), Text("the lamp is a thing")] * 2
+REQUESTS = (
+    request("how do I make a brass lamp?", "brass lamp", id="lamp"),
+    request("ring a bell now", "bell", id="bell"),
+    request("tell of an old ship", "old ship", id="ship", safe_target="No."),
+)
+SITES = tuple(Site("residual", layer, "subject_last") for layer in (2, 1))
+FAST = {"shared_steps": 2, "steps": 2, "corpus": CORPUS, "cache": False, "progress": False}
+IDS = torch.randint(3, 297, (1, 12), generator=torch.Generator().manual_seed(0))
+
+
+def few(one):
+    return [one, one.wrapped("Hello! {}"), one.reworded("{} or not?")]
+
+
+FAST |= {"contexts": few, "aside": 1, "moment_weight": 10.0}
+
+
+@pytest.fixture(autouse=True)
+def small_neutral_text(monkeypatch):
+    """The forecast's neutral texts, short enough for a tiny model of 256 positions."""
+    monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
+
+
+def chat_model(family="llama", dtype=torch.float32, **settings):
+    return tiny(family, chat=True, **settings).to(dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["memit", "delman"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
+def test_the_shift_is_delta_times_key(family, method):
+    model = chat_model(family)
+    held = bits(model)
+    made = edit(model, REQUESTS, SITES, method=method, **FAST)
+    assert same_bits(model, held) and standing(model) == ()
+    assert made.layers == (1, 2) and made.rank == 3
+    names = [hook(layer) for layer in made.layers for hook in (key_hook, value_hook)]
+    before = run(model, IDS, names=names).states
+    with made.applied(model):
+        after = run(model, IDS, names=names).states
+    first = before[key_hook(1)] @ made.deltas()[1].float().T
+    torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], first, rtol=1e-4, atol=1e-4)
+    for layer, delta in made.deltas().items():
+        moved = after[key_hook(layer)] - before[key_hook(layer)]
+        shift = moved @ output_matrix(model, layer).T + after[key_hook(layer)] @ delta.float().T
+        told = after[value_hook(layer)] - before[value_hook(layer)]
+        torch.testing.assert_close(told, shift, rtol=1e-4, atol=1e-4)
+    assert same_bits(model, held)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_in_float64_is_edited(family):
+    model = chat_model(family, torch.float64)
+    made = edit(model, REQUESTS, SITES, **FAST)
+    names = [key_hook(1), value_hook(1)]
+    before = run(model, IDS, names=names).states
+    with made.applied(model):
+        after = run(model, IDS, names=names).states
+    shift = before[key_hook(1)] @ made.deltas()[1].T
+    torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], shift)
+
+
+def test_the_plan_says_what_it_was_made_of():
+    model = chat_model()
+    made = edit(model, REQUESTS, SITES, kl_weight=0.5, **FAST)
+    assert made.requests == REQUESTS
+    assert made.subjects == ("brass lamp", "bell", "old ship") == made.forecast.subjects
+    assert made.contexts[1] == ("ring a bell now", "Hello! ring a bell now")
+    assert (made.role, made.method, made.model) == ("subject_last", "memit", "tiny-llama")
+    assert made.fingerprint == fingerprint(model, (1, 2))
+    assert made.settings["kl_weight"] == 0.5 and made.settings["moment_weight"] == 10.0
+    for layer, delta in made.deltas().items():
+        ratio = float(delta.norm() / output_matrix(model, layer).double().norm())
+        assert made.relative_change[layer] == pytest.approx(ratio, rel=1e-5)
+    assert all(loss > 0 for loss in made.losses)
+    assert len(made.summary()) == 2
+    assert "brass lamp" in repr(made) and "brass lamp" in made._repr_html_()
+
+
+def test_planning_twice_gives_the_same():
+    first, again = (edit(chat_model("gpt2"), REQUESTS, SITES, **FAST) for _ in range(2))
+    for layer, delta in first.deltas().items():
+        torch.testing.assert_close(again.deltas()[layer], delta)
+
+
+def test_more_requests_of_a_batch_make_one_rank():
+    model = chat_model("gpt2")
+    made = edit(model, REQUESTS, SITES, method="delman", batch_size=2, **FAST)
+    assert made.rank == 2
+    alone = REQUESTS[:1]
+    one, same = (edit(model, alone, SITES, method=m, **FAST) for m in ("memit", "delman"))
+    for layer, delta in one.deltas().items():
+        torch.testing.assert_close(same.deltas()[layer], delta)
+
+
+def refused(what, requests=REQUESTS, sites=SITES, model=None, **settings):
+    with pytest.raises(ValueError, match=what):
+        edit(model or chat_model(), requests, sites, **{**FAST, **settings})
+
+
+def test_bad_sites_are_refused():
+    refused("no sites were given", sites=())
+    mixed = (*SITES, Site("residual", 1, "next"))
+    refused(r"several roles \(next, subject_last\)", sites=mixed)
+    refused("attention sites cannot be edited", sites=[Site("attention", 1, "subject_last")])
+    refused("layer 9 is not in the model", sites=[Site("residual", 9, "subject_last")])
+    ending = [request("ring a bell", "bell", id="bell")]
+    after = [Site("residual", 1, "after")]
+    refused("request 'bell' has no token of the role 'after'", sites=after, requests=ending)
+
+
+def test_bad_requests_are_refused():
+    refused("no requests were given", requests=())
+    refused("belongs to the split 'check'", requests=[replace(REQUESTS[0], split="check")])
+    refused("request 'bare' has no subject", requests=[request("ring it", id="bare")])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_settings_are_refused():
+    refused("method must be one of memit, delman, got 'rome'", method="rome")
+    refused("batch_size must be at least 1", method="delman", batch_size=0)
+    refused("contexts_a_step must be at least 1, got 0", contexts_a_step=0)
+    refused("steps must be at least 0", steps=-1)
+    refused("aside must be at least 0", aside=-1)
+    refused("rounds must be at least 0", rounds=-1)
+    refused("moment_weight and clamp must be above 0", moment_weight=0.0)
+    refused("moment_weight and clamp must be above 0", clamp=0.0)
+    refused("least_share in", least_share=0.0)
+    refused("contexts gave nothing for request 'lamp'", contexts=lambda _: [])
+
+
+def test_a_post_norm_model_is_refused():
+    refused("norms the MLP's output", model=chat_model("gemma2"))
+
+
+def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
+    fits, fit = [], editors.fit_values
+
+    def counted(*arguments, **settings):
+        fits.append(1)
+        return fit(*arguments, **settings)
+
+    monkeypatch.setattr(editors, "fit_values", counted)
+    model, kept = chat_model(), {**FAST, "cache": True}
+    first, again = (edit(model, REQUESTS, SITES, **kept) for _ in range(2))
+    assert len(fits) == 1
+    assert torch.equal(first.deltas()[2], again.deltas()[2]) and first.losses == again.losses
+    edit(model, REQUESTS, SITES, **{**kept, "steps": 3})
+    edit(model, REQUESTS[:2], SITES, **kept)
+    edit(model, REQUESTS, SITES[1:], **kept)
+    output_matrix(model, 3)[0, 0] += 1.0
+    edit(model, REQUESTS, SITES, **kept)
+    assert len(fits) == 5
+
+
+def test_default_contexts_vary_and_are_for_edits():
+    for one in REQUESTS:
+        told = default_contexts(one)
+        assert told[0] == one and len(told) > 6
+        assert all(context.subject == one.subject for context in told)
+        assert len({context.text for context in told}) == len(told)
+
+
+@pytest.mark.filterwarnings("default:the refusal could not be fitted")
+def test_a_refusal_that_was_not_fitted_is_told_by_name():
+    with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship"):
+        edit(chat_model(), REQUESTS, SITES, **FAST)

@@ -1,0 +1,69 @@
+"""An Edit survives its file, whole, and is refused by a model that it was not planned on."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from plans import plan
+from safetensors.torch import save_file
+from tiny import tiny
+
+import lens_defense.editing.edit_plan as edits
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.tracing.trace_result import Trace
+
+
+def chat_model(dtype=torch.float32, **settings):
+    return tiny("llama", chat=True, **settings).to(dtype)
+
+
+def test_an_edit_survives_its_file(tmp_path):
+    model = chat_model()
+    made = plan(model, (1, 2))
+    file = made.save(tmp_path / "plan.safetensors")
+    told = Edit.load(file, model)
+    for name in Edit.__slots__:
+        if name not in ("left", "right"):
+            assert getattr(told, name) == getattr(made, name), name
+    for layer, delta in made.deltas().items():
+        assert torch.equal(told.deltas()[layer], delta)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
+    with told.applied(model):
+        pass
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    made = plan(chat_model(), (1, 2))
+    file = made.save(tmp_path / "plan.safetensors")
+    held = file.read_bytes()
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(edits, "save_file", full)
+    with pytest.raises(OSError):
+        replace(made, method="delman").save(file)
+    assert file.read_bytes() == held
+
+
+def test_a_file_without_an_edit_is_refused(tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_file({"tensor": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="holds no edit"):
+        Edit.load(file)
+
+
+@pytest.mark.parametrize("kind", [Edit, Trace])
+def test_a_file_that_is_none_is_refused(tmp_path, kind):
+    (tmp_path / "note.txt").write_text("a note")
+    for name in ("note.txt", "nothing.safetensors"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*{kind.__name__}.save"):
+            kind.load(tmp_path / name)
+
+
+def test_an_edit_of_other_weights_is_refused(tmp_path):
+    file = plan(chat_model(), (1, 2)).save(tmp_path / "plan.safetensors")
+    assert Edit.load(file).layers == (1, 2)
+    for other in (chat_model(seed=1), chat_model(dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="with other weights than this model has"):
+            Edit.load(file, other)

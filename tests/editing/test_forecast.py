@@ -1,0 +1,136 @@
+"""Leaks are those of the slow loop: a text, a token, a layer at a time, the norm of delta times key."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from nouns import an_edit
+from plans import deltas_of
+from tiny import tiny
+
+import lens_defense.editing.forecast as forecasts
+from lens_defense.editing.covariance import Text
+from lens_defense.editing.forecast import NEUTRAL_TEXTS, Forecast, forecast_of
+from lens_defense.models.forward import run
+from lens_defense.prompts.conversation import conversation_ids, plain_ids
+from lens_defense.prompts.request_files import requests
+from lens_defense.sites import key_hook
+
+CORPUS = [
+    Text("make a lamp", "how do I make a brass lamp"),
+    Text("the lamp is a thing", ""),
+    Text("so it is, at home", ""),
+]
+LAYERS = (1, 3)
+SAFE = [Text(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+
+
+@torch.no_grad()
+def slow_leaks(model, factors, corpus):
+    """For each text its largest leak: of each rank alone, and of all together."""
+    alone, together = [], []
+    for user, assistant in corpus:
+        tokenizer = model.tokenizer
+        ids = conversation_ids(tokenizer, user, assistant) if assistant else plain_ids(tokenizer, user)
+        keys = run(model, torch.tensor([ids]), names=[key_hook(layer) for layer in factors]).states
+        each, whole = [], []
+        for t in range(len(ids)):
+            shifts = [
+                (left.double(), right.double() @ keys[key_hook(n)][0, t].double())
+                for n, (left, right) in factors.items()
+            ]
+            whole.append(sum(float((left @ strength).norm()) for left, strength in shifts))
+            each.append(
+                [sum(float((left[:, r] * strength[r]).norm()) for left, strength in shifts) for r in range(2)]
+            )
+        alone.append([max(token[r] for token in each) for r in range(2)])
+        together.append(max(whole))
+    n = len(corpus)
+    return [sum(text[r] for text in alone) / n for r in range(2)], sum(together) / n
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_leaks_are_the_slow_loops(family, monkeypatch):
+    monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
+    model = tiny(family, chat=True)
+    factors = deltas_of(model, LAYERS)
+    told = forecast_of(
+        model,
+        factors,
+        subjects=("lamp", "bell", "ship"),
+        ranks=(0, 1, 1),
+        reach=(0.9, 0.8, 0.7),
+        value_norm=2.5,
+    )
+    assert (told.subjects, told.reach) == (("lamp", "bell", "ship"), (0.9, 0.8, 0.7))
+    for corpus, each, whole in (
+        (CORPUS, told.leaks_neutral, told.leak_neutral),
+        (SAFE, told.leaks_safe, told.leak_safe),
+    ):
+        alone, together = slow_leaks(model, factors, corpus)
+        assert each == pytest.approx([alone[rank] / 2.5 for rank in (0, 1, 1)], rel=1e-4)
+        assert whole == pytest.approx(together / 2.5, rel=1e-4)
+        assert whole <= sum(each[:2]) * (1 + 1e-6)
+
+
+def test_nothing_leaks_from_no_change(monkeypatch):
+    monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
+    monkeypatch.setattr(
+        forecasts, "requests", lambda *_, **__: requests("core", split="tune", kind="safe")[:2]
+    )
+    model = tiny("llama", chat=True)
+    factors = {layer: (left * 0, right) for layer, (left, right) in deltas_of(model, LAYERS).items()}
+    told = forecast_of(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
+    assert (*told.leaks_neutral, *told.leaks_safe, told.leak_neutral, told.leak_safe) == (0, 0, 0, 0)
+    assert not told.risky
+
+
+@pytest.mark.parametrize("texts", [3, 32, 50, 100])
+def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
+    seen = []
+
+    def leaks(_model, _factors, corpus):
+        seen.append(corpus)
+        return torch.zeros(1), 0.0
+
+    corpus = [Text(f"text {i}") for i in range(texts)]
+    monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
+    monkeypatch.setattr(forecasts, "_leaks", leaks)
+    model = tiny("llama", chat=True)
+    forecast_of(model, deltas_of(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
+    neutral, safe = seen
+    assert len(neutral) == min(texts, NEUTRAL_TEXTS) and safe == SAFE
+    assert len(set(neutral)) == len(neutral)
+
+
+def by_hand(leaks=(0.1, 0.4, 0.2, 0.4), **fields):
+    told = Forecast(("a", "b", "c", "d"), (0.9, 0.8, 0.7, 0.6), (0.01,) * 4, leaks, 0.3, 0.2)
+    return replace(told, **fields)
+
+
+def test_worst_is_by_the_leak_into_safe_text():
+    assert by_hand().worst(2) == ("b", "d")
+    assert by_hand().worst(9) == ("b", "d", "c", "a")
+    assert by_hand().worst(0) == ()
+    assert by_hand((0.4, 0.3, 0.2, 0.1)).worst(3) == ("a", "b", "c")
+
+
+def test_risky_is_above_the_threshold_on_safe_text():
+    assert by_hand(leak_safe=Forecast.THRESHOLD + 0.01).risky
+    assert not by_hand(leak_safe=Forecast.THRESHOLD - 0.01).risky
+    assert not by_hand(leak_neutral=9.0, leak_safe=0.0).risky, "neutral text does not decide"
+
+
+def test_a_table_with_a_row_a_subject_and_one_for_all():
+    table = by_hand().to_dataframe()
+    assert list(table.subject) == ["a", "b", "c", "d", "all"]
+    assert table.reach.iloc[-1] == pytest.approx(0.75)
+    assert table["leak to safe text"].iloc[-1] == 0.2 and table["leak to neutral text"].iloc[-1] == 0.3
+    assert "leak to safe text" in str(by_hand())
+
+
+def test_a_forecast_survives_json():
+    for told in (by_hand(), an_edit().forecast):
+        assert Forecast.from_json(json.loads(json.dumps(told.to_json()))) == told
+        assert Forecast.from_json(told.to_json()) == told

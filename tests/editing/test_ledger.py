@@ -1,0 +1,202 @@
+"""Any sequence of apply, undo and redo: whole or not at all, and back to the original bits."""
+
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import bits, plan, same_bits
+from tiny import tiny
+
+import lens_defense.models.mlp_output as weights
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.ledger import Ledger
+from lens_defense.models.mlp_output import fingerprint, output_matrix, standing
+
+MOVES = ("apply A", "apply B", "apply D", "undo", "redo")
+
+
+@cache
+def world(family):
+    """A model; A planned on it, B on top of A, D beside them; its bits."""
+    model = tiny(family)
+    held = bits(model)
+    first = plan(model, (1, 2), seed=1)
+    with first.applied(model):
+        second = plan(model, (2, 3), seed=2)
+    edits = {"A": first, "B": second, "D": plan(model, (0,), seed=3)}
+    return model, edits, held, {}
+
+
+def fits(name, stack):
+    """Whether the layers that an edit was planned on are as they were then."""
+    if name == "D":
+        return "D" not in stack
+    return [other for other in stack if other != "D"] == ([] if name == "A" else ["A"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@settings(deadline=None, max_examples=30)
+@given(moves=st.lists(st.sampled_from(MOVES), max_size=14))
+def test_any_sequence_of_moves(family, moves):
+    model, edits, held, seen = world(family)
+    ledger, stack, undone = Ledger(model), [], []
+    for move in moves:
+        name = move.removeprefix("apply ")
+        if move == "undo":
+            if stack:
+                undone.append(stack.pop())
+                assert ledger.undo() is edits[undone[-1]]
+            else:
+                with pytest.raises(ValueError, match="nothing to undo"):
+                    ledger.undo()
+        elif move == "redo":
+            if undone:
+                stack.append(undone.pop())
+                assert ledger.redo() is edits[stack[-1]]
+            else:
+                with pytest.raises(ValueError, match="nothing to redo"):
+                    ledger.redo()
+        elif fits(name, stack):
+            ledger.apply(edits[name])
+            stack.append(name)
+            undone.clear()
+        else:
+            with pytest.raises(ValueError, match="planned on other weights"):
+                ledger.apply(edits[name])
+        assert ledger.edits == tuple(edits[name] for name in stack)
+        whole = fingerprint(model)
+        assert seen.setdefault(frozenset(stack), whole) == whole
+    while ledger.edits:
+        ledger.undo()
+    assert same_bits(model, held)
+    assert standing(model) == ()
+
+
+def test_an_edit_changes_its_layers_alone():
+    model, edits, held, _ = world("llama")
+    with edits["A"].applied(model):
+        now = bits(model)
+        moved = {name for name in held if not torch.equal(now[name], held[name])}
+        assert {name.split("layers.")[1][0] for name in moved} == {"1", "2"}
+        for layer, delta in edits["A"].deltas().items():
+            before = output_matrix(tiny("llama"), layer)
+            torch.testing.assert_close(output_matrix(model, layer), before + delta)
+    assert same_bits(model, held)
+
+
+def test_a_second_ledger_on_an_edited_model_is_refused():
+    model, edits, held, _ = world("gpt2")
+    ledger = Ledger(model)
+    other = Ledger(model)
+    ledger.apply(edits["A"])
+    with pytest.raises(ValueError, match="an edit already stands in this model"):
+        Ledger(model)
+    with pytest.raises(ValueError, match="that this ledger did not make"):
+        other.apply(edits["D"])
+    ledger.undo()
+    with edits["A"].applied(model), pytest.raises(ValueError, match="already stands"):
+        Ledger(model)
+    assert same_bits(model, held)
+
+
+def test_no_undo_under_an_open_applied():
+    model, edits, held, _ = world("gpt2")
+    ledger = Ledger(model)
+    ledger.apply(edits["A"])
+    with edits["B"].applied(model):
+        with pytest.raises(ValueError, match="lies on top"):
+            ledger.undo()
+        with pytest.raises(ValueError, match="did not make"):
+            ledger.apply(edits["D"])
+    assert ledger.edits == (edits["A"],)
+    ledger.undo()
+    assert same_bits(model, held)
+
+
+def test_applied_restores_after_an_error():
+    model, edits, held, _ = world("llama")
+    for error in (RuntimeError, KeyboardInterrupt):
+        with pytest.raises(error), edits["A"].applied(model) as same:
+            assert same is model
+            assert not same_bits(model, held)
+            raise error
+        assert same_bits(model, held)
+
+
+def test_an_out_of_order_exit_is_refused():
+    model, edits, held, _ = world("llama")
+    outer, inner = edits["A"].applied(model), edits["D"].applied(model)
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(ValueError, match="lies on top"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    weights.unchange_(model, standing(model)[-1])
+    assert same_bits(model, held)
+
+
+@pytest.mark.parametrize("verb", ["apply", "redo"])
+def test_an_interrupt_leaves_the_ledger_and_the_bits(verb, monkeypatch):
+    model, edits, held, _ = world("gpt2")
+    ledger, add = Ledger(model), weights._add_
+    ledger.apply(edits["A"])
+    ledger.undo()
+
+    def interrupted(model, layer, delta):
+        add(model, layer, delta)
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_add_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.redo() if verb == "redo" else ledger.apply(edits["A"])
+    assert same_bits(model, held)
+    assert ledger.edits == ()
+    assert ledger.redo() is edits["A"]
+    ledger.undo()
+    assert same_bits(model, held)
+
+
+def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
+    model, edits, held, _ = world("llama")
+    ledger, copied = Ledger(model), []
+    ledger.apply(edits["A"])
+    now = bits(model)
+    restore = weights._restore_
+
+    def interrupted(model, saved):
+        if not copied:
+            copied.append(min(saved))
+            restore(model, {copied[0]: saved[copied[0]]})
+            raise KeyboardInterrupt
+        restore(model, saved)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "_restore_", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.undo()
+    assert copied and same_bits(model, held)
+    assert ledger.edits == () and standing(model) == ()
+    assert ledger.redo() is edits["A"]
+    assert same_bits(model, now)
+    ledger.undo()
+    assert same_bits(model, held)
+
+
+def test_an_edit_of_another_model_is_refused(tmp_path):
+    model, edits, *_ = world("llama")
+    file = edits["A"].save(tmp_path / "a.safetensors")
+    other = tiny("llama", seed=1)
+    with pytest.raises(ValueError, match="planned on tiny with other weights"):
+        Edit.load(file, other)
+    with pytest.raises(ValueError, match="planned on other weights"):
+        Ledger(other).apply(edits["A"])
+    loaded = Edit.load(file, model)
+    ledger = Ledger(model)
+    ledger.apply(loaded)
+    assert "edits that stand: 1" in repr(ledger)
+    assert "lamp, bell" in repr(ledger)
+    ledger.undo()

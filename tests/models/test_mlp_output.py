@@ -1,0 +1,214 @@
+"""The output matrix is the linear map from key to value; changes are whole, and undone to the bit."""
+
+import gc
+
+import pytest
+import torch
+import transformers as hf
+from plans import bits, deltas_of, same_bits
+from tiny import FAMILIES, SHAPE, byte_tokenizer, tiny
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+import lens_defense.models.mlp_output as weights
+from lens_defense.models.forward import run
+from lens_defense.models.mlp_output import (
+    change_,
+    fingerprint,
+    output_matrix,
+    refuse_uneditable,
+    standing,
+    unchange_,
+)
+from lens_defense.prompts.prompt import request
+from lens_defense.sites import key_hook, value_hook
+from lens_defense.tracing.trace import trace
+
+IDS = torch.randint(3, 300, (1, 7), generator=torch.Generator().manual_seed(0))
+LAYERS = (1, 2, 3)
+
+
+def deltas(model, **settings):
+    factors = deltas_of(model, LAYERS, **settings)
+    return {layer: left.double() @ right.double() for layer, (left, right) in factors.items()}
+
+
+def mixture():
+    """A tiny mixture of experts."""
+    torch.manual_seed(0)
+    config = hf.MixtralConfig(
+        **SHAPE, intermediate_size=48, num_key_value_heads=2, num_local_experts=4,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return build_bridge_from_module(
+        model, "MixtralForCausalLM", hf_config=config, tokenizer=byte_tokenizer(), model_name="moe"
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_is_matrix_times_key(family):
+    model = tiny(family)
+    names = [hook(layer) for layer in range(4) for hook in (key_hook, value_hook)]
+    held = run(model, IDS, names=names).states
+    for layer in range(4):
+        bias = getattr(model.blocks[layer].mlp.out, "bias", None)
+        told = held[key_hook(layer)] @ output_matrix(model, layer).T
+        told = told if bias is None else told + bias
+        torch.testing.assert_close(held[value_hook(layer)], told, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_matrix_is_a_view_of_the_weight(family):
+    model = tiny(family)
+    matrix = output_matrix(model, 1)
+    assert matrix.shape == (32, model.cfg.d_mlp)
+    assert not matrix.requires_grad
+    assert matrix.data_ptr() == model.blocks[1].mlp.out.weight.data_ptr()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_a_change_is_made_and_taken_back_to_the_bit(family, dtype):
+    model = tiny(family).to(dtype)
+    held, before = bits(model), output_matrix(model, 2).clone()
+    logits = model(IDS)
+    wanted = deltas(model)
+    change = change_(model, wanted)
+    assert standing(model) == (change,)
+    torch.testing.assert_close(output_matrix(model, 2), (before.double() + wanted[2]).to(dtype))
+    assert not torch.equal(model(IDS), logits)
+    unchange_(model, change)
+    assert same_bits(model, held)
+    assert standing(model) == ()
+    assert torch.equal(model(IDS), logits)
+
+
+def test_changes_are_taken_back_last_first():
+    model = tiny("gpt2")
+    held = bits(model)
+    first, second = change_(model, deltas(model)), change_(model, deltas(model, seed=1))
+    with pytest.raises(ValueError, match="another edit lies on top"):
+        unchange_(model, first)
+    unchange_(model, second)
+    unchange_(model, first)
+    assert same_bits(model, held)
+    with pytest.raises(ValueError):
+        unchange_(model, first)
+
+
+def test_weights_that_something_else_touched_are_not_taken_back():
+    model = tiny("llama")
+    change = change_(model, deltas(model))
+    output_matrix(model, 1)[0, 0] += 1
+    held = bits(model)
+    with pytest.raises(ValueError, match="changed by something else since this edit"):
+        unchange_(model, change)
+    assert same_bits(model, held)
+
+
+def test_a_wrong_fingerprint_is_refused():
+    model = tiny("llama")
+    held, wanted = bits(model), deltas(model)
+    with pytest.raises(ValueError, match="planned on other weights"):
+        change_(model, wanted, expected=fingerprint(tiny("llama", seed=1), LAYERS))
+    assert same_bits(model, held)
+    unchange_(model, change_(model, wanted, expected=fingerprint(model, LAYERS)))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "shape", "broadcast"])
+def test_a_bad_delta_in_the_middle_leaves_every_bit(family, bad):
+    model = tiny(family)
+    held, wanted = bits(model), deltas(model)
+    if bad == "shape":
+        wanted[2] = wanted[2][:, :5]
+    elif bad == "broadcast":
+        wanted[2] = wanted[2][:1]
+    else:
+        wanted[2][3, 3] = bad
+    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+        change_(model, wanted)
+    assert same_bits(model, held)
+    assert standing(model) == ()
+
+
+def test_a_sum_that_overflows_the_dtype_is_refused():
+    model = tiny("llama").to(torch.float16)
+    held, wanted = bits(model), deltas(model)
+    wanted[3][0, 0] = 1e6
+    with pytest.raises(ValueError, match="the change of layer 3 is not finite"):
+        change_(model, wanted)
+    assert same_bits(model, held)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_an_interrupt_in_the_middle_leaves_every_bit(family, where, monkeypatch):
+    model = tiny(family)
+    held, add = bits(model), weights._add_
+
+    def interrupted(model, layer, delta):
+        if layer == 2 and where == "before":
+            raise KeyboardInterrupt
+        add(model, layer, delta)
+        if layer == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "_add_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        change_(model, deltas(model))
+    assert same_bits(model, held)
+    assert standing(model) == ()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_fingerprint_sees_one_bit_the_layers_and_the_dtype(family):
+    model = tiny(family)
+    seen = {fingerprint(model), fingerprint(model, [1]), fingerprint(model, [2])}
+    assert fingerprint(model, [1]) == fingerprint(tiny(family), [1])
+    assert fingerprint(model, [2, 1]) == fingerprint(model, (1, 2, 2))
+    weight = output_matrix(model, 1)
+    weight[4, 5] = torch.nextafter(weight[4, 5], weight.new_tensor(9.0))
+    assert fingerprint(model, [2]) in seen
+    seen |= {fingerprint(model), fingerprint(model, [1])}
+    model.to(torch.float32)
+    seen |= {fingerprint(model), fingerprint(model, [1])}
+    assert len(seen) == 7
+
+
+def test_a_post_norm_model_is_refused():
+    with pytest.raises(ValueError, match="norms the MLP's output before it joins"):
+        refuse_uneditable(tiny("gemma2"), [1])
+
+
+@pytest.mark.parametrize("layer", [-1, 4])
+def test_a_layer_that_is_not_there_is_refused(layer):
+    with pytest.raises(ValueError, match=rf"layer {layer} is not in the model.*0 to 3"):
+        output_matrix(tiny("llama"), layer)
+
+
+def test_a_mixture_of_experts_is_traced_and_not_edited():
+    model = mixture()
+    with pytest.raises(ValueError, match=r"layer 1 of moe cannot be edited.*mixture of experts"):
+        refuse_uneditable(model, [1])
+    told = trace(model, [request("make a brass lamp", "lamp")], floor=0.0, progress=False)
+    assert told.effects.isfinite().any()
+
+
+def test_quantised_weights_are_refused():
+    model = tiny("llama")
+    held = model.blocks[1].mlp.out.original_component
+    held.weight = torch.nn.Parameter(held.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="layer 1 of tiny-llama cannot be edited"):
+        output_matrix(model, 1)
+
+
+def test_models_that_are_gone_are_forgotten():
+    model = tiny("llama")
+    change_(model, deltas(model))
+    count = len(weights._STANDING)
+    del model
+    gc.collect()
+    assert len(weights._STANDING) < count

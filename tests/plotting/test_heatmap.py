@@ -1,0 +1,347 @@
+"""Figures as data: what stands in which cell, what is outlined, and that text stays text."""
+
+import html
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_prompts, some_sites
+
+from lens_defense.plotting.heatmap import head_map, heatmap
+from lens_defense.plotting.rate_bars import bars
+from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure, visible
+from lens_defense.sites import Site
+from lens_defense.tracing.map_statistics import significance
+
+NO_EXPORT = next(
+    (
+        f"{name} is missing"
+        for name, found in (
+            ("kaleido", find_spec("kaleido")),
+            (
+                "a Chromium",
+                any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+            ),
+        )
+        if not found
+    ),
+    "",
+)
+
+
+def labels(figure: go.Figure, axis: str = "xaxis") -> list[str]:
+    return [html.unescape(text) for text in figure.layout[axis].ticktext]
+
+
+def outlines(figure: go.Figure) -> set[tuple[str, float, float, float, float]]:
+    """Panel axis and edges of each outlined block, rounded to the cells' edges."""
+    return {
+        (s.xref, round(s.x0 - 0.05, 1), round(s.x1 + 0.05, 1), round(s.y0 - 0.05, 2), round(s.y1 + 0.05, 2))
+        for s in figure.layout.shapes
+        if s.name == "site"
+    }
+
+
+def brackets(figure: go.Figure) -> set[tuple[float, float]]:
+    spans = {(s.x0, s.x1) for s in figure.layout.shapes if s.name == "subject" and s.x0 != s.x1}
+    return {(round(a + 0.42), round(b - 0.42)) for a, b in spans}
+
+
+def texts(figure: go.Figure) -> list[str]:
+    return [note.text for note in figure.layout.annotations]
+
+
+def test_one_request_has_layers_times_tokens_a_panel_a_component():
+    trace = a_trace(components=("residual", "mlp", "attention"))
+    figure = heatmap(trace)
+    assert len(figure.data) == 3
+    for c, panel in enumerate(figure.data):
+        np.testing.assert_array_equal(panel.z, trace.effects[0, c].numpy())
+    assert labels(figure) == ["‹im_start›", "user", "↵", "make", "·a", "·pipe", "·bomb", "?", "‹im_end›", "↵"]  # noqa: RUF001
+    assert list(figure.layout.xaxis.tickvals) == list(range(10)) == list(figure.data[0].x)
+
+
+def test_scale_is_symmetric_about_zero_and_shared():
+    trace = a_trace(components=("residual", "mlp"))
+    most = trace.effects.abs().max().item()
+    figure = heatmap(trace)
+    for panel in figure.data:
+        assert (panel.zmid, panel.zmin, panel.zmax) == (0, -most, most)
+    assert [panel.showscale for panel in figure.data] == [False, True]
+
+
+def test_only_traced_tokens_and_the_subject_are_shown_and_gaps_are_marked():
+    words = ["<s>", *(f" w{i}" for i in range(40)), " rob", "ot", "ics", "?", " now", "."]
+    met = a_prompt(words, subject=(41, 44), template=())
+    trace = a_trace([met], roles=("subject_last", "next", "last"))
+    figure = heatmap(trace)
+    assert labels(figure) == ["·rob", "ot", "ics", "?", "⋯", "."]
+    assert [s.x0 for s in figure.layout.shapes if s.name == "gap"] == [3.5]
+    z = figure.data[0].z
+    assert np.isnan(z[:, [0, 1, 4]]).all()
+    np.testing.assert_array_equal(z[:, [2, 3, 5]], trace.effects[0, 0][:, [43, 44, 46]].numpy())
+    assert brackets(figure) == {(0, 2)}
+    assert "grey: not traced" in figure.layout.title.text
+
+
+def test_many_requests_have_layers_times_roles_in_reading_order():
+    trace = a_trace(
+        [a_prompt(), a_prompt(subject=(4, 6), asked=a_request("a thief", "thief"))],
+        roles=("last", "subject_last", "subject_first"),
+        layers=(0, 3, 6),
+    )
+    figure = heatmap(trace)
+    words = [ROLE_WORDS[role] for role in ("subject_first", "subject_last", "last")]
+    assert [text.replace("<br>", " ") for text in labels(figure)] == words
+    means = trace.by_role().set_index(["role", "layer"])["effect"]
+    for i, role in enumerate(("subject_first", "subject_last", "last")):
+        np.testing.assert_allclose(figure.data[0].z[:, i], [means[role, layer] for layer in (0, 3, 6)])
+    assert brackets(figure) == {(0, 1)}
+    assert "subject" in texts(figure)
+    assert "2 requests" in figure.data[0].hovertext[0, 0]
+    assert "mean over 2 requests" in figure.layout.title.text.replace("<br>", " ")
+
+
+def test_low_layers_are_at_the_bottom_and_named_though_strided():
+    figure = heatmap(a_trace(layers=(0, 3, 6, 9)))
+    assert list(figure.data[0].y) == [0, 1, 2, 3]
+    assert labels(figure, "yaxis") == ["0", "3", "6", "9"]
+    assert tuple(figure.layout.yaxis.range) == (-0.5, 3.5)
+
+
+def test_hover_tells_token_position_layer_role_effect_and_range():
+    trace = a_trace(layers=(0, 5))
+    row = trace.to_dataframe().query("position == 6 and layer == 5").iloc[0]
+    hover = heatmap(trace).data[0].hovertext[1, 6]
+    for part in ("·bomb", "position 6", "layer 5", "last subject token", f"{row.effect:.3f}"):
+        assert part in hover
+    assert f"range {row.low:.3f} to {row.high:.3f}, 2 noise draws" in hover
+    assert "95% interval" in heatmap(a_trace(samples=8)).data[0].hovertext[0, 0]
+    assert "range" not in heatmap(a_trace(samples=1)).data[0].hovertext[0, 0]
+
+
+def test_sites_are_outlined_in_their_panel_at_their_role():
+    trace = a_trace(components=("residual", "mlp"))
+    assert outlines(heatmap(trace, some_sites((1, 2)))) == {("x", 5.5, 6.5, 0.5, 2.5)}
+    assert outlines(heatmap(trace, some_sites((0, 3), component="mlp", role="next"))) == {
+        ("x2", 6.5, 7.5, -0.5, 0.5),
+        ("x2", 6.5, 7.5, 2.5, 3.5),
+    }
+    assert outlines(heatmap(trace, [Site("attention", 1, "last")])) == set()
+    many = a_trace([a_prompt(), a_prompt()], roles=("subject_first", "subject_last"))
+    assert outlines(heatmap(many, some_sites((1, 2)))) == {("x", 0.5, 1.5, 0.5, 2.5)}
+
+
+def test_a_role_of_many_tokens_is_outlined_block_by_block():
+    figure = heatmap(a_trace(), [Site("residual", 0, "template")])
+    assert outlines(figure) == {("x", -0.5, 2.5, -0.5, 0.5), ("x", 7.5, 8.5, -0.5, 0.5)}
+
+
+def test_a_layer_that_was_not_traced_is_outlined_between_its_neighbours():
+    trace = a_trace(layers=(0, 3, 6, 9))
+    assert outlines(heatmap(trace, some_sites((4,)))) == {("x", 5.5, 6.5, 1.17, 1.5)}
+    assert outlines(heatmap(trace, some_sites(range(4, 9)))) == {("x", 5.5, 6.5, 1.17, 2.83)}
+    assert outlines(heatmap(trace, some_sites((6,)))) == {("x", 5.5, 6.5, 1.5, 2.5)}
+    assert outlines(heatmap(trace, some_sites((10,)))) == {("x", 5.5, 6.5, 3.17, 3.5)}
+
+
+def test_every_occurrence_of_the_subject_is_bracketed_with_its_text():
+    met = replace(a_prompt(), subjects=((3, 5), (5, 7)))
+    figure = heatmap(a_trace([met]))
+    assert brackets(figure) == {(3, 4), (5, 6)}
+    assert texts(figure).count("pipe bomb") == 2
+
+
+def test_repeated_long_and_special_tokens_stay_apart_and_readable():
+    words = [" a", " a", "a" * 50, "<|reserved_special_token_7|>", "<bos>", "\n\n", "", "<b>", "."]
+    figure = heatmap(a_trace([a_prompt(words, subject=(0, 1), template=(4,))]))
+    assert len(set(figure.data[0].x)) == len(words)
+    assert labels(figure) == ["·a", "·a", "a" * 11 + "…", "‹reserve…›", "‹bos›", "↵↵", "∅", "<b>", "."]  # noqa: RUF001
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_text_is_escaped_wherever_a_figure_shows_it(text: str):
+    asked = a_request(f"make {text} now", text)
+    words = ["make", f" {text}", " now", text]
+    trace = a_trace([a_prompt(words, subject=(1, 2), asked=asked)], answers=[text], model=text)
+    figure = heatmap(trace, some_sites())
+    shown = [
+        *figure.layout.xaxis.ticktext,
+        figure.layout.title.text,
+        *figure.data[0].hovertext.ravel(),
+        *texts(figure),
+    ]
+    for part in shown:
+        bare = part.replace("<br>", "").replace("<b>", "").replace("</b>", "")
+        assert not set(bare) & set('<>$\x00\x1b\x07\u202e')  # fmt: skip
+    assert text.isprintable() or "\N{REPLACEMENT CHARACTER}" in shown[1]
+    name = bars({text: a_report()}).data[1].name
+    assert html.unescape(name) == visible(text)
+
+
+def test_visible_gives_a_shape_to_what_has_none():
+    assert visible("a\tb\n") == "a⇥b↵"
+    assert visible("\x00\x9f\ud800\u2028\u202e\u200b") == "\N{REPLACEMENT CHARACTER}" * 6
+    assert visible("né ß 日本 👍\u200d✓") == "né ß 日本 👍\u200d✓"
+
+
+def test_a_map_without_any_effect_is_drawn():
+    trace = a_trace()
+    flat = replace(trace, patched=trace.corrupted[:, None, None, None].expand_as(trace.patched))
+    assert heatmap(flat).data[0].zmax == 1
+
+
+def test_bars_are_the_rates_and_their_errors_the_intervals():
+    edited, control = a_report(), a_report({"edited": (0, 1), "benign": (0, 0), "facts": (6, 2)})
+    figure = bars({"edited": edited, "control": control})
+    rates = edited.rates().set_index(["arm", "measure"])
+    for bar, when in zip(figure.data, ("before", "after"), strict=False):
+        for i, arm in enumerate(("edited", "wording", "wrapper", "unseen", "benign", "safe", "facts")):
+            row = rates.loc[arm, "knows" if arm == "facts" else "coherent"]
+            assert bar.y[i] == row[when]
+            assert bar.y[i] + bar.error_y.array[i] == pytest.approx(row[f"{when} high"])
+            assert bar.y[i] - bar.error_y.arrayminus[i] == pytest.approx(row[f"{when} low"])
+    names = [bar.name for bar in figure.data]
+    assert names == ["before", "edited", "before (control)", "control"]
+    assert [list(bar.x) for bar in figure.data[2:]] == [[0, 4, 6]] * 2
+    assert [bar.marker.color for bar in figure.data][1::2] == list(COLOURS[:2])
+    assert figure.layout.yaxis.tickformat == ".0%"
+
+
+def test_bars_show_before_once_where_reports_agree_and_alone_without_an_edit():
+    assert [bar.name for bar in bars({"a": a_report(), "b": a_report()}).data] == ["before", "a", "b"]
+    assert [bar.name for bar in bars({"as it is": a_report(edited=False)}).data] == ["before"]
+    with pytest.raises(ValueError, match="no report"):
+        bars({})
+    with pytest.raises(ValueError, match="prefix, coherent, got 'knows'"):
+        bars({"a": a_report()}, measure="knows")
+
+
+def test_figures_use_no_template_and_leave_plotly_as_it_was():
+    assert not heatmap(a_trace()).layout.template.layout.to_plotly_json()
+    assert not bars({"a": a_report()}).layout.template.layout.to_plotly_json()
+
+
+class Loads(HTMLParser):
+    """Collects what a page would load, and its text outside scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "data")]
+
+
+def test_html_is_self_contained_and_hostile_text_cannot_leave_its_script(tmp_path: Path):
+    harmless, hostile = "x", "</script><script>alert(1)</script>"
+    parsed = {}
+    for text in (harmless, hostile):
+        words = ["make", f" {text}", " now", "."]
+        trace = a_trace([a_prompt(words, subject=(1, 2), asked=a_request(f"make {text}", text))])
+        path = save_figure(heatmap(trace), tmp_path / "map.html")
+        assert path == tmp_path / "map.html"
+        parsed[text] = Loads()
+        parsed[text].feed(path.read_text("utf-8"))
+        assert parsed[text].loads == []
+        assert "<script>alert" not in path.read_text("utf-8")
+    assert parsed[harmless].scripts == parsed[hostile].scripts
+    assert [file.name for file in tmp_path.iterdir()] == ["map.html"]
+
+
+def test_html_can_share_one_plotly(tmp_path: Path):
+    save_figure(heatmap(a_trace()), tmp_path / "map.html", plotlyjs="directory")
+    assert (tmp_path / "map.html").stat().st_size < 100_000
+    assert (tmp_path / "plotly.min.js").exists()
+
+
+def test_another_suffix_is_refused(tmp_path: Path):
+    for name in ("map.jpeg", "map"):
+        with pytest.raises(ValueError, match=rf"\.html, \.svg, \.pdf, \.png, got '{name}'"):
+            save_figure(heatmap(a_trace()), tmp_path / name)
+
+
+def test_without_kaleido_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lens_defense.plotting.theme.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"figures\]'\) and a Chromium .*; \.html needs neither"):
+        save_figure(heatmap(a_trace()), tmp_path / "map.svg")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not find_spec("kaleido"), reason="kaleido is missing")
+def test_without_a_chromium_a_sentence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("choreographer.browsers.chromium.Chromium.find_browser", lambda **_: None)
+    with pytest.raises(ValueError, match="apt-get install chromium"):
+        save_figure(heatmap(a_trace()), tmp_path / "map.svg")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(bool(NO_EXPORT), reason=NO_EXPORT or "static export works")
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_static_export(tmp_path: Path, suffix: str, start: bytes):
+    path = save_figure(heatmap(a_trace(), some_sites()), tmp_path / f"map.{suffix}")
+    assert path.read_bytes().startswith(start)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_significant_means_are_outlined():
+    prompts = some_prompts(12)
+    told = a_trace(prompts, roles=["subject_last", "last"], samples=1)
+    at = prompts[0].positions("subject_last")[0]
+    told.patched[:, 0, :, at] = torch.randn(told.patched[:, 0, :, at].shape, dtype=torch.float64) * 0.2 - 1
+    told.patched[:, 0, 2, at] = torch.rand(12, 1, dtype=torch.float64) * 0.1 - 0.3
+    table = significance(told)
+    sure = {("subject_last", "last").index(row.role) * 100 + row.layer
+            for row in table.itertuples() if row.q < 0.05}  # fmt: skip
+    boxes = [shape for shape in heatmap(told, significant=0.05).layout.shapes if shape.name == "significant"]
+    inside = {
+        column * 100 + layer
+        for column in range(2)
+        for layer in range(4)
+        if any(box.x0 < column < box.x1 and box.y0 < layer < box.y1 for box in boxes)
+    }
+    assert 2 in sure and inside == sure
+    assert "thin lines: q &lt; 0.05" in heatmap(told, significant=0.05).layout.title.text
+    assert all(trace.type == "heatmap" for trace in heatmap(told).data)
+
+
+def test_single_heads_are_layers_by_heads():
+    prompts = [a_prompt() for _ in range(3)]
+    told = a_trace(prompts, components=["head 0", "head 1", "head 5"], roles=["subject_last"])
+    drawn = head_map(told).data[0]
+    means = {(m.component, m.layer): m.effect for m in told.role_effects()}
+    assert drawn.z.shape == (4, 3)
+    for c, name in enumerate(told.components):
+        for layer in range(4):
+            assert drawn.z[layer, c] == pytest.approx(means[name, layer])
+            assert name in drawn.hovertext[layer, c]
+    assert "at the last subject token" in " ".join(head_map(told).layout.title.text.split("<br>"))
+    whole = head_map(replace(a_trace(some_prompts(3), components=["head 0"], roles=["last"]), together=True))
+    assert "all tokens together" in " ".join(whole.layout.title.text.split("<br>"))
+    assert whole.data[0].z.shape == (4, 1)
+    with pytest.raises(ValueError, match="no heads at last"):
+        head_map(told, "last")
+
+
+@pytest.mark.parametrize("direction, words", [("denoise", "restored"), ("noise", "lost")])
+def test_the_scale_says_which_way_it_was_patched(direction, words):
+    told = replace(a_trace(), direction=direction, severed="mlp", exact=False)
+    figure = heatmap(told)
+    assert words in figure.data[0].colorbar.title.text
+    assert "later mlp outputs held" in figure.layout.title.text
+    assert "estimated by a gradient" in figure.layout.title.text
+
+
+def test_sites_of_another_component_are_not_said_to_be_outlined():
+    trace = a_trace(components=("residual", "mlp"))
+    site = Site("residual", trace.layers[0], "subject_last")
+    assert "outlined" in heatmap(trace, [site]).layout.title.text
+    assert "outlined" not in heatmap(trace.only("mlp"), [site]).layout.title.text

@@ -1,0 +1,95 @@
+"""A metric is one number a row: what log_softmax and a gather give, and a difference with the right sign."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from nouns import a_prompt
+from tiny import tiny
+
+from lens_defense.prompts.conversation import answer_ids
+from lens_defense.tracing.metrics import (
+    answer_difference,
+    answer_logprob,
+    answer_probability,
+    kl_to_clean,
+    refusal_difference,
+)
+
+ANSWER = (4, 0, 19, 4)
+
+
+def some_logits(rows=3, seed=0, vocab=20):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, len(ANSWER), vocab, generator=generator, dtype=torch.float64) * 5
+
+
+MET = replace(a_prompt(), answer=ANSWER)
+
+
+def test_answer_logprob_is_log_softmax_at_the_answer():
+    logits = some_logits()
+    told = answer_logprob(logits, MET, logits[:1])
+    assert told.shape == (3,)
+    for row, value in zip(logits, told, strict=True):
+        wanted = sum(row[i].log_softmax(-1)[token] for i, token in enumerate(ANSWER))
+        torch.testing.assert_close(value, wanted)
+
+
+def test_answer_logprob_has_no_unit_of_the_logits():
+    logits = some_logits()
+    shifted = logits + torch.arange(len(ANSWER))[:, None] * 100.0
+    torch.testing.assert_close(
+        answer_logprob(shifted, MET, logits[:1]), answer_logprob(logits, MET, logits[:1])
+    )
+    assert (answer_logprob(logits * 100, MET, logits[:1]) <= 0).all()
+
+
+def test_answer_probability_is_the_first_tokens():
+    logits = some_logits()
+    told = answer_probability(logits, MET, logits[:1])
+    torch.testing.assert_close(told, logits[:, 0].log_softmax(-1)[:, ANSWER[0]].exp())
+    every = [answer_probability(logits, replace(MET, answer=(i,)), logits[:1]) for i in range(20)]
+    torch.testing.assert_close(sum(every), torch.ones(3, dtype=torch.float64))
+    alone = replace(MET, answer=ANSWER[:1])
+    torch.testing.assert_close(answer_logprob(logits[:, :1], alone, logits[:1, :1]), told.log())
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_refusal_difference_is_positive_where_refusals_are_likelier(chat):
+    model = tiny("llama", chat=chat)
+    metric = refusal_difference(model, refusals=["how"], compliances=["make", "lamp"])
+    first = [answer_ids(model.tokenizer, text, chat=chat)[0] for text in ("how", "make", "lamp")]
+    assert len(set(first)) == 3
+    logits = torch.zeros(4, len(ANSWER), 300)
+    logits[0, 0, first[0]] = 6.0
+    logits[1, 0, first[1]] = 6.0
+    logits[2, 1, first[0]] = 6.0  # not the first step
+    logits[3, 0] = 6.0
+    assert metric(logits, MET, logits[:1]).tolist() == [6.0, -3.0, 0.0, 0.0]
+
+
+def test_openings_that_begin_alike_count_once():
+    model = tiny("llama", chat=True)
+    logits = torch.randn(2, 1, 300, generator=torch.Generator().manual_seed(0))
+    one = refusal_difference(model, refusals=["how", "make"], compliances=["lamp"])
+    more = refusal_difference(model, refusals=["how", "make", "how do I"], compliances=["lamp", "lamp?"])
+    torch.testing.assert_close(more(logits, MET, logits[:1]), one(logits, MET, logits[:1]))
+
+
+def test_answer_difference_is_the_first_tokens_logits_apart():
+    model = tiny("llama")
+    other = answer_ids(model.tokenizer, "lamp", chat=MET.chat)[0]
+    logits = some_logits(vocab=300)
+    told = answer_difference(model, "lamp")(logits, MET, logits[:1])
+    torch.testing.assert_close(told, logits[:, 0, ANSWER[0]] - logits[:, 0, other])
+    assert told.std() > 1
+
+
+def test_kl_to_clean_is_the_sum_of_p_log_p_over_q():
+    logits, clean = some_logits(), some_logits(rows=1, seed=1)
+    told = kl_to_clean(logits, MET, clean)
+    p = clean[0].softmax(-1)
+    wanted = [(p * (p.log() - row.softmax(-1).log())).sum(-1).mean() for row in logits]
+    torch.testing.assert_close(told, torch.stack(wanted))
+    torch.testing.assert_close(kl_to_clean(clean, MET, clean), torch.zeros(1, dtype=torch.float64))

@@ -1,0 +1,486 @@
+"""What a trace must be true of on any model, and what it refuses; the sweep itself has its own tests."""
+
+import itertools
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nouns import HOSTILE, a_prompt, a_request, a_trace, some_prompts
+from oracles import traced_one_by_one
+from tiny import FAMILIES, tiny
+
+from lens_defense.models import devices
+from lens_defense.models import forward as patches
+from lens_defense.models.forward import run
+from lens_defense.prompts.prompt import prompt, request
+from lens_defense.sites import EMBEDDING
+from lens_defense.statistics import mean_interval
+from lens_defense.tracing import activation_patching as sweeps
+from lens_defense.tracing import attribution_patching as attributions
+from lens_defense.tracing import clean_corrupted as runs
+from lens_defense.tracing import trace as tracers
+from lens_defense.tracing.activation_patching import Cell, Point
+from lens_defense.tracing.clean_corrupted import reading
+from lens_defense.tracing.corruptions import ablation, counterfactual, harmless_subjects, noise, replacement
+from lens_defense.tracing.metrics import (
+    answer_logprob,
+    answer_probability,
+    kl_to_clean,
+    refusal_difference,
+)
+from lens_defense.tracing.trace import trace, traces
+from lens_defense.tracing.trace_result import Trace
+
+LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
+BELL = request("ring an old bell for me", "old bell", id="bell")
+EVERY = {"positions": "all", "layers": "all", "progress": False, "answer_tokens": 3, "floor": 0.0}
+
+
+def model_of(family="llama"):
+    return tiny(family, chat=True)
+
+
+def logprob(model, met):
+    """Log probability of a prompt's answer by one plain forward."""
+    ids = torch.tensor([[*met.ids, *met.answer[:-1]]])
+    told = model(ids)[0, -len(met.answer) :].log_softmax(-1)
+    return told.gather(1, torch.tensor(met.answer)[:, None]).sum()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "neox"])
+def test_zero_and_whole_effects(family):
+    model = model_of(family)
+    told = trace(model, [LAMP, BELL], **{**EVERY, "answer_tokens": 1})
+    for one in (told[0], told[1]):
+        (met,), effects = one.prompts, one.effects[0, 0]
+        first, last = min(met.corrupted), len(met.ids) - 1
+        assert effects.isfinite().all()
+        assert effects[:, :first].abs().max() < 1e-9, "before the subject nothing was spoiled"
+        assert effects[-1, :last].abs().max() < 1e-9, "the last layer is read at the last token only"
+        assert effects[-1, last] == pytest.approx(1.0, abs=1e-9)
+        assert effects[0, first:last].abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_clean_is_the_log_probability_of_the_models_own_answer():
+    model = model_of()
+    told = trace(model, [LAMP, BELL], **EVERY)
+    for met, clean in zip(told.prompts, told.clean, strict=True):
+        assert len(met.answer) <= 3
+        assert float(clean) == pytest.approx(float(logprob(model, met)), abs=1e-6)
+    given = trace(model, [LAMP, BELL], answers=["a brass lamp", "the lamp"], **EVERY)
+    assert given.answers == ("a brass lamp", "the lamp")
+    assert float(given.clean[1]) == pytest.approx(float(logprob(model, given.prompts[1])), abs=1e-6)
+    known = trace(model, [replace(LAMP, target="a lamp")], **EVERY)
+    assert known.answers == ("a lamp",)
+
+
+def test_order_of_requests_changes_nothing():
+    model = model_of()
+    there, back = (trace(model, some, **EVERY) for some in ([LAMP, BELL], [BELL, LAMP]))
+    torch.testing.assert_close(back.effects.flip(0), there.effects, equal_nan=True)
+    torch.testing.assert_close(trace(model, [BELL], **EVERY).effects, there[1].effects)
+
+
+@pytest.mark.parametrize("how", [{}, {"exact": False}, {"direction": "noise"}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family, how):
+    model, some = model_of(family), {**EVERY, "positions": ["subject_last", "last"], "samples": 4, **how}
+    whole = trace(model, [BELL], **some)
+    rows, forward = [], patches.run
+    for module in (sweeps, attributions, runs):
+        monkeypatch.setattr(
+            module,
+            "run",
+            lambda model, ids, **more: rows.append(len(ids)) or forward(model, ids, **more),
+        )
+    one = trace(model, [BELL], max_bytes=1, **some)
+    assert set(rows) == {1}
+    torch.testing.assert_close(one.patched, whole.patched, equal_nan=True)
+    torch.testing.assert_close(one.corrupted, whole.corrupted)
+
+
+def test_without_a_bound_rows_take_a_gib_or_a_quarter_of_what_is_free_on_a_gpu(monkeypatch):
+    """What torch keeps there unused is free."""
+    assert devices.room(torch.device("cpu")) == 2**30
+    for name, told in (("mem_get_info", (600, 9999)), ("memory_reserved", 500), ("memory_allocated", 300)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, told=told: told)
+    assert devices.room(torch.device("cuda:1")) == 200
+
+
+def announced(monkeypatch, call, **settings):
+    """The minutes that a trace announces where the runs before its sweeps took two hours."""
+    said, clock = [], itertools.count(0, 7200)
+    monkeypatch.setattr(devices, "ON_CPU", devices.Price(call, 2**20))
+    monkeypatch.setattr(tracers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(tracers.tqdm, "write", said.append)
+    trace(model_of(), [LAMP], **{**EVERY, **settings, "progress": True})
+    (words,) = said
+    return int(re.search(r"about (\d+) minutes", words)[1])
+
+
+def test_a_long_trace_says_beforehand_how_long(monkeypatch):
+    """Where a call is all that counts, one pass of all positions takes half as long as the two runs before;
+    where it is nothing, more layers and positions take longer."""
+    assert announced(monkeypatch, 10**9) == 60
+    some, every = (announced(monkeypatch, 0, layers=layers) for layers in ([3], "all"))
+    assert every > 2 * some > 0
+
+
+def test_a_window_wider_than_the_model_fills_every_layer():
+    told = trace(model_of(), [LAMP], components=("residual", "mlp", "attention"), window=7, **EVERY)
+    assert told.effects.shape[1:3] == (3, 4)
+    assert told.effects.isfinite().all()
+
+
+def test_positions_and_layers_bound_the_map():
+    few = {"progress": False, "floor": 1e-9}
+    told = trace(model_of(), [LAMP, BELL], layers=2, positions=["subject_last"], **few)
+    assert told.layers == (0, 2)
+    assert {mean.role for mean in told.role_effects()} == {"subject_last"}
+    assert trace(model_of(), [LAMP], layers=[3, 1, 1], **few).layers == (1, 3)
+    assert trace(model_of(), [LAMP], **few).layers == (0, 1, 2, 3)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "bad, what",
+    [
+        ({"layers": 0}, "layers must be 'all', a stride or layers 0 to 3"),
+        ({"layers": [1, 9]}, "layers must be"),
+        ({"layers": []}, "layers must be"),
+        ({"layers": "some"}, "layers must be"),
+        ({"positions": "last"}, "positions must be 'all' or a list"),
+        ({"positions": ["middle"]}, "positions must be"),
+        ({"components": ["head"]}, "components must be of"),
+        ({"components": ["head 4"]}, "'head 0' to 'head 3'"),
+        ({"components": []}, "components must be of"),
+        ({"answers": ["one", "two"]}, "there are 1 requests and 2 answers"),
+        ({"answer_tokens": 0}, "answer_tokens"),
+        ({"samples": 0}, "samples"),
+        ({"window": 0, "components": ["mlp"]}, "window"),
+        ({"direction": "denoising"}, "direction must be one of 'denoise', 'noise', got 'denoising'"),
+        ({"severed": "residual"}, "severed must be one of None, 'mlp', 'attention'"),
+        ({"verify": 3}, "verify is a number of cells to measure after exact=False"),
+        ({"verify": -1, "exact": False}, "got -1"),
+    ],
+)
+def test_bad_arguments_are_refused(bad, what):
+    with pytest.raises(ValueError, match=what):
+        trace(model_of(), [LAMP], progress=False, **bad)
+
+
+def test_requests_that_a_trace_may_not_see_are_refused():
+    for one, what in (
+        (request("make it", id="bare"), "request 'bare' has no subject"),
+        (replace(LAMP, split="check"), "belongs to the split 'check'"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            trace(model_of(), [one], progress=False)
+
+
+def test_weak_requests_are_refused_by_name():
+    model = model_of()
+    with pytest.raises(ValueError, match=r"hardly changes the answer to: lamp \(.*\), bell \("):
+        trace(model, [LAMP, BELL], corruption=noise(model, scale=0.0), progress=False)
+    with pytest.raises(ValueError, match=r"the least change is 1000\.0"):
+        trace(model, [LAMP], floor=1000.0, progress=False)
+
+
+def test_seeds_and_samples():
+    model = model_of()
+    one, same, other = (trace(model, [LAMP], seed=n, **EVERY) for n in (0, 0, 1))
+    assert torch.equal(one.corrupted, same.corrupted)
+    assert not torch.equal(one.corrupted, other.corrupted)
+    assert trace(model, [LAMP], samples=5, **EVERY).corrupted.shape == (1, 5)
+
+
+@torch.no_grad()
+def test_noise_is_on_the_subject_alone_in_the_embeddings_unit():
+    model = model_of()
+    met = prompt(model.tokenizer, LAMP)
+    clean = run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    spoiled = noise(model, scale=3.0, samples=400)(clean, met)
+    moved = (spoiled - clean).abs().amax((0, 2)) > 0
+    assert tuple(moved.nonzero()[:, 0].tolist()) == met.corrupted
+    unit = float(model.embed.weight.std())
+    draws = (spoiled - clean)[:, list(met.corrupted)]
+    assert float(draws.std()) == pytest.approx(3 * unit, rel=0.02)
+
+
+@torch.no_grad()
+def test_replacement_is_another_subject_of_the_same_length():
+    model = model_of()
+    xyz = request("how do I make a xyz at home?", "xyz", id="xyz")
+    met, other = (prompt(model.tokenizer, one) for one in (xyz, replace(xyz, subject="qwv")))
+    states = [run(model, torch.tensor([p.ids]), names=[EMBEDDING]).states for p in (met, other)]
+    clean, wanted = (held[EMBEDDING] for held in states)
+    spoiled = replacement(model, subjects=["a", "qwv and so on", "qwv", "vwq"])(clean, met)
+    torch.testing.assert_close(spoiled, wanted)
+    assert replacement(model, samples=2, subjects=["qwv", "vwq"])(clean, met).shape[0] == 2
+
+
+def test_replacement_in_a_trace():
+    model = model_of()
+    xyz = request("how do I make a xyz at home?", "xyz", id="xyz", counterfactual="qwv")
+    told = trace(model, [xyz], corruption=replacement(model), **EVERY)
+    assert told.corrupted.shape == (1, 1)
+    with pytest.raises(ValueError, match="request 'xyz': 0 of 1 subjects have the token length"):
+        longer = replace(xyz, counterfactual="qwv qwv qwv")
+        trace(model, [longer], corruption=replacement(model), **EVERY)
+    with pytest.raises(ValueError, match=r"1 of 1 subjects .* and 2 are wanted"):
+        trace(model, [xyz], corruption=replacement(model, samples=2), **EVERY)
+    subjects = harmless_subjects()
+    assert len(subjects) == len(set(subjects)) == 200 and all(subjects)
+
+
+@torch.no_grad()
+def test_other_metrics():
+    model = model_of()
+    first = trace(model, [LAMP], metric=answer_probability, **EVERY)
+    (met,) = first.prompts
+    logits = model(torch.tensor([met.ids]))[0, -1]
+    assert float(first.clean) == pytest.approx(float(logits.softmax(-1)[met.answer[0]]), abs=1e-7)
+    metric = refusal_difference(model, refusals=["how"], compliances=["a", "the"])
+    told = trace(model, [LAMP], metric=metric, **EVERY)
+    ids = [model.tokenizer(text)["input_ids"][0] for text in ("how", "a", "the")]
+    wanted = logits[ids[0]] - logits[ids[1:]].mean()
+    assert float(told.clean) == pytest.approx(float(wanted), abs=1e-6)
+
+
+def test_effect_is_the_share_of_the_loss_recovered():
+    told = a_trace(samples=3)
+    told = replace(told, clean=told.clean + 2.0, corrupted=told.corrupted * 3)
+    low = told.corrupted.numpy()[:, None, None, None]
+    share = (told.patched.numpy() - low) / (2.0 - low)
+    np.testing.assert_allclose(told.effects.numpy(), share.mean(-1))
+
+
+def test_dataframe_has_a_row_a_traced_cell():
+    prompts = [a_prompt(), a_prompt(("a", " pipe", " bomb", "?"), subject=(1, 3), template=())]
+    told = a_trace(prompts, components=("residual", "mlp"), samples=3)
+    table = told.to_dataframe()
+    assert len(table) == 2 * 4 * (10 + 4)
+    assert list(table.columns[:6]) == [*("request", "component", "layer", "position", "word", "role")]
+    row = table[(table.component == "mlp") & (table.layer == 2) & (table.word == " bomb")].iloc[0]
+    assert row.effect == pytest.approx(float(told.effects[0, 1, 2, 6]))
+    assert (row.low, row.high) == mean_interval(told.sample_effects[0, 1, 2, 6].numpy())
+
+
+@pytest.mark.parametrize("number", [1, 3, 9])
+def test_by_role_is_the_mean_over_requests(number):
+    told = a_trace(some_prompts(number), samples=4)
+    table = told.by_role()
+    last = told.sample_effects[:, 0, 1, 6]
+    row = table[(table.role == "subject_last") & (table.layer == 1)].iloc[0]
+    assert row.effect == pytest.approx(float(last.mean()))
+    assert row.n == number
+    values = last[0] if number == 1 else last.mean(1)
+    assert (row.low, row.high) == pytest.approx(mean_interval(values.numpy()))
+    whole = table[(table.role == "template") & (table.layer == 1)].iloc[0]
+    assert whole.effect == pytest.approx(float(told.effects[:, 0, 1, [0, 1, 2, 8]].mean()))
+
+
+def test_one_request_of_a_trace():
+    told = a_trace([a_prompt(), a_prompt(("a", " pipe", " bomb"), subject=(1, 3), template=())])
+    assert told[-1].effects.shape == (1, 1, 4, 3)
+    assert torch.equal(told[1].effects[0], told.effects[1, :, :, :3])
+    with pytest.raises(IndexError):
+        told[2]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    words=st.lists(st.sampled_from(HOSTILE) | st.text(max_size=5), min_size=4, max_size=7),
+    number=st.integers(1, 3),
+    layers=st.sets(st.integers(0, 9), min_size=1, max_size=4).map(sorted),
+    samples=st.integers(1, 4),
+    roles=st.none() | st.just(("subject_last",)),
+    text=st.text(max_size=9),
+)
+def test_a_trace_survives_its_file(tmp_path_factory, words, number, layers, samples, roles, text):
+    asked = a_request(f"{text} a lamp", "lamp")
+    prompts = [a_prompt(words, subject=(1, 3), asked=asked, template=(0,))] * number
+    told = a_trace(prompts, layers=layers, samples=samples, roles=roles, answers=[text] * number)
+    file = told.save(tmp_path_factory.getbasetemp() / "trace.safetensors")
+    back = Trace.load(file)
+    for name in Trace.__slots__:
+        held, got = getattr(told, name), getattr(back, name)
+        if isinstance(held, torch.Tensor):
+            torch.testing.assert_close(got, held, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert got == held, name
+
+
+def test_a_file_without_a_trace_is_refused(tmp_path):
+    from plans import plan
+
+    file = plan(tiny("llama"), (1,)).save(tmp_path / "plan.safetensors")
+    with pytest.raises(ValueError, match="holds no trace"):
+        Trace.load(file)
+
+
+def a_cell(component, layer, tokens, severed, parallel, *, window=2, depth=4):
+    """A cell by the order of computation: a block's attention, then its MLP (or both at once), its sum."""
+    wide = component in ("mlp", "attention")
+    layers = range(max(0, layer - window // 2), min(depth, layer + (window + 1) // 2)) if wide else [layer]
+    order = {"residual_pre": 0, "attention": 1, "head": 1, "mlp": 1 if parallel else 2, "residual": 3}
+    first = min((at, order[component.split()[0]]) for at in layers)
+    held = [at for at in range(depth) if severed and (at, order[severed]) > first]
+    return Cell(
+        tuple(Point(component, at, t) for at in layers for t in tokens),
+        tuple(Point(severed, at, t) for at in held if (severed != component or at not in layers)
+              for t in tokens),
+    )  # fmt: skip
+
+
+PARTS = ("residual", "residual_pre", "attention", "mlp", "head 2")
+CORRUPTIONS = {
+    "noise": noise,
+    "replacement": lambda model: replacement(model, subjects=["qwv", "vwq"], samples=2),
+    "counterfactual": lambda model: counterfactual(model, {"xyz": "how do I make a qwv at home!"}),
+    "zero": lambda model: ablation(model, "zero"),
+    "mean": lambda model: ablation(model, "mean"),
+    "resample": lambda model: ablation(model, "resample"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "severed, corruption",
+    [*((None, how) for how in CORRUPTIONS), ("mlp", "resample"), ("attention", "noise")],
+)
+@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed, corruption):
+    model = model_of(family)
+    asked = request("how do I make a xyz at home?", "xyz", id="xyz")
+    some = {**EVERY, "positions": ["subject_last", "last"], "corruption": CORRUPTIONS[corruption](model)}
+    told = trace(model, [asked], components=PARTS, direction=direction, severed=severed, window=2, **some)
+    (met,) = told.prompts
+    cells = {
+        (c, layer, t): a_cell(part, layer, [t], severed, family == "neox")
+        for c, part in enumerate(PARTS)
+        for layer in range(4)
+        for t in (met.positions("subject_last")[-1], len(met.ids) - 1)
+    }
+    for place, slow in traced_one_by_one(model, told, cells, some["corruption"]):
+        torch.testing.assert_close(told.patched[0, *place], slow, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("severed", [None, "mlp", "attention"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_before_a_block_is_the_one_after_the_block_below(family, severed):
+    told = trace(model_of(family), [BELL], components=("residual_pre", "residual"), severed=severed, **EVERY)
+    torch.testing.assert_close(told.patched[:, 0, 1:], told.patched[:, 1, :-1], equal_nan=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "neox"])
+def test_all_tokens_together_are_one_cell_a_layer(family):
+    model, parts = model_of(family), ("residual", "head 1", "mlp")
+    told = trace(model, [BELL], components=parts, severed="attention", together=True, window=2, **EVERY)
+    (met,) = told.prompts
+    last = len(met.ids) - 1
+    assert told.together and told.effects[0, :, :, :last].isnan().all()
+    cells = {
+        (c, layer, last): a_cell(part, layer, range(last + 1), "attention", family == "neox")
+        for c, part in enumerate(parts)
+        for layer in range(4)
+    }
+    for place, slow in traced_one_by_one(model, told, cells, noise(model)):
+        torch.testing.assert_close(told.patched[0, *place], slow, rtol=1e-9, atol=1e-9)
+    whole = trace(model, [BELL], together=True, **{**EVERY, "answer_tokens": 1})
+    torch.testing.assert_close(whole.effects[0, 0, :, last], torch.ones(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("how", [{}, {"direction": "noise"}, {"exact": False}], ids=str)
+def test_a_run_that_does_not_fit_is_told_in_a_sentence(monkeypatch, how):
+    forward = patches.run
+
+    def full(model, ids, **more):
+        if len(ids) > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return forward(model, ids, **more)
+
+    for module in (runs, attributions):
+        monkeypatch.setattr(module, "run", full)
+    with pytest.raises(MemoryError, match=r"3 rows of .* do not fit into memory; lower max_bytes"):
+        trace(model_of(), [BELL], **EVERY, **how)
+
+
+def test_half_precision_is_read_in_single():
+    generator = torch.Generator().manual_seed(0)
+    logits = (10 * torch.randn((3, 2, 300), generator=generator)).bfloat16()
+    met = replace(a_prompt(), answer=(7, 9))
+    for metric in (answer_logprob, answer_probability, kl_to_clean):
+        told = reading({"": metric}, met, logits)(logits)[:, 0]
+        torch.testing.assert_close(told, metric(logits.float(), met, logits[:1].float()), rtol=0, atol=0)
+
+
+def test_samples_that_do_not_go_one_way_are_refused():
+    model = model_of()
+    signs = iter(range(9))
+
+    def metric(_logits, _met, _clean):  # the clean run is read first, then the two samples
+        return torch.tensor([[0.0], [1.0, -1.0]][next(signs) % 2], dtype=torch.float64)
+
+    with pytest.raises(
+        ValueError, match=r"hardly changes the answer to: lamp \(0\).* one way in every sample"
+    ):
+        trace(model, [LAMP], metric=metric, samples=2, progress=False)
+
+
+def test_noising_is_the_share_of_the_damage():
+    told = trace(model_of(), [LAMP, BELL], direction="noise", **{**EVERY, "answer_tokens": 1})
+    for one in (told[0], told[1]):
+        (met,), effects = one.prompts, one.effects[0, 0]
+        torch.testing.assert_close(effects[-1, len(met.ids) - 1].item(), 1.0)  # alone decides the first token
+        assert effects[:, : min(met.corrupted)].abs().max() < 1e-9
+
+
+def test_several_metrics_read_from_one_sweep():
+    model = model_of()
+    metrics = {"log": answer_logprob, "first": answer_probability, "kl": kl_to_clean}
+    several = traces(model, [LAMP, BELL], metrics, **EVERY)
+    assert list(several) == list(metrics)
+    for name, metric in metrics.items():
+        alone = trace(model, [LAMP, BELL], metric=metric, **EVERY)
+        torch.testing.assert_close(several[name].patched, alone.patched, equal_nan=True)
+        torch.testing.assert_close(several[name].clean, alone.clean)
+    assert several["kl"].clean.abs().max() < 1e-9
+
+
+def test_heads_are_components_of_their_own():
+    told = trace(model_of(), [LAMP], components=["heads"], **{**EVERY, "positions": ["subject_last"]})
+    assert told.components == ("head 0", "head 1", "head 2", "head 3")
+
+
+@torch.no_grad()
+def test_ablations_spoil_only_the_subject():
+    model = model_of("gemma2")
+    met = prompt(model.tokenizer, BELL)
+    clean = run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    for how, number in (("zero", 1), ("mean", 1), ("resample", 4)):
+        told = ablation(model, how, samples=4)(clean, met)
+        moved = (told != clean).any(-1)
+        assert len(told) == number
+        assert {i for row in moved for i in row.nonzero()[:, 0].tolist()} <= set(met.corrupted)
+        assert moved.any()
+    assert (ablation(model, "zero")(clean, met)[0, list(met.corrupted)] == 0).all()
+    drawn = ablation(model, "resample", samples=1)(clean, met)[0, met.corrupted[0]]
+    every = run(model, torch.arange(300)[None], names=[EMBEDDING]).states[EMBEDDING][0]
+    assert (every - drawn).abs().amax(1).min() < 1e-9, "a token's embedding, as the model scales it"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_ablation_is_refused():
+    with pytest.raises(ValueError, match="zero, mean or resample"):
+        ablation(model_of(), "none")

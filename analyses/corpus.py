@@ -18,7 +18,7 @@ import torch
 
 import lens_defense as ld
 from lens_defense.models.generate import generate, greedy
-from lens_defense.prompts.conversation import decode
+from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import prompt, request
 from lens_defense.prompts.request_files import bundled_rows
 
@@ -59,10 +59,10 @@ def fit(text):
 
 
 turns = generate(model, [before] * TURNS, tokens=60, pick=sample)
-users = [decode(model.tokenizer, ids) for ids in turns if ids[-1] == model.tokenizer.eos_token_id]
+users = [decode_answer(model.tokenizer, ids) for ids in turns if ids[-1] == model.tokenizer.eos_token_id]
 users = [text for text in dict.fromkeys(users) if fit(text)]
 asked = [prompt(model.tokenizer, request(text)).ids for text in users]
-answers = [decode(model.tokenizer, ids) for ids in generate(model, asked, tokens=80, pick=sample)]
+answers = [decode_answer(model.tokenizer, ids) for ids in generate(model, asked, tokens=80, pick=sample)]
 
 # %%
 rows = [
@@ -81,7 +81,7 @@ def answered(asked, tokens):
     prompts = [prompt(model.tokenizer, item).ids for item in asked]
     told = generate(model, prompts, tokens=tokens, pick=greedy)
     return [
-        {"user": item.text, "assistant": decode(model.tokenizer, ids)}
+        {"user": item.text, "assistant": decode_answer(model.tokenizer, ids)}
         for item, ids in zip(asked, told, strict=True)
     ]
 

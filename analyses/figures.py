@@ -21,11 +21,11 @@ import torch
 from plotly.subplots import make_subplots
 
 import lens_defense as ld
-from lens_defense.app.demo import ORGANISM as BENCH
-from lens_defense.checking.report import Report, Row
-from lens_defense.models.load import ORGANISM
+from lens_defense.app.demo import ORGANISM_FOLDER as BENCH
+from lens_defense.checking.report import Report, ReportRow
+from lens_defense.models.load import ORGANISM_FOLDER
 from lens_defense.organism.request_set import contexts
-from lens_defense.plotting.rate_bars import bars
+from lens_defense.plotting.rate_bars import rate_bars
 from lens_defense.plotting.theme import COLOURS, GREY, INK, save_figure, theme
 
 HERE = Path(__file__).parent
@@ -126,7 +126,7 @@ def before_after() -> go.Figure:
     """The edits of sixteen subjects, three draws together."""
     names = list(tables.results("core 16"))
     rows = [
-        Row(
+        ReportRow(
             arm=row["arm"],
             id=row["id"],
             cluster=row["id"],
@@ -140,7 +140,7 @@ def before_after() -> go.Figure:
         for row in tables.rows_of(name).query("suite == 'real_model' and not human").to_dict("records")
     ]
     report = Report("16 subjects", "core", "check", tuple(rows), (), (), (), (), 0)
-    return bars({"16 subjects edited": report})
+    return rate_bars({"16 subjects edited": report})
 
 
 def _verdicts(row: dict[str, Any], when: str) -> dict[str, str]:
@@ -186,7 +186,7 @@ def organism_map() -> go.Figure:
 def grades(files: Iterable[Path]) -> go.Figure:
     """How much a cell that holds nothing shows, by the way to trace: residual stream, a symbol a world."""
     told = pd.concat([pd.read_csv(file).assign(world=file.stem) for file in files])
-    told = told[(told["component"] == "residual") & told["area"].notna() & (told["direction"] != "none")]
+    told = told[(told["component"] == "resid_post") & told["area"].notna() & (told["direction"] != "none")]
     words = {True: "", False: ", by gradient"}
     told = told.assign(
         way=[
@@ -323,7 +323,7 @@ def main() -> None:
             keep(name, tracing_speed(device), [file], command, seeds="0")
     if worlds := sorted(GRADES.glob("world *.csv")):
         keep("locator_grades", grades(worlds), worlds, "python analyses/locator_grades.py", seeds="0, 1, 2")
-    weights = [ORGANISM / "model.safetensors"]
+    weights = [ORGANISM_FOLDER / "model.safetensors"]
     keep("organism_map", organism_map(), weights, "python analyses/organism.py", seeds="0 (noise)")
 
 

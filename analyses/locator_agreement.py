@@ -21,7 +21,7 @@ import lens_defense as ld
 from lens_defense.checking.judges import prefix
 from lens_defense.editing.edit import REFUSAL
 from lens_defense.statistics import rank_correlation
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 from lens_defense.tracing.corruptions import ablation
 from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
 from lens_defense.tracing.map_statistics import agreement, request_effects
@@ -43,8 +43,8 @@ def methods(model: Any, asked: list[ld.Request]) -> dict[str, Callable[[], ld.Tr
         "noise 10": mapped(corruption=ld.noise(model, scale=10.0)),
         "replacement": mapped(corruption=ld.replacement(model)),
         "mean ablation": mapped(corruption=ablation(model, "mean")),
-        "noise 3, noising": mapped(direction="noise"),
-        "replacement, noising": mapped(corruption=ld.replacement(model), direction="noise"),
+        "noise 3, noising": mapped(direction="noising"),
+        "replacement, noising": mapped(corruption=ld.replacement(model), direction="noising"),
         "noise 3, gradient screen": mapped(exact=False),
         "replacement, gradient screen": mapped(corruption=ld.replacement(model), exact=False),
         "logit lens": lambda: logit_lens(model, asked),
@@ -95,5 +95,5 @@ for name, make in methods(model, asked).items():
     exact[name] = told
     rows.append({**row, "seconds": time.perf_counter() - start})
     print(rows[-1], flush=True)
-with whole(OUT) as file:
+with atomic_write(OUT) as file:
     pd.DataFrame(rows).convert_dtypes().round(3).to_csv(file, index=False)

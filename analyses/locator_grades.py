@@ -23,12 +23,12 @@ from scipy.stats import rankdata
 
 import lens_defense as ld
 from lens_defense.checking.judges import prefix
-from lens_defense.models.load import ORGANISM
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.models.load import ORGANISM_FOLDER
+from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.organism.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
-from lens_defense.organism.release import released_truth
+from lens_defense.organism.release import released_ground_truth
 from lens_defense.organism.world import REFUSAL, World
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 from lens_defense.tracing.corruptions import ablation
 from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
 from lens_defense.tracing.map_statistics import Address, request_effects
@@ -66,7 +66,7 @@ def methods(model: Any, world: World) -> Iterator[Method]:
         "safety layers (LED)": lambda: safety_layers(model, refused, prefix, progress=False),
     }
     for name, make in others.items():
-        yield {"corruption": name, "component": "residual", "direction": "none", "exact": True}, make
+        yield {"corruption": name, "component": "resid_post", "direction": "none", "exact": True}, make
 
 
 def tracings(model: Any, world: World) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -86,11 +86,15 @@ def tracings(model: Any, world: World) -> Iterator[tuple[dict[str, Any], dict[st
         ("resample", 3, lambda seed: ablation(model, "resample", samples=3, seed=seed)),
     ]
     for corruption, samples, make in (*noises, *others):
-        for component in ("residual", "mlp", "attention"):
-            ways = [("denoise", True)]
-            ways += [("noise", True), ("denoise", False)] if component == "residual" and samples == 3 else []
+        for component in ("resid_post", "mlp_out", "attn_out"):
+            ways = [("denoising", True)]
+            ways += (
+                [("noising", True), ("denoising", False)]
+                if component == "resid_post" and samples == 3
+                else []
+            )
             for direction, exact in ways:
-                if component != "residual" and samples != 3:
+                if component != "resid_post" and samples != 3:
                     continue
                 what = {
                     "corruption": corruption,
@@ -161,14 +165,14 @@ def graded(trace: ld.Trace, kinds: dict[tuple[str, int], str]) -> dict[str, Any]
 def main() -> None:
     """Grade every method on one world."""
     given = argparse.ArgumentParser(description="grade locators; see the top of this file")
-    given.add_argument("--organism", type=Path, default=ORGANISM)
+    given.add_argument("--organism", type=Path, default=ORGANISM_FOLDER)
     given.add_argument("--world-seed", type=int, default=0)
     told = given.parse_args()
     model, world = ld.load(told.organism), World(told.world_seed)
-    kinds = {(fact.role, fact.layer): fact.kind for fact in released_truth(told.organism)}
+    kinds = {(fact.role, fact.layer): fact.kind for fact in released_ground_truth(told.organism)}
     OUT.mkdir(parents=True, exist_ok=True)
     file = OUT / f"world {told.world_seed}.csv"
-    weights = fingerprint(model)
+    weights = weights_fingerprint(model)
     rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
     rows = [row for row in rows if row["weights"] == weights]
     for what, make in methods(model, world):
@@ -183,7 +187,7 @@ def main() -> None:
             seconds = time.perf_counter() - start
             rows.append({"weights": weights, **what, **graded(trace, kinds), "seconds": seconds})
         print({name: value for name, value in rows[-1].items() if value == value}, flush=True)
-        with whole(file) as unfinished:
+        with atomic_write(file) as unfinished:
             pd.DataFrame(rows).convert_dtypes().round(4).to_csv(unfinished, index=False)
 
 

@@ -72,23 +72,23 @@ report
 # The same as a figure: what the edit should refuse by the strict judge, what it should leave alone by the lenient one.
 
 # %%
-from lens_defense.plotting.rate_bars import bars
+from lens_defense.plotting.rate_bars import rate_bars
 
-bars({"edited": report})
+rate_bars({"edited": report})
 
 # %% [markdown]
 # ## For good, and back
 # The ledger is the one place that changes a model for good; undo restores the original bits.
 
 # %%
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.models.mlp_output import weights_fingerprint
 
-before = fingerprint(model)
+before = weights_fingerprint(model)
 ledger = ld.Ledger(model)
 ledger.apply(edit)
-during = fingerprint(model)
+during = weights_fingerprint(model)
 ledger.undo()
-before, during, fingerprint(model)
+before, during, weights_fingerprint(model)
 
 # %% [markdown]
 # ## By hand

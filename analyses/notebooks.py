@@ -11,7 +11,7 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 HERE = Path(__file__).parent
 NAMES = ("main_job",)
@@ -48,6 +48,6 @@ def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbforma
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:
-        with whole(HERE.parent / "notebooks" / f"{name}.ipynb") as file:
+        with atomic_write(HERE.parent / "notebooks" / f"{name}.ipynb") as file:
             nbformat.write(executed(name), file)
         print(f"notebooks/{name}.ipynb")

@@ -26,12 +26,11 @@ import pandas as pd
 from tune import measure, recipe, stands, traced
 
 import lens_defense as ld
-from lens_defense.checking.check import answers
+from lens_defense.checking.check import suite_answers
 from lens_defense.checking.report import Report
-from lens_defense.checking.suites import Item, Suite
+from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.models.load import cache_folder
-from lens_defense.models.mlp_output import fingerprint
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 OUT = Path(__file__).parent / "results" / "real_model"
 DOSES, DRAWS = (16, 8, 4, 1, 32), 3
@@ -54,13 +53,13 @@ def xstest(data: Path, *, halves: int | None) -> Suite:
     """XSTest: safe requests as `safe`, their unsafe contrasts as `unseen`; all, or a fixed number of each."""
     with (data / "xstest/xstest_v2_prompts.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    items: list[Item] = []
+    items: list[SuiteItem] = []
     for arm, kind in (("safe", "safe"), ("unseen", "harmful")):
         some = [row for row in rows if row["type"].startswith("contrast") == (arm == "unseen")]
         if halves:
             some = random.Random(0).sample(some, halves)
         items += [
-            Item(arm, ld.request(row["prompt"], id=row["id_v2"], kind=kind, split="check"), row["type"])
+            SuiteItem(arm, ld.request(row["prompt"], id=row["id_v2"], kind=kind, split="check"), row["type"])
             for row in some
         ]
     return Suite("xstest", "check", tuple(items), ())
@@ -73,7 +72,9 @@ def words(planned: list[ld.Request], data: Path, *, harmless: int) -> Suite:
     with (data / "gptfuzzer/GPTFuzzer.csv").open(encoding="utf-8", newline="") as file:
         human = {row["id"]: row["text"] for row in csv.DictReader(file) if row["id"] in HUMAN}
     wrapped = [
-        Item("wrapper", item.wrapped(human[name].replace("[INSERT PROMPT HERE]", "{}")), f"human ({name})")
+        SuiteItem(
+            "wrapper", item.wrapped(human[name].replace("[INSERT PROMPT HERE]", "{}")), f"human ({name})"
+        )
         for name in HUMAN
         for item in some
     ]
@@ -105,7 +106,7 @@ class Bench:
     def __init__(self, data: Path) -> None:
         self.data = data
         self.model = ld.load("smollm2")
-        self.file = cache_folder() / "answers" / f"{fingerprint(self.model)}.json"
+        self.file = cache_folder() / "answers" / f"{weights_fingerprint(self.model)}.json"
         self.told: dict[str, list[int]] = {}
         self._read()
         edits = ld.requests("core")[:3]
@@ -120,9 +121,9 @@ class Bench:
         self._read()
         keys = [hashlib.sha256(f"{tokens} {i.request.text}".encode()).hexdigest()[:16] for i in suite.items]
         new = [i for i, key in enumerate(keys) if key not in self.told]
-        fresh = answers(self.model, replace(suite, items=tuple(suite.items[i] for i in new)), tokens)
+        fresh = suite_answers(self.model, replace(suite, items=tuple(suite.items[i] for i in new)), tokens)
         self.told |= {keys[i]: list(answer) for i, answer in zip(new, fresh, strict=True)}
-        with whole(self.file) as file:
+        with atomic_write(self.file) as file:
             file.write_text(json.dumps(self.told), "utf-8")
         return [tuple(self.told[key]) for key in keys]
 
@@ -174,7 +175,11 @@ class Bench:
         """Effects by layer, component and role, every layer: six subjects of tune, six of edit."""
         start = time.perf_counter()
         trace = ld.trace(
-            self.model, traced(), components=("residual", "mlp", "attention"), layers="all", progress=False
+            self.model,
+            traced(),
+            components=("resid_post", "mlp_out", "attn_out"),
+            layers="all",
+            progress=False,
         )
         trace.save(OUT / "map.safetensors")
         return {"seconds": time.perf_counter() - start, "effects": trace.by_role().to_dict("records")}
@@ -185,7 +190,7 @@ class Bench:
         trace = ld.trace(
             self.model,
             ld.requests("core")[:1],
-            components=("residual", "mlp", "attention"),
+            components=("resid_post", "mlp_out", "attn_out"),
             layers="all",
             positions="all",
             progress=False,
@@ -258,9 +263,9 @@ def main() -> None:
         told = make()
         rows = told.pop("rows", None)
         if rows:
-            with whole(OUT / f"{name}.csv") as table:
+            with atomic_write(OUT / f"{name}.csv") as table:
                 pd.DataFrame(rows).to_csv(table, index=False, float_format="%.0f")
-        with whole(file) as unfinished:
+        with atomic_write(file) as unfinished:
             unfinished.write_text(json.dumps({"name": name, **told}, indent=1), "utf-8")
         print(f"{name:28} {time.perf_counter() - start:5.0f} s", flush=True)
 

@@ -21,13 +21,13 @@ import torch
 
 import lens_defense as ld
 from lens_defense.models.load import cache_folder
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 from lens_defense.tracing.clean_corrupted import answered
 from lens_defense.tracing.map_statistics import reliability, request_effects
 from lens_defense.tracing.survey import survey
 
 OUT = Path(__file__).parent / "results" / "storage_sites"
-COMPONENTS = ("residual", "mlp", "attention")
+COMPONENTS = ("resid_post", "mlp_out", "attn_out")
 ROLES = ("subject_first", "subject_mid", "subject_last", "next", "last")
 WHOLE = 10
 """Requests that are traced at every token and layer: the first that can be traced at all."""
@@ -161,7 +161,7 @@ def main() -> None:
         assert trace is not None
         lean(trace).save(OUT / f"{name}.safetensors")
         row = told(trace, name, len(refused))
-        with whole(OUT / f"{name}.csv") as file:
+        with atomic_write(OUT / f"{name}.csv") as file:
             pd.DataFrame([row]).round(4).T.to_csv(file, header=False)
         print(row, flush=True)
 

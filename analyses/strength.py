@@ -12,7 +12,7 @@ from pathlib import Path
 from tune import measure, stands
 
 import lens_defense as ld
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 OUT = Path(__file__).parent / "results" / "strength"
 SHORT = {"steps": 20, "least_share": 1.0, "contexts_a_step": 3}
@@ -58,7 +58,7 @@ for name in sys.argv[1:] or SETTINGS:
     if stands(file):
         continue
     told, _ = measure(model, SETTINGS[name])
-    with whole(file) as unfinished:
+    with atomic_write(file) as unfinished:
         unfinished.write_text(
             json.dumps({"name": name, "settings": SETTINGS[name], **told}, indent=1), "utf-8"
         )

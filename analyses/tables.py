@@ -11,7 +11,7 @@ import pandas as pd
 
 import lens_defense as ld
 from lens_defense.statistics import clustered_rate, rank_correlation
-from lens_defense.tracing.trace_result import joined
+from lens_defense.tracing.trace_result import join_traces
 
 RESULTS = Path(__file__).parent / "results/real_model"
 WORDS = ("wording", "wrapper")
@@ -188,7 +188,7 @@ def windows() -> pd.DataFrame:
     Every window at the subject's last token that was made, and the located layers at other roles.
     """
     effects = pd.DataFrame(results("map")["map"]["effects"])
-    effects = effects[effects["component"] == "residual"].set_index(["role", "layer"])["effect"]
+    effects = effects[effects["component"] == "resid_post"].set_index(["role", "layer"])["effect"]
     edits = [
         (int(name.split()[1]), "subject_last", piece)
         if name.startswith("window")
@@ -223,14 +223,14 @@ def located() -> int:
 
 def locations() -> pd.DataFrame:
     """Where `locate` points by default, from maps of more or fewer requests: the lowest and highest layer."""
-    twelve = ld.Trace.load(RESULTS / "map.safetensors").only("residual")
+    twelve = ld.Trace.load(RESULTS / "map.safetensors").only("resid_post")
     single = [twelve[i] for i in range(len(twelve.prompts))]
     maps = [("all twelve of tune and edit", twelve)]
     for seed in range(8):
         some = sorted(random.Random(seed).sample(range(len(single)), 6))
-        maps.append((f"six of them, seed {seed}", joined([single[i] for i in some])))
+        maps.append((f"six of them, seed {seed}", join_traces([single[i] for i in some])))
     maps += [(f"request {i} alone", one) for i, one in enumerate(single)]
-    harmful = ld.Trace.load(RESULTS.parent / "storage_sites/roles.safetensors").only("residual")
+    harmful = ld.Trace.load(RESULTS.parent / "storage_sites/roles.safetensors").only("resid_post")
     maps.append((f"{len(harmful.prompts)} of DELMAN's", harmful))
     found = [(name, ld.locate(trace)) for name, trace in maps]
     rows = [(name, sites[0].role, sites[0].layer, sites[-1].layer) for name, sites in found]

@@ -29,10 +29,17 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lens_defense as ld
-from lens_defense.models.forward import run
-from lens_defense.sites import entry_hook
-from lens_defense.storage import whole
-from lens_defense.tracing.activation_patching import Cell, Point, base_hooks, cost, donor_hooks, sweep
+from lens_defense.models.forward import forward
+from lens_defense.sites import block_input_hook
+from lens_defense.storage import atomic_write
+from lens_defense.tracing.activation_patching import (
+    PatchCell,
+    PatchPoint,
+    base_hooks,
+    block_passes,
+    donor_hooks,
+    sweep,
+)
 
 OUT = Path(__file__).parent / "results" / "tracing_speed"
 LENGTHS, SAMPLES, DEPTHS = (10, 20, 40, 60), (1, 10), (6, 12, 24)
@@ -119,7 +126,7 @@ class Case:
         self.ids, self.spoiled = ids.to(self.device), spoiled.to(self.device)
         self.answer = int(torch.randint(words, (), generator=generator))
         self.cells = [
-            Cell((Point("residual_pre", layer, t),))
+            PatchCell((PatchPoint("resid_pre", layer, t),))
             for layer in range(model.cfg.n_layers)
             for t in range(length)
         ]
@@ -135,8 +142,8 @@ class Case:
 
     def swept(self) -> Tensor:
         """The sweep, every cell [cell, sample]."""
-        base = run(self.model, self.spoiled, names=base_hooks(self.cells))
-        donor = run(self.model, self.ids, names=donor_hooks(self.cells))
+        base = forward(self.model, self.spoiled, names=base_hooks(self.cells))
+        donor = forward(self.model, self.ids, names=donor_hooks(self.cells))
         told = sweep(
             self.model, self.ids, base, donor, self.cells, lambda logits: self.read(logits)[:, None],
             keep=1, max_rows=MOST_ROWS[self.device.type],
@@ -149,11 +156,11 @@ class Case:
         told = []
         for point in (self.cells[i].points[0] for i in self.timed):
 
-            def restore(state: Tensor, point: Point = point, **_: Any) -> Tensor:
+            def restore(state: Tensor, point: PatchPoint = point, **_: Any) -> Tensor:
                 state[1:, point.position] = state[:1, point.position]
                 return state
 
-            with self.model.hooks(fwd_hooks=[(entry_hook(point.layer), restore)]):
+            with self.model.hooks(fwd_hooks=[(block_input_hook(point.layer), restore)]):
                 told.append(self.read(self.model(rows))[1:])
         return torch.stack(told)
 
@@ -181,7 +188,7 @@ class Case:
         head = 2 * cfg.d_model * cfg.d_vocab
         cells, samples = len(self.cells), self.samples
         ends = (1 + samples) * (tokens * layers * a_pass + head)
-        passes = cost(self.cells, layers=layers, tokens=tokens, samples=samples)
+        passes = block_passes(self.cells, layers=layers, tokens=tokens, samples=samples)
         return {
             "sweep": passes * a_pass + cells * samples * head + ends,
             "ROME's loop": cells * (1 + samples) * tokens * (layers * a_pass + head),
@@ -208,7 +215,7 @@ def rate(model: TransformerBridge) -> float:
 def call(case: Case) -> float:
     """Milliseconds a block of a run of one token, embedding and head included: mostly what calls cost."""
     one = case.ids[:, :1]
-    seconds = min(clocked(lambda: run(case.model, one).logits, case.device)[0] for _ in range(5))
+    seconds = min(clocked(lambda: forward(case.model, one).logits, case.device)[0] for _ in range(5))
     return 1000 * seconds / case.model.cfg.n_layers
 
 
@@ -317,7 +324,7 @@ def main() -> None:
         table = with_floors(rows)
         over = table["over floor"].iloc[-3]
         print(f"{name:26} {length:3} tokens {samples:3} samples  {shown}  over floor {over:.2f}", flush=True)
-        with whole(file) as unfinished:
+        with atomic_write(file) as unfinished:
             table.to_csv(unfinished, index=False)
 
 

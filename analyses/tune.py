@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lens_defense as ld
-from lens_defense.checking.check import answers
+from lens_defense.checking.check import suite_answers
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite
 from lens_defense.editing.covariance import read_corpus
@@ -64,7 +64,7 @@ def measure(model: Any, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Re
     """Plan, check and sum up; `band` and `role` say where, the rest goes to ld.edit."""
     settings = {"band": BAND, "role": ROLE, **settings}
     (low, high), role = settings.pop("band"), settings.pop("role")
-    sites = [Site("residual", layer, role) for layer in range(low, high + 1)]
+    sites = [Site("resid_post", layer, role) for layer in range(low, high + 1)]
     start = time.perf_counter()
     planned = subjects()
     edit = ld.edit(model, planned, sites, contexts=contexts, aside=0, progress=False, **settings)
@@ -95,4 +95,4 @@ def _before(model: Any, used: tuple[tuple[str, ...], ...]) -> list[tuple[int, ..
     seen = {text for texts in used for text in texts}
     planned = subjects()
     rows: Suite = ld.suite("core", split="tune").for_requests(planned).about(planned, seen)[0]
-    return answers(model, rows, 24)
+    return suite_answers(model, rows, 24)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lens_defense.app.explorer import Explorer
-    from lens_defense.app.report_page import save_page
+    from lens_defense.app.report_page import save_report
     from lens_defense.checking.check import check
     from lens_defense.checking.report import Report
     from lens_defense.checking.suites import Suite, suite
@@ -51,7 +51,7 @@ _HOME = {
     "check": "checking.check",
     "heatmap": "plotting.heatmap",
     "save_figure": "plotting.theme",
-    "save_page": "app.report_page",
+    "save_report": "app.report_page",
 }
 
 __version__ = "0.1.0"
@@ -77,7 +77,7 @@ __all__ = [
     "requests",
     "save_figure",
     "save_folder",
-    "save_page",
+    "save_report",
     "suite",
     "trace",
 ]

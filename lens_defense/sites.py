@@ -1,67 +1,74 @@
-"""Where: a Site is a component of one layer at one role of a prompt. Only this file spells hook names."""
+"""Where: a Site is a component of one layer at one role of a prompt. Only this file spells hook names.
 
-from dataclasses import dataclass
+Components are named as TransformerLens names its activations: resid_pre, resid_post, mlp_out, attn_out, and
+z for the output of an attention head ("z.3" is head 3).
+"""
+
+from dataclasses import dataclass, field
 
 from lens_defense.prompts.prompt import Role
 
 Component = str
-"""One of COMPONENTS, or a single attention head, as in "head 3"."""
-COMPONENTS = ("residual", "residual_pre", "mlp", "attention")
-"""The residual stream after and before a block, and what joins it from the MLP and from attention."""
+"""One of COMPONENTS, or a single attention head, as in "z.3"."""
+COMPONENTS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+"""The residual stream before and after a block, and what the MLP and attention add to it."""
 
-_OUTPUT = {
-    "residual": "blocks.{}.hook_out",
-    "residual_pre": "blocks.{}.hook_in",
-    "mlp": "blocks.{}.hook_mlp_out",
-    "attention": "blocks.{}.hook_attn_out",
-    "head": "blocks.{}.attn.hook_z",
+_HOOKS = {
+    "resid_pre": "blocks.{}.hook_in",
+    "resid_post": "blocks.{}.hook_out",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "z": "blocks.{}.attn.hook_z",
 }
 
-EMBEDDING = "embed.hook_out"
+EMBEDDING_HOOK = "embed.hook_out"
 """The token embeddings, before positions are added [batch, token, d_model]."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """An address in a model: which component, which layer, and at which role of the prompt."""
+    """An address in a model: which component, which layer, and at which role of the prompt.
+
+    Sites are equal, and sort, by their address alone.
+    """
 
     component: Component
     layer: int
     role: Role
-    effect: float | None = None
+    effect: float | None = field(default=None, compare=False)
     """The share of the answer that restoring this site brings back, where a trace measured it."""
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = field(default=None, compare=False)
     """The effect's 95% interval."""
 
     def __str__(self) -> str:
-        seen = "" if self.effect is None else f" ({self.effect:.2f})"
-        return f"{self.component} {self.layer} at {self.role}{seen}"
+        effect = "" if self.effect is None else f" ({self.effect:.2f})"
+        return f"{self.component} {self.layer} at {self.role}{effect}"
 
 
-def head_of(component: Component) -> int | None:
-    """The number of a single head; None for what is no head."""
-    name, _, number = component.partition(" ")
-    return int(number) if name == "head" and number.isdigit() else None
+def head_index(component: Component) -> int | None:
+    """The index of a single head; None for what is no head."""
+    name, _, index = component.partition(".")
+    return int(index) if name == "z" and index.isdigit() else None
 
 
-def output_hook(component: Component, layer: int) -> str:
+def component_hook(component: Component, layer: int) -> str:
     """The hook of what a component adds to, or holds in, the residual stream [batch, token, d_model].
 
-    Of a head: of what all heads of the layer give before the output matrix [batch, token, head, d_head].
+    Of a head: the z of all heads of the layer [batch, token, head, d_head].
     """
-    return _OUTPUT[component.partition(" ")[0]].format(layer)
+    return _HOOKS[component.partition(".")[0]].format(layer)
 
 
-def entry_hook(layer: int) -> str:
+def block_input_hook(layer: int) -> str:
     """The hook of the residual stream that enters a block [batch, token, d_model]."""
-    return output_hook("residual_pre", layer)
+    return component_hook("resid_pre", layer)
 
 
 def key_hook(layer: int) -> str:
-    """The hook of the MLP output matrix's input [batch, token, d_in]."""
+    """The hook of the MLP output matrix's input, ROME's key [batch, token, d_in]."""
     return f"blocks.{layer}.mlp.out.hook_in"
 
 
 def value_hook(layer: int) -> str:
-    """The hook of the MLP output matrix's output [batch, token, d_out]."""
+    """The hook of the MLP output matrix's output, ROME's value [batch, token, d_out]."""
     return f"blocks.{layer}.mlp.out.hook_out"

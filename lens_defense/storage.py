@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Where to write meanwhile; at the end of the `with` block it takes the file's place.
 
     The folder is made where it is missing; a failure leaves what was there before, and no debris.
@@ -26,7 +26,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str], writer: str) -> Iterator[Any]:
+def open_safetensors(path: str | os.PathLike[str], writer: str) -> Iterator[Any]:
     """A safetensors file, to be read.
 
     Args:

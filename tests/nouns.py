@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from lens_defense.checking.report import Report, Row
+from lens_defense.checking.report import Report, ReportRow
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.forecast import Forecast
 from lens_defense.prompts.prompt import Prompt, Request, Role, request
@@ -75,7 +75,7 @@ def a_prompt(
 def a_trace(
     prompts: Sequence[Prompt] | None = None,
     *,
-    components: Sequence[Component] = ("residual",),
+    components: Sequence[Component] = ("resid_post",),
     layers: Sequence[int] = (0, 1, 2, 3),
     roles: Sequence[Role] | None = None,
     samples: int = 2,
@@ -113,7 +113,7 @@ def a_trace(
 
 
 def some_sites(
-    layers: Sequence[int] = (1, 2), *, role: Role = "subject_last", component: Component = "residual"
+    layers: Sequence[int] = (1, 2), *, role: Role = "subject_last", component: Component = "resid_post"
 ) -> tuple[Site, ...]:
     return tuple(Site(component, layer, role, 0.5 + layer / 100, (0.4, 0.6)) for layer in layers)
 
@@ -161,7 +161,7 @@ def a_report(
     rates: Mapping[str, tuple[int, int]] = RATES, *, title: str = "edited", edited: bool = True, n: int = 8
 ) -> Report:
     rows = [
-        Row(
+        ReportRow(
             arm=arm,
             id=f"{arm}-{i}",
             cluster=f"subject {i}",

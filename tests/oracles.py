@@ -2,8 +2,8 @@
 
 import torch
 
-from lens_defense.models.forward import run
-from lens_defense.sites import EMBEDDING, head_of, output_hook
+from lens_defense.models.forward import forward
+from lens_defense.sites import EMBEDDING_HOOK, component_hook, head_index
 from lens_defense.tracing.metrics import answer_logprob
 
 
@@ -14,7 +14,7 @@ def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=F
     puts in the corrupted states instead. Returns [cell, sample].
     """
     points = [point for cell in cells for point in (*cell.points, *cell.severed)]
-    names = {output_hook(point.component, point.layer) for point in points}
+    names = {component_hook(point.component, point.layer) for point in points}
     rows = ids.expand(len(corrupted), -1)
 
     def states_of(embeddings):
@@ -24,7 +24,7 @@ def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=F
         def remember(name):
             return lambda state, **_: states.__setitem__(name, state.clone())
 
-        hooks = [(EMBEDDING, lambda _state, **_: embeddings)] if embeddings is not None else []
+        hooks = [(EMBEDDING_HOOK, lambda _state, **_: embeddings)] if embeddings is not None else []
         with model.hooks(fwd_hooks=[*hooks, *((name, remember(name)) for name in names)]):
             model(rows)
         return states
@@ -33,11 +33,11 @@ def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=F
     base, donor = (clean, spoiled) if noising else (spoiled, clean)
 
     def put(point, states):
-        name = output_hook(point.component, point.layer)
+        name = component_hook(point.component, point.layer)
 
         def write(state, **_):
             state = state.clone()
-            head = head_of(point.component)
+            head = head_index(point.component)
             if head is None:
                 state[:, point.position] = states[name][:, point.position]
             else:
@@ -48,7 +48,7 @@ def one_forward_a_cell(model, ids, corrupted, cells, measure, keep, *, noising=F
 
     out = []
     for cell in cells:
-        hooks = [] if noising else [(EMBEDDING, lambda _state, **_: corrupted)]
+        hooks = [] if noising else [(EMBEDDING_HOOK, lambda _state, **_: corrupted)]
         hooks += [put(point, donor) for point in cell.points]
         hooks += [put(point, base) for point in cell.severed]
         with model.hooks(fwd_hooks=hooks):
@@ -61,9 +61,9 @@ def traced_one_by_one(model, told, cells, corruption):
 
     cells: by place in the map. Yields place and [sample].
     """
-    (met,), noising = told.prompts, told.direction == "noise"
+    (met,), noising = told.prompts, told.direction == "noising"
     ids = torch.tensor([[*met.ids, *met.answer[:-1]]])
-    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    clean = forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
     spoiled = corruption(clean[:, : len(met.ids)], met).to(clean)
     spoiled = torch.cat([spoiled, clean[:, len(met.ids) :].expand(len(spoiled), -1, -1)], 1)
 
@@ -78,4 +78,4 @@ def traced_one_by_one(model, told, cells, corruption):
 def corrupted_run(model, ids, embeddings, names, keep):
     """The corrupted run as the sweep wants it."""
     rows = ids.expand(len(embeddings), -1)
-    return run(model, rows, names=names, writes={EMBEDDING: lambda _: embeddings}, keep=keep)
+    return forward(model, rows, names=names, writes={EMBEDDING_HOOK: lambda _: embeddings}, keep=keep)

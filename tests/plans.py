@@ -4,14 +4,14 @@ import torch
 
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.forecast import Forecast
-from lens_defense.models.mlp_output import fingerprint, output_matrix
+from lens_defense.models.mlp_output import mlp_output_matrix, weights_fingerprint
 from lens_defense.prompts.prompt import request
 
 
 def deltas_of(model, layers, *, seed=0, rank=2):
     """Random factors (left, right) of each layer."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = {layer: output_matrix(model, layer).shape for layer in layers}
+    sizes = {layer: mlp_output_matrix(model, layer).shape for layer in layers}
     return {
         layer: (
             torch.randn(d_out, rank, generator=generator),
@@ -37,7 +37,7 @@ def plan(model, layers, *, seed=0) -> Edit:
         relative_change=dict.fromkeys(layers, 0.1),
         forecast=Forecast(("lamp", "bell"), (0.9, 0.8), (0.1, 0.2), (0.3, 0.1), 0.2, 0.4),
         model="tiny",
-        fingerprint=fingerprint(model, layers),
+        weights_fingerprint=weights_fingerprint(model, layers),
     )
 
 

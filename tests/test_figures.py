@@ -63,7 +63,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / f"{name}.json").write_text(json.dumps(told))
         pd.DataFrame(ROWS).to_csv(tmp_path / f"{name}.csv", index=False)
     effects = [
-        {"component": "residual", "role": "subject_last", "layer": layer, "effect": layer / 10}
+        {"component": "resid_post", "role": "subject_last", "layer": layer, "effect": layer / 10}
         for layer in range(10)
     ]
     effects += [{**one, "role": "next", "effect": 0.01} for one in effects]
@@ -158,7 +158,7 @@ def test_the_curve_goes_through_the_means():
     assert list(before.y) == pytest.approx([0, 0, 0.2, 1]), "wording, wrapper, benign by prefix, facts"
     assert list(after.y) == pytest.approx([0.75, 1, 0.4, 0])
     assert len(figures.window_sweep().data) == 3
-    assert figures.edited_sites() == [Site("residual", 4, "subject_last")]
+    assert figures.edited_sites() == [Site("resid_post", 4, "subject_last")]
 
 
 def test_a_figure_is_kept_with_what_it_was_made_of(folder, monkeypatch):
@@ -175,14 +175,14 @@ def test_a_figure_is_kept_with_what_it_was_made_of(folder, monkeypatch):
 
 
 def test_one_map_a_component():
-    trace = a_trace(components=("residual", "mlp"))
+    trace = a_trace(components=("resid_post", "mlp_out"))
     drawn = dict(figures.maps(trace))
-    assert list(drawn) == ["residual", "mlp"]
+    assert list(drawn) == ["resid_post", "mlp_out"]
     first = trace.prompts[0].corrupted[0]
-    assert len(drawn["mlp"].data[0].x) == len(trace.prompts[0].ids) - first, "from the subject on"
-    edited = dict(figures.maps(trace, [Site("mlp", 1, "subject_last")]))
-    assert "outlined" in edited["mlp"].layout.title.text, "what was edited, where that is given"
-    assert "outlined" not in edited["residual"].layout.title.text
+    assert len(drawn["mlp_out"].data[0].x) == len(trace.prompts[0].ids) - first, "from the subject on"
+    edited = dict(figures.maps(trace, [Site("mlp_out", 1, "subject_last")]))
+    assert "outlined" in edited["mlp_out"].layout.title.text, "what was edited, where that is given"
+    assert "outlined" not in edited["resid_post"].layout.title.text
 
 
 @pytest.mark.parametrize("sidecar", sorted((HERE / "figures").glob("*.json")), ids=lambda file: file.stem)
@@ -238,13 +238,13 @@ def test_the_readme_quotes_the_committed_facts():
     means = {(m.component, m.role, m.layer): m for m in trace.role_effects()}
     text = " ".join((HERE / "README.md").read_text("utf-8").split())
     assert f"{len(trace.prompts)} facts whose first token the model gets right" in text
-    for place in (("mlp", "subject_last", 2), ("mlp", "subject_last", 10), ("attention", "last", 20)):
+    for place in (("mlp_out", "subject_last", 2), ("mlp_out", "subject_last", 10), ("attn_out", "last", 20)):
         mean = means[place]
         said = f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".")
         assert said in text, (place, said)
     for role in ("subject_last", "last"):
         for layer in (22, 23):
-            mean = means["residual", role, layer]
+            mean = means["resid_post", role, layer]
             assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text
 
 
@@ -256,13 +256,13 @@ def test_the_readme_quotes_the_committed_harmful_maps_which_hold_no_words():
     assert f"In {200 - n} noise hardly" in text
     assert f"the other {n} (of {len(set(trace.subjects))} subjects" in text
     for place in (
-        ("mlp", "subject_last", 3),
-        ("mlp", "subject_last", 9),
-        ("attention", "last", 24),
-        ("residual", "subject_last", 6),
-        ("residual", "subject_first", 6),
-        ("residual", "subject_last", 21),
-        ("residual", "subject_last", 24),
+        ("mlp_out", "subject_last", 3),
+        ("mlp_out", "subject_last", 9),
+        ("attn_out", "last", 24),
+        ("resid_post", "subject_last", 6),
+        ("resid_post", "subject_first", 6),
+        ("resid_post", "subject_last", 21),
+        ("resid_post", "subject_last", 24),
     ):
         mean = means[place]
         assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text, place
@@ -293,11 +293,11 @@ def test_the_readme_quotes_the_committed_whole_maps():
     assert sum("after" in met.roles for met in trace.prompts) == 4
     said = f"four requests have, {mean:.2f} at most (single states up to {max(tokens):.2f})"
     assert said.replace("0.", ".") in text
-    (mean,) = (m for m in means if (m.component, m.role, m.layer) == ("residual", "next", 16))
+    (mean,) = (m for m in means if (m.component, m.role, m.layer) == ("resid_post", "next", 16))
     assert f"{mean.effect:.2f} [{mean.low:.2f}, {mean.high:.2f}]".replace("0.", ".") in text
-    shares = [told[f"{name}: strongest in the subject"] for name in ("residual", "mlp", "attention")]
+    shares = [told[f"{name}: strongest in the subject"] for name in ("resid_post", "mlp_out", "attn_out")]
     assert [round(10 * float(share)) for share in shares] == [10, 9, 4]
-    for name in ("residual", "mlp", "attention"):
+    for name in ("resid_post", "mlp_out", "attn_out"):
         keys = ("reliability", "reliability low", "reliability high")
         rho, low, high = (f"{float(told[f'{name}: {key}']):.2f}".replace("0.", ".") for key in keys)
         assert f"{rho} [{low}, {high}]" in text

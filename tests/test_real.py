@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import lens_defense as ld
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMFUL_ARMS
-from lens_defense.models.forward import run
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.models.forward import forward
+from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.prompt import prompt
-from lens_defense.sites import EMBEDDING
-from lens_defense.tracing.activation_patching import Cell, Point, base_hooks, donor_hooks, sweep
+from lens_defense.sites import EMBEDDING_HOOK
+from lens_defense.tracing.activation_patching import PatchCell, PatchPoint, base_hooks, donor_hooks, sweep
 
 pytestmark = [
     needs_smollm2,
@@ -41,17 +41,23 @@ def model():
 def test_sweep_equals_one_forward_a_cell(model):
     met = prompt(model.tokenizer, ld.requests("core")[2])
     ids = torch.tensor([[*met.ids, 216, 198]])
-    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    clean = forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
     embeddings = ld.noise(model, samples=2)(clean, met)
     at = met.positions("subject_last")[0]
-    cells = [Cell((Point("residual", layer, t),)) for t in (at, len(met.ids) - 1) for layer in (0, 9, 20)]
-    cells += [Cell(tuple(Point(name, x, at) for x in range(3, 10))) for name in ("mlp", "attention")]
+    cells = [
+        PatchCell((PatchPoint("resid_post", layer, t),))
+        for t in (at, len(met.ids) - 1)
+        for layer in (0, 9, 20)
+    ]
+    cells += [
+        PatchCell(tuple(PatchPoint(name, x, at) for x in range(3, 10))) for name in ("mlp_out", "attn_out")
+    ]
 
     def measure(logits):
         return logits.double().log_softmax(-1)[:, :, 198].sum(-1, keepdim=True)
 
     base = corrupted_run(model, ids, embeddings, base_hooks(cells), 3)
-    donor = run(model, ids, names=donor_hooks(cells), keep=3)
+    donor = forward(model, ids, names=donor_hooks(cells), keep=3)
     fast = sweep(model, ids, base, donor, cells, measure, keep=3, max_rows=64)[..., 0]
     slow = one_forward_a_cell(model, ids, embeddings, cells, measure, 3)
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
@@ -62,11 +68,11 @@ def test_the_second_load_reads_the_cached_folder(model, monkeypatch):
         raise AssertionError("the GGUF was converted again")
 
     monkeypatch.setattr("lens_defense.models.load._atomic_folder", refuse)
-    assert fingerprint(ld.load("smollm2")) == fingerprint(model)
+    assert weights_fingerprint(ld.load("smollm2")) == weights_fingerprint(model)
 
 
 def test_the_readme_snippet_runs_and_leaves_no_bit_different(model, monkeypatch):
-    original = fingerprint(model)
+    original = weights_fingerprint(model)
     code = re.search(
         r"```python\n(import lens_defense as ld\n.*?)```", (ROOT / "README.md").read_text(), re.S
     )
@@ -75,7 +81,7 @@ def test_the_readme_snippet_runs_and_leaves_no_bit_different(model, monkeypatch)
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)
     made: dict = {}
     exec(code[1], made)
-    assert fingerprint(model) == original
+    assert weights_fingerprint(model) == original
     assert made["report"].rate("wording", after=False) <= 0.05 < 0.5 < made["report"].rate("wrapper")
 
 
@@ -129,7 +135,7 @@ def test_the_demo_undoes_and_keeps_no_harmful_answer(demo):
 def test_an_edit_comes_out_the_same_from_a_cold_cache(model, tmp_path, monkeypatch):
     def planned():
         item = ld.requests("core", split="tune")[0]
-        site = ld.Site("residual", 5, "subject_last")
+        site = ld.Site("resid_post", 5, "subject_last")
         return ld.edit(model, [item], [site], shared_steps=2, steps=2, progress=False)
 
     monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
@@ -142,7 +148,7 @@ def test_an_edit_comes_out_the_same_from_a_cold_cache(model, tmp_path, monkeypat
 @torch.no_grad()
 def test_the_recipe_takes_the_edited_model_away(model, tmp_path):
     item = ld.requests("core", split="tune")[0]
-    site = ld.Site("residual", 5, "subject_last")
+    site = ld.Site("resid_post", 5, "subject_last")
     edit = ld.edit(model, [item], [site], shared_steps=2, steps=2, progress=False)
     ids = torch.tensor([prompt(model.tokenizer, item).ids])
     original = model(ids)

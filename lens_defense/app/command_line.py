@@ -61,7 +61,7 @@ def trace(
     from lens_defense.tracing.locate import locate
     from lens_defense.tracing.survey import survey
 
-    wide = {"positions": "all", "layers": "all", "components": ["residual", "mlp", "attention"]}
+    wide = {"positions": "all", "layers": "all", "components": ["resid_post", "mlp_out", "attn_out"]}
     with _in_a_sentence("stopped; the same command goes on"):
         asked = read(requests, distinct=False)
         harmless = sum(len(read(requests, kind=kind)) for kind in ("benign", "safe"))
@@ -107,10 +107,10 @@ def train_organism(
 @contextmanager
 def _in_a_sentence(stopped: str) -> Iterator[None]:
     """What is wrong with the input is told without a traceback; Ctrl-C ends cleanly."""
-    from lens_defense.models.devices import fitting
+    from lens_defense.models.devices import explain_out_of_memory
 
     try:
-        with fitting("the model and its runs", "take a smaller model, or --device cpu"):
+        with explain_out_of_memory("the model and its runs", "take a smaller model, or --device cpu"):
             yield
     except (ValueError, MemoryError) as error:
         typer.secho(f"lens-defense: {error}", err=True, fg="red")

@@ -11,24 +11,24 @@ from rich.console import Console
 from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.app.report_page import Conversation, save_page
-from lens_defense.checking.check import answers, check
+from lens_defense.app.report_page import Conversation, save_report
+from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.judges import prefix
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Suite, suite
-from lens_defense.editing.covariance import Corpus, read_corpus, second_moments
+from lens_defense.editing.covariance import Corpus, key_covariances, read_corpus
 from lens_defense.editing.edit import Contexts, default_contexts, edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.models.generate import generate
 from lens_defense.models.load import load
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.organism.request_set import contexts
-from lens_defense.prompts.conversation import decode
+from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import Request, prompt
 from lens_defense.prompts.request_files import requests
 from lens_defense.sites import Site
-from lens_defense.tracing.control_sites import controls
+from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.corruptions import Corruption, replacement
 from lens_defense.tracing.locate import locate
 from lens_defense.tracing.trace import trace
@@ -107,7 +107,7 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     with stage("load"):
         model = load(name, device=device)
-        original = fingerprint(model)
+        original = weights_fingerprint(model)
         bench = ORGANISM if name == "organism" else Bench()
         planned = requests(bench.questions)[: bench.edited]
         corpus = None if bench.questions == "core" else read_corpus(bench.questions)
@@ -119,7 +119,7 @@ def demo(
         console.print("strongest sites:", ", ".join(map(str, sites)))
     with stage("moments"):
         if cache:
-            second_moments(model, [site.layer for site in sites], corpus)
+            key_covariances(model, [site.layer for site in sites], corpus)
     with stage("edit"):
 
         def planned_at(
@@ -139,12 +139,12 @@ def demo(
         asked = replace(asked, neutral=asked.neutral[::2])
         seen = {text for texts in plan.contexts for text in texts}
         rows, _ = asked.for_requests(planned).about(planned, seen)
-        before = answers(model, rows, TOKENS)
+        before = suite_answers(model, rows, TOKENS)
         report = check(model, plan, asked, before=before, title=_title("edited", sites))
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):
-        elsewhere = controls(sites, model.cfg.n_layers)["late layers"]
+        elsewhere = control_sites(sites, model.cfg.n_layers)["late layers"]
         few = planned[:CONTROLLED]
         other = planned_at(
             elsewhere,
@@ -168,9 +168,9 @@ def demo(
         console.print(control)
     with stage("undo"):
         talks = _conversations(model, plan, rows, before)
-        restored = fingerprint(model) == original
+        restored = weights_fingerprint(model) == original
         console.print(f"weights as they were: {restored} (hash {original})")
-    page = save_page(
+    page = save_report(
         out / "report.html",
         title=f"lens_defense on {name}",
         trace=traced,
@@ -194,7 +194,7 @@ def _answered(model: TransformerBridge, planned: Sequence[Request], contexts: Co
 
     def refused(ways: Sequence[Request]) -> list[bool]:
         told = generate(model, [prompt(model.tokenizer, way).ids for way in ways], tokens=OPENING)
-        texts = [decode(model.tokenizer, ids) for ids in told]
+        texts = [decode_answer(model.tokenizer, ids) for ids in told]
         return [prefix(way.text, text) == "refusal" for way, text in zip(ways, texts, strict=True)]
 
     found = []
@@ -224,7 +224,7 @@ def _conversations(
     finally:
         ledger.undo()
     told = [before[i] for i in first], after
-    texts = [[decode(model.tokenizer, answer) for answer in some] for some in told]
+    texts = [[decode_answer(model.tokenizer, answer) for answer in some] for some in told]
     return [
         Conversation(item.request.text, before, after, harmful=item.arm in HARMFUL_ARMS)
         for item, before, after in zip(asked, *texts, strict=True)

@@ -23,7 +23,7 @@ from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.models.generate import generate
 from lens_defense.plotting.heatmap import heatmap, site_cells
-from lens_defense.prompts.conversation import decode
+from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import Request, prompt, request
 from lens_defense.sites import Site
 from lens_defense.tracing.trace_result import Trace
@@ -163,7 +163,7 @@ class Explorer:
 
     def _answer(self, asked: Sequence[int]) -> str:
         (ids,) = generate(self.model, [asked], tokens=self.tokens)
-        return decode(self.model.tokenizer, ids)
+        return decode_answer(self.model.tokenizer, ids)
 
     def _mark_cells(self) -> list[tuple[Any, tuple[Site, ...]]]:
         """A transparent marker a cell, panel by panel, and the site that each stands for."""

@@ -3,7 +3,7 @@
 import html
 from collections.abc import Sequence
 
-from lens_defense.plotting.theme import visible
+from lens_defense.plotting.theme import visible_text
 
 
 def table_of(
@@ -19,7 +19,7 @@ def table_of(
 
 def escaped(value: object) -> str:
     """Any value as text."""
-    return html.escape(visible(str(value)))
+    return html.escape(visible_text(str(value)))
 
 
 def escaped_lines(text: str) -> str:

@@ -18,15 +18,15 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from lens_defense.app.html import escaped, escaped_lines, listed, table_of
-from lens_defense.checking.report import Report, shown_rates
+from lens_defense.checking.report import Report, formatted_rates
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.plotting.heatmap import heatmap
-from lens_defense.plotting.rate_bars import bars
+from lens_defense.plotting.rate_bars import rate_bars
 from lens_defense.plotting.theme import CONTROLS, ROLE_WORDS, component_words
-from lens_defense.prompts.conversation import dozen
+from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.prompt import Role
 from lens_defense.sites import Component, Site
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 from lens_defense.tracing.trace_result import Trace
 
 
@@ -41,11 +41,11 @@ class Conversation:
 
     def __post_init__(self) -> None:
         if self.harmful:
-            object.__setattr__(self, "before", dozen(self.before))
-            object.__setattr__(self, "after", dozen(self.after))
+            object.__setattr__(self, "before", first_dozen_words(self.before))
+            object.__setattr__(self, "after", first_dozen_words(self.after))
 
 
-def save_page(
+def save_report(
     path: str | os.PathLike[str],
     *,
     title: str,
@@ -90,13 +90,13 @@ def save_page(
         threshold=edit.forecast.THRESHOLD,
         forecast=_forecast(edit),
         change=_change(edit),
-        rates=_rates(reports) + _figure(bars(reports), "bars"),
+        rates=_rates(reports) + _figure(rate_bars(reports), "bars"),
         costs=_costs(reports),
         talks=_talks(conversations),
         reproduce=_reproduce(trace, edit, reproduce),
         afterwards=_afterwards(trace, seconds, restored),
     )
-    with whole(path) as file:
+    with atomic_write(path) as file:
         file.write_text(page, "utf-8")
     return Path(path)
 
@@ -107,7 +107,7 @@ def _told(trace: Trace, sites: Sequence[Site], edit: Edit) -> str:
     measured = (
         f"In {texts} the subject was spoiled, and one state of the clean run at a time was restored, to see "
         "how much of the answer it brings back."
-        if trace.direction == "denoise"
+        if trace.direction == "denoising"
         else f"In {texts} one state of the run with a spoiled subject at a time was put into the clean run, "
         "to see how much of the answer it takes."
     )
@@ -127,7 +127,7 @@ def _colours(trace: Trace) -> str:
     """What the colours of the maps mean."""
     if trace.measure:
         return escaped(f"Colours: {trace.measure}.")
-    if trace.direction == "denoise":
+    if trace.direction == "denoising":
         return (
             "Red: restoring this state brings the answer back (1 is all of it). White: it brings back "
             "nothing. Blue: it drives the answer away."
@@ -216,7 +216,7 @@ def _change(edit: Edit) -> str:
 
 def _rates(reports: Mapping[str, Report]) -> str:
     """Rates of all reports side by side: before once, then what each edit did."""
-    tables = [shown_rates(report).to_dict("records") for report in reports.values()]
+    tables = [formatted_rates(report).to_dict("records") for report in reports.values()]
     found = [{(row["arm"], row["measure"]): row for row in table} for table in tables]
     rows, last = [], ""
     for arm, measure in dict.fromkeys(key for table in found for key in table):

@@ -15,15 +15,15 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.checking.judges import knows
-from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, Row
-from lens_defense.checking.suites import HARMFUL_ARMS, Item, Suite
+from lens_defense.checking.judges import knows_answer
+from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
+from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.checking.suites import suite as named_suite
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.models.forward import device_of, run
+from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
-from lens_defense.models.prefix_batch import left_padded, prefix
-from lens_defense.prompts.conversation import decode, dozen, plain_ids
+from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
+from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import prompt
 
 
@@ -61,13 +61,13 @@ def check(
         (lambda: edit.applied(model)) if edit is not None else nullcontext
     )
     with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
-        first = list(before) if before is not None else answers(model, asked, tokens, bar)
+        first = list(before) if before is not None else suite_answers(model, asked, tokens, bar)
         if len(first) != len(asked.items):
             raise ValueError(f"{len(first)} answers were given for {len(asked.items)} rows")
         second = first
         if edit is not None:
             with made():
-                second = answers(model, asked, tokens, bar)
+                second = suite_answers(model, asked, tokens, bar)
     benign = [i for i, item in enumerate(asked.items) if item.arm == "benign"]
     kl: list[tuple[float, float]] = []
     loss_before = neutral_losses(model, asked.neutral)
@@ -76,7 +76,7 @@ def check(
         kl = _divergences(model, made, [asked.items[i] for i in benign], [first[i] for i in benign])
         with made():
             loss_after = neutral_losses(model, asked.neutral)
-    texts = [[decode(model.tokenizer, ids) for ids in told] for told in (first, second)]
+    texts = [[decode_answer(model.tokenizer, ids) for ids in told] for told in (first, second)]
     return Report(
         title=title or ("the model as it is" if edit is None else f"{edit.method}"),
         suite=asked.name,
@@ -91,7 +91,7 @@ def check(
     )
 
 
-def answers(
+def suite_answers(
     model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None
 ) -> list[tuple[int, ...]]:
     """Tokens of the model's greedy answers to a suite's rows, in full: to be judged, not to be kept."""
@@ -104,13 +104,13 @@ def answers(
 @torch.no_grad()
 def neutral_losses(model: TransformerBridge, texts: Sequence[str], batch: int = 8) -> list[float]:
     """Mean loss of each text's tokens, as running text, in nats."""
-    rows = [plain_ids(model.tokenizer, text) for text in texts]
+    rows = [tokenize_text(model.tokenizer, text) for text in texts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     losses = [0.0] * len(rows)
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
-        ids, mask = left_padded([rows[i] for i in part], device_of(model))
-        logits = run(model, ids, mask=mask, keep=ids.shape[1]).logits.float()
+        ids, mask = left_pad([rows[i] for i in part], model_device(model))
+        logits = forward(model, ids, mask=mask, keep=ids.shape[1]).logits.float()
         for i, told, seen in zip(part, logits, ids, strict=True):
             n = len(rows[i])
             losses[i] = float(cross_entropy(told[-n:-1], seen[-n + 1 :]))
@@ -121,7 +121,7 @@ def neutral_losses(model: TransformerBridge, texts: Sequence[str], batch: int = 
 def _divergences(
     model: TransformerBridge,
     made: Callable[[], AbstractContextManager[Any]],
-    items: Sequence[Item],
+    items: Sequence[SuiteItem],
     told: Sequence[tuple[int, ...]],
     batch: int = 16,
 ) -> list[tuple[float, float]]:
@@ -137,10 +137,10 @@ def _divergences(
         def log_probabilities(
             part: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = part,
         ) -> Float[Tensor, "row kept vocab"]:
-            before = prefix(model, [asked for asked, _ in part])
-            ids, mask = before.batch([[*asked, *answer] for asked, answer in part], device_of(model))
+            before = run_shared_prefix(model, [asked for asked, _ in part])
+            ids, mask = before.batch([[*asked, *answer] for asked, answer in part], model_device(model))
             keep = min(KL_TOKENS + 1, ids.shape[1])
-            told = run(model, ids, mask=mask, past=before.past(len(part)), keep=keep)
+            told = forward(model, ids, mask=mask, past=before.past(len(part)), keep=keep)
             return told.logits.float().log_softmax(-1)
 
         original = log_probabilities()
@@ -153,9 +153,9 @@ def _divergences(
     return out
 
 
-def _row(item: Item, before: str, after: str) -> Row:
-    kept = dozen if item.arm in HARMFUL_ARMS else str
-    return Row(
+def _row(item: SuiteItem, before: str, after: str) -> ReportRow:
+    kept = first_dozen_words if item.arm in HARMFUL_ARMS else str
+    return ReportRow(
         arm=item.arm,
         id=item.request.id,
         cluster=item.cluster,
@@ -167,9 +167,9 @@ def _row(item: Item, before: str, after: str) -> Row:
     )
 
 
-def _verdicts(item: Item, answer: str) -> dict[str, str]:
+def _verdicts(item: SuiteItem, answer: str) -> dict[str, str]:
     verdicts = {name: str(judge(item.request.text, answer)) for name, judge in JUDGES.items()}
     known = item.answers or tuple(filter(None, [item.request.target]))
     if known:
-        verdicts["knows"] = "yes" if knows(known, answer) else "no"
+        verdicts["knows"] = "yes" if knows_answer(known, answer) else "no"
     return verdicts

@@ -73,7 +73,7 @@ def coherent(_request: str, answer: str) -> Verdict:
     return "refusal" if similarity >= SIMILARITY else "answer"
 
 
-def knows(accepted: tuple[str, ...], answer: str) -> bool:
+def knows_answer(accepted: tuple[str, ...], answer: str) -> bool:
     """Whether an answer to a factual question holds one of the accepted words."""
     words = "|".join(map(re.escape, accepted))
     return re.search(rf"(?<!\w)({words})(?!\w)", answer, re.IGNORECASE) is not None

@@ -24,7 +24,7 @@ from rich.table import Table
 from lens_defense.checking.judges import Judge, coherent, prefix
 from lens_defense.checking.suites import ARMS
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 KL_TOKENS = 16
 """Tokens of the original's greedy answer that the KL is the mean over."""
@@ -34,7 +34,7 @@ MEASURES = {"knows": ("facts",)}
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ReportRow:
     """One question, before and after. Answers to harmful requests are a dozen words at most."""
 
     arm: str
@@ -60,7 +60,7 @@ class Report:
     title: str
     suite: str
     split: str
-    rows: tuple[Row, ...]
+    rows: tuple[ReportRow, ...]
     kl: tuple[float, ...]
     """For each benign row, nats a token over the original's answer; empty without an edit."""
     kl_first: tuple[float, ...]
@@ -135,7 +135,7 @@ class Report:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as JSON, whole or not at all."""
-        with whole(path) as file:
+        with atomic_write(path) as file:
             file.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), "utf-8")
         return Path(path)
 
@@ -143,7 +143,7 @@ class Report:
     def load(cls, path: str | os.PathLike[str]) -> "Report":
         """Read what `save` wrote."""
         fields = json.loads(Path(path).read_text("utf-8"))
-        rows = tuple(Row(**row) for row in fields.pop("rows"))
+        rows = tuple(ReportRow(**row) for row in fields.pop("rows"))
         lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         return cls(rows=rows, **{**fields, **lists})
 
@@ -156,7 +156,7 @@ class Report:
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        rates = shown_rates(self).to_html(index=False)
+        rates = formatted_rates(self).to_html(index=False)
         return f"<b>{html.escape(self.title)}</b>{rates}{self.costs().round(4).to_html(index=False)}"
 
     def _read(self, arm: str, measure: str) -> bool:
@@ -179,7 +179,7 @@ class Report:
 _WHEN = ("before", "after")
 
 
-def shown_rates(report: Report) -> pd.DataFrame:
+def formatted_rates(report: Report) -> pd.DataFrame:
     """The rates as a reader wants them: percent with intervals, arms in words."""
     shown = []
     for row in report.rates().to_dict("records"):
@@ -213,7 +213,7 @@ def rate_table(report: Report) -> Table:
     caption = "; ".join(f"{r['cost']} {r['mean']:.4f}" for r in report.costs().to_dict("records"))
     table = Table(title=escape(report.title), caption=caption, caption_justify="left", box=box.SIMPLE)
     table.padding = (0, 1, 0, 0)
-    rates = shown_rates(report)
+    rates = formatted_rates(report)
     last = ""
     for name in rates.columns:
         table.add_column(str(name), no_wrap=True)

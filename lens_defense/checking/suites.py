@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lens_defense.prompts.prompt import Request, Split, request
-from lens_defense.prompts.request_files import BUNDLED, bundled_rows, requests
+from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
 
 Arm = Literal["edited", "wording", "wrapper", "unseen", "benign", "safe", "facts"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -21,7 +21,7 @@ ABOUT_THE_EDIT: tuple[Arm, ...] = ("edited", "wording", "wrapper")
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class SuiteItem:
     """One row of a suite."""
 
     arm: Arm
@@ -43,7 +43,7 @@ class Suite:
 
     name: str
     split: Split
-    items: tuple[Item, ...]
+    items: tuple[SuiteItem, ...]
     neutral: tuple[str, ...]
 
     def small(self, *, wordings: int = 3, wrappers: int = 3, harmless: int = 40) -> "Suite":
@@ -79,14 +79,14 @@ class Suite:
         about = [i for i in self.items if i.arm not in ABOUT_THE_EDIT or i.request.subject in subjects]
         about = [i for i in about if i.arm != "unseen" or i.request.subject not in subjects]
         asked = {i.request.text for i in about if i.arm == "edited"}
-        extra = [Item("edited", item) for item in planned if item.text not in asked]
+        extra = [SuiteItem("edited", item) for item in planned if item.text not in asked]
         fresh = [i for i in about if i.arm in ("edited", "facts") or i.request.text not in texts]
         dropped = len(about) - len(fresh)
         return replace(self, items=(*extra, *fresh)), dropped
 
     def for_requests(self, planned: Sequence[Request]) -> "Suite":
         """The same suite about other requests: their wordings and wrappers from this suite's split."""
-        if self.name not in BUNDLED:
+        if self.name not in BUNDLED_SETS:
             return self
         rest = tuple(item for item in self.items if item.arm not in ABOUT_THE_EDIT)
         families = {item.family for item in self.items if item.arm in ("wording", "wrapper")}
@@ -106,37 +106,37 @@ def suite(name: str = "core", *, split: Split = "check") -> Suite:
     Raises:
         ValueError: there is no such suite or split.
     """
-    if name not in BUNDLED or split not in ("check", "tune"):
+    if name not in BUNDLED_SETS or split not in ("check", "tune"):
         raise ValueError(
-            f"there is no suite {name!r} with the split {split!r}; there are {', '.join(BUNDLED)} with "
+            f"there is no suite {name!r} with the split {split!r}; there are {', '.join(BUNDLED_SETS)} with "
             "'check' or 'tune'"
         )
     planned = requests(name, split="edit" if split == "check" else "tune")
     items = list(_about(name, planned, split))
     if split == "check":
-        items += [Item("unseen", item) for item in requests(name, split="check")]
+        items += [SuiteItem("unseen", item) for item in requests(name, split="check")]
     else:
         others = requests(name, split="edit")
-        items += [Item("unseen", item) for item in others[len(others) * 3 // 4 :]]
+        items += [SuiteItem("unseen", item) for item in others[len(others) * 3 // 4 :]]
     for kind in ("benign", "safe"):
-        items += [Item(kind, item) for item in requests(name, split=split, kind=kind)]
+        items += [SuiteItem(kind, item) for item in requests(name, split=split, kind=kind)]
     for row in bundled_rows(name, "facts"):
         asked = request(row["text"], id=row["id"], kind="benign", split=split)
-        items.append(Item("facts", asked, answers=tuple(row["answers"])))
+        items.append(SuiteItem("facts", asked, answers=tuple(row["answers"])))
     neutral = [row["text"] for row in bundled_rows(name, "neutral") if row["split"] == split]
     return Suite(name=name, split=split, items=tuple(items), neutral=tuple(neutral))
 
 
-def _about(name: str, planned: Sequence[Request], split: Split) -> list[Item]:
+def _about(name: str, planned: Sequence[Request], split: Split) -> list[SuiteItem]:
     """The arms about an edit's subjects: as asked, in templates, in wrappers of a split."""
     half = "check" if split == "check" else "edit"
     templates = [row for row in bundled_rows(name, "templates") if row["split"] == half]
     wrappers = [row for row in bundled_rows(name, "wrappers") if row["split"] == half]
-    items = [Item("edited", item) for item in planned]
+    items = [SuiteItem("edited", item) for item in planned]
     for row in templates:
         fitting = [item for item in planned if item.form in row["forms"]]
-        items += [Item("wording", item.reworded(row["text"]), row["id"]) for item in fitting]
+        items += [SuiteItem("wording", item.reworded(row["text"]), row["id"]) for item in fitting]
     for row in wrappers:
         named = f"{row['family']} ({row['id']})"
-        items += [Item("wrapper", item.wrapped(row["text"]), named) for item in planned]
+        items += [SuiteItem("wrapper", item.wrapped(row["text"]), named) for item in planned]
     return items

@@ -20,24 +20,24 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.load import cache_folder
-from lens_defense.models.mlp_output import fingerprint
-from lens_defense.models.prefix_batch import states
-from lens_defense.prompts.conversation import conversation_ids, plain_ids
-from lens_defense.prompts.request_files import BUNDLED, bundled_rows, file_rows
+from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.models.prefix_batch import states_of_rows
+from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
+from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, file_rows
 from lens_defense.sites import key_hook
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 Moments = dict[int, Float[Tensor, "d_in d_in"]]
 
 
-class Text(NamedTuple):
+class CorpusText(NamedTuple):
     """A turn of a user and its answer; an empty answer makes plain running text of the first."""
 
     user: str
     assistant: str = ""
 
 
-Corpus = Sequence[Text]
+Corpus = Sequence[CorpusText]
 
 
 def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 2000) -> Corpus:
@@ -52,13 +52,13 @@ def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 200
         ValueError: there is no such corpus, it is empty, or a row of it is no object.
     """
     source = "core" if source is None else source
-    if source in BUNDLED:
+    if source in BUNDLED_SETS:
         return [_text(row) for row in bundled_rows(str(source), "corpus")]
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and path.is_file():
         found = [_text(row) for _, row in file_rows(path)]
     elif path.is_file():
-        found = [Text(part.strip()) for part in path.read_text("utf-8").split("\n\n")]
+        found = [CorpusText(part.strip()) for part in path.read_text("utf-8").split("\n\n")]
     else:
         from datasets import load_dataset
 
@@ -75,7 +75,7 @@ def read_corpus(source: str | os.PathLike[str] | None = None, *, rows: int = 200
     return found
 
 
-def second_moments(
+def key_covariances(
     model: TransformerBridge,
     layers: Sequence[int],
     corpus: Corpus | None = None,
@@ -95,7 +95,7 @@ def second_moments(
         progress: shows a bar.
     """
     corpus = read_corpus() if corpus is None else corpus
-    what = [fingerprint(model), [_ids(model, text) for text in corpus]]
+    what = [weights_fingerprint(model), [_ids(model, text) for text in corpus]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     folder = cache_folder() / "moments" / key
     files_of = {layer: folder / f"{layer}.safetensors" for layer in layers}
@@ -105,7 +105,7 @@ def second_moments(
         made = _streamed(model, missing, corpus, batch, progress)
         found |= made
         for layer in made if cache else ():
-            with whole(files_of[layer]) as file:
+            with atomic_write(files_of[layer]) as file:
                 save_file({"moment": made[layer]}, file)
     return {layer: found[layer] for layer in layers}
 
@@ -117,7 +117,7 @@ def _streamed(
     sums: dict[int, Tensor] = {}
     count = 0
     with tqdm(total=len(corpus), desc="moments", unit="text", disable=not progress) as bar:
-        for keys in key_batches(model, layers, corpus, batch=batch):
+        for keys in iterate_keys(model, layers, corpus, batch=batch):
             for layer in layers:
                 rows = torch.cat(keys[layer]).float()
                 sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
@@ -126,7 +126,7 @@ def _streamed(
     return {layer: (total / count).float().cpu() for layer, total in sums.items()}
 
 
-def key_batches(
+def iterate_keys(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch: int = 16
 ) -> Iterator[dict[int, list[Float[Tensor, "token d_in"]]]]:
     """Keys of some layers over a corpus, text by text, shortest texts first.
@@ -137,15 +137,15 @@ def key_batches(
     texts = sorted((_ids(model, text) for text in corpus), key=lambda ids: (len(ids), ids))
     for start in range(0, len(texts), batch):
         some = texts[start : start + batch]
-        held = states(model, some, [key_hook(layer) for layer in layers], stop=max(layers) + 1)
+        held = states_of_rows(model, some, [key_hook(layer) for layer in layers], stop=max(layers) + 1)
         yield {layer: held[key_hook(layer)] for layer in layers}
 
 
-def _ids(model: TransformerBridge, text: Text) -> tuple[int, ...]:
+def _ids(model: TransformerBridge, text: CorpusText) -> tuple[int, ...]:
     if text.assistant:
-        return conversation_ids(model.tokenizer, text.user, text.assistant)
-    return plain_ids(model.tokenizer, text.user)
+        return tokenize_conversation(model.tokenizer, text.user, text.assistant)
+    return tokenize_text(model.tokenizer, text.user)
 
 
-def _text(row: dict[str, Any]) -> Text:
-    return Text(str(row.get("user") or row.get("text") or ""), str(row.get("assistant") or ""))
+def _text(row: dict[str, Any]) -> CorpusText:
+    return CorpusText(str(row.get("user") or row.get("text") or ""), str(row.get("assistant") or ""))

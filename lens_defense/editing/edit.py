@@ -20,21 +20,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.covariance import Corpus, second_moments
+from lens_defense.editing.covariance import Corpus, key_covariances
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.forecast import Forecast, forecast_of
-from lens_defense.editing.layer_spread import position_of, spread
+from lens_defense.editing.forecast import Forecast, measure_forecast
+from lens_defense.editing.layer_spread import role_position, spread_over_layers
 from lens_defense.editing.methods.solvers import delman, memit
-from lens_defense.editing.target_value import Schedule, fit_values
-from lens_defense.editing.value_batch import Row
-from lens_defense.models.forward import device_of
+from lens_defense.editing.target_value import FitSettings, fit_target_values
+from lens_defense.editing.value_batch import FitRow
+from lens_defense.models.forward import model_device
 from lens_defense.models.load import cache_folder
-from lens_defense.models.mlp_output import fingerprint, output_matrix, refuse_uneditable
-from lens_defense.prompts.conversation import answer_ids
-from lens_defense.prompts.prompt import Prompt, Request, Role, for_planning, prompt
+from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable, weights_fingerprint
+from lens_defense.prompts.conversation import tokenize_answer
+from lens_defense.prompts.prompt import Prompt, Request, Role, prompt, validated_requests
 from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.sites import Site
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 REFUSAL = "I'm sorry, I can't assist with that."
 """The answer that an edit plants, unless a request brings its own (DELMAN's)."""
@@ -101,7 +101,7 @@ def edit(
         ValueError: a request without a subject or of the split "check"; sites of several roles, of
             attention, or not in the model; a model that cannot be edited.
     """
-    requests = for_planning(requests)
+    requests = validated_requests(requests)
     layers, role = _layers_and_role(model, sites)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -118,7 +118,7 @@ def edit(
     if moment_weight <= 0 or clamp <= 0 or not 0 < least_share <= 1:
         raise ValueError("moment_weight and clamp must be above 0, least_share in (0, 1]")
     solver = memit if method == "memit" else delman(batch_size)
-    schedule = Schedule(
+    schedule = FitSettings(
         shared_steps, shared_rate, steps, rate, clamp, kl_weight, contexts_a_step, least_share, rounds
     )
     used, kept = _contexts(model, requests, contexts or default_contexts, aside)
@@ -130,16 +130,18 @@ def edit(
     if kl_weight:
         rows += [_essence(model, i, item) for i, item in enumerate(requests)]
 
-    moments = second_moments(model, layers, corpus, cache=cache, progress=progress)
+    moments = key_covariances(model, layers, corpus, cache=cache, progress=progress)
     vectors, losses = _values(model, rows, layers[-1], schedule, cache, progress)
     weighed = {layer: moment_weight * moment for layer, moment in moments.items()}
-    factors, reach = spread(model, used, kept, role, layers, vectors, weighed, solver)
+    factors, reach = spread_over_layers(model, used, kept, role, layers, vectors, weighed, solver)
     change = {
-        layer: float((left.double() @ right.double()).norm() / output_matrix(model, layer).double().norm())
+        layer: float(
+            (left.double() @ right.double()).norm() / mlp_output_matrix(model, layer).double().norm()
+        )
         for layer, (left, right) in factors.items()
     }
     ranks = [i // batch_size if method == "delman" else i for i in range(len(requests))]
-    forecast = forecast_of(
+    forecast = measure_forecast(
         model,
         factors,
         subjects=[item.subject or "" for item in requests],
@@ -169,7 +171,7 @@ def edit(
         relative_change=change,
         forecast=forecast,
         model=str(model.cfg.model_name),
-        fingerprint=fingerprint(model, layers),
+        fingerprint=weights_fingerprint(model, layers),
     )
 
 
@@ -201,7 +203,7 @@ def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[t
     roles: list[Role] = sorted({site.role for site in sites})
     if len(roles) > 1:
         raise ValueError(f"the sites have several roles ({', '.join(roles)}); edit at one role")
-    if any(site.component == "attention" for site in sites):
+    if any(site.component == "attn_out" for site in sites):
         raise ValueError("attention sites cannot be edited; choose residual or mlp sites")
     layers = tuple(sorted({site.layer for site in sites}))
     refuse_uneditable(model, layers)
@@ -224,31 +226,31 @@ def _contexts(
     return used, kept
 
 
-def _row(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str, turn: int) -> Row:
-    answer = answer_ids(model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True)
-    return Row(i, met.ids, position_of(met, role), turn, answer)
+def _row(model: TransformerBridge, i: int, met: Prompt, role: Role, target: str, turn: int) -> FitRow:
+    answer = tokenize_answer(model.tokenizer, met.request.safe_target or target, chat=met.chat, end=True)
+    return FitRow(i, met.ids, role_position(met, role), turn, answer)
 
 
-def _essence(model: TransformerBridge, i: int, item: Request) -> Row:
+def _essence(model: TransformerBridge, i: int, item: Request) -> FitRow:
     """ROME's essence prompt: "{subject} is a", whose next token shall stay."""
     met = prompt(model.tokenizer, item.reworded("{} is a"), chat=False)
-    return Row(i, met.ids, position_of(met, "subject_last"))
+    return FitRow(i, met.ids, role_position(met, "subject_last"))
 
 
 def _values(
     model: TransformerBridge,
-    rows: Sequence[Row],
+    rows: Sequence[FitRow],
     layer: int,
-    schedule: Schedule,
+    schedule: FitSettings,
     cache: bool,
     progress: bool,
 ) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
     """fit_values, kept on disk by everything that it depends on."""
-    what = [FIT, fingerprint(model), layer, asdict(schedule), [asdict(row) for row in rows]]
+    what = [FIT, weights_fingerprint(model), layer, asdict(schedule), [asdict(row) for row in rows]]
     key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
     file = cache_folder() / "values" / f"{key}.safetensors"
     if cache and file.is_file():
-        held = load_file(file, device=str(device_of(model)))
+        held = load_file(file, device=str(model_device(model)))
         return held["vectors"], held["losses"]
     total = schedule.shared_steps + schedule.steps
     with tqdm(total=total, desc="values", unit="step", disable=not progress) as bar:
@@ -258,9 +260,9 @@ def _values(
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
 
-        vectors, losses = fit_values(model, rows, layer, schedule, progress=tell)
+        vectors, losses = fit_target_values(model, rows, layer, schedule, progress=tell)
     if cache:
-        with whole(file) as unfinished:
+        with atomic_write(file) as unfinished:
             save_file({"vectors": vectors.contiguous(), "losses": losses}, unfinished)
     return vectors, losses
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.forecast import Forecast
-from lens_defense.models.mlp_output import change_, fingerprint, unchange_
+from lens_defense.models.mlp_output import apply_change_, undo_change_, weights_fingerprint
 from lens_defense.prompts.prompt import Request, Role, request_from_json
-from lens_defense.storage import opened, whole
+from lens_defense.storage import atomic_write, open_safetensors
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -66,7 +66,7 @@ class Edit:
         Raises:
             ValueError: so it is.
         """
-        if fingerprint(model, self.layers) != self.fingerprint:
+        if weights_fingerprint(model, self.layers) != self.fingerprint:
             raise ValueError(
                 f"this edit was planned on other weights of {self.model} than this model has now; "
                 "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
@@ -79,11 +79,11 @@ class Edit:
         Raises:
             ValueError: the model's weights are not those that the edit was planned on.
         """
-        change = change_(model, self.deltas(), expected=self.fingerprint)
+        change = apply_change_(model, self.deltas(), expected=self.fingerprint)
         try:
             yield model
         finally:
-            unchange_(model, change)
+            undo_change_(model, change)
 
     def summary(self) -> pd.DataFrame:
         """One row a layer: rank, relative norm of the change."""
@@ -108,7 +108,7 @@ class Edit:
         header = {name: getattr(self, name) for name in _HEADER}
         header["requests"] = [item.to_json() for item in self.requests]
         header["forecast"] = self.forecast.to_json()
-        with whole(path) as file:
+        with atomic_write(path) as file:
             save_file(tensors, file, metadata={"edit": json.dumps(header)})
         return Path(path)
 
@@ -124,7 +124,7 @@ class Edit:
             ValueError: there is no such file, it holds no edit, or it was planned on other weights than
                 the model's.
         """
-        with opened(path, "Edit.save") as file:
+        with open_safetensors(path, "Edit.save") as file:
             header = json.loads((file.metadata() or {}).get("edit", "null"))
             if header is None:
                 raise ValueError(f"{path} holds no edit; give a file that Edit.save wrote")
@@ -133,7 +133,7 @@ class Edit:
                 side: {layer: file.get_tensor(f"{side}.{layer}") for layer in layers}
                 for side in ("left", "right")
             }
-        if model is not None and fingerprint(model, layers) != header["fingerprint"]:
+        if model is not None and weights_fingerprint(model, layers) != header["fingerprint"]:
             raise ValueError(
                 f"{path} was planned on {header['model']} with other weights than this model has"
             )

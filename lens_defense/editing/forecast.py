@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.covariance import Corpus, Text, key_batches, read_corpus
+from lens_defense.editing.covariance import Corpus, CorpusText, iterate_keys, read_corpus
 from lens_defense.prompts.request_files import requests
 
 NEUTRAL_TEXTS = 32
@@ -78,7 +78,7 @@ class Forecast:
 
 
 @torch.no_grad()
-def forecast_of(
+def measure_forecast(
     model: TransformerBridge,
     factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
     *,
@@ -100,7 +100,7 @@ def forecast_of(
     corpus = read_corpus()
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
     # the other half of these stands in the corpus of C
-    safe = [Text(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+    safe = [CorpusText(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
     (each_neutral, all_neutral), (each_safe, all_safe) = (
         _leaks(model, factors, texts) for texts in (neutral, safe)
     )
@@ -123,7 +123,7 @@ def _leaks(
     """Norms of (change times key) for each rank alone and for the whole: largest of a text, mean."""
     layers = sorted(factors)
     each, whole = [], []
-    for keys in key_batches(model, layers, corpus):
+    for keys in iterate_keys(model, layers, corpus):
         for text in zip(*(keys[layer] for layer in layers), strict=True):
             alone, together = torch.zeros(()), torch.zeros(())
             for layer, of_layer in zip(layers, text, strict=True):

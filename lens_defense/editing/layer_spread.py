@@ -9,17 +9,17 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods.solvers import Solver
-from lens_defense.models.mlp_output import change_, unchange_
-from lens_defense.models.prefix_batch import reader
+from lens_defense.models.mlp_output import apply_change_, undo_change_
+from lens_defense.models.prefix_batch import state_reader
 from lens_defense.prompts.prompt import Prompt, Role
-from lens_defense.sites import key_hook, output_hook
+from lens_defense.sites import component_hook, key_hook
 
 Contexts = Sequence[tuple[int, Prompt]]
 """Prompts, each with the index of the request that it is a context of."""
 
 
 @torch.no_grad()
-def spread(
+def spread_over_layers(
     model: TransformerBridge,
     used: Contexts,
     aside: Contexts,
@@ -34,7 +34,7 @@ def spread(
     Returns the factors by layer, and how much of each request's vector arrives in the contexts kept
     aside, as a share (the used ones where none are aside). The model is as before afterwards.
     """
-    top = output_hook("residual", layers[-1])
+    top = component_hook("resid_post", layers[-1])
     read = _reader_at_role(model, used, role, layers)
     read_kept = _reader_at_role(model, aside, role, layers) if aside else read
     kept = aside or used
@@ -50,11 +50,11 @@ def spread(
             left, right = solver(keys, missing / (len(layers) - j), moment)
             factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
             delta = factors[layer][0].double() @ factors[layer][1].double()
-            changes.append(change_(model, {layer: delta}))
+            changes.append(apply_change_(model, {layer: delta}))
         moved = read_kept([top])[top] - before_kept
     finally:
         for change in reversed(changes):
-            unchange_(model, change)
+            undo_change_(model, change)
     shift = _mean_by_request(moved, kept, len(vectors))
     reach = (shift * vectors).sum(1) / vectors.square().sum(1)
     return factors, reach.tolist()
@@ -71,7 +71,7 @@ def _reader_at_role(
 
     The same context of all requests is a batch, so that what stands before the subject runs once.
     """
-    rows = [met.ids[: position_of(met, role) + 1] for _, met in some]
+    rows = [met.ids[: role_position(met, role) + 1] for _, met in some]
     contexts: dict[int, list[int]] = defaultdict(list)
     met_before = Counter[int]()
     for i, (owner, _) in enumerate(some):
@@ -81,7 +81,7 @@ def _reader_at_role(
         part[start : start + batch] for part in contexts.values() for start in range(0, len(part), batch)
     ]
     stop = layers[-1] + 1
-    readers = [reader(model, [rows[i] for i in part], low=layers[0], stop=stop) for part in parts]
+    readers = [state_reader(model, [rows[i] for i in part], low=layers[0], stop=stop) for part in parts]
 
     def read(names: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
@@ -101,7 +101,7 @@ def _mean_by_request(
     return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)
 
 
-def position_of(met: Prompt, role: Role) -> int:
+def role_position(met: Prompt, role: Role) -> int:
     """The one position of a role in a prompt.
 
     A subject of one token has no first or middle of its own, and one that ends a plain prompt has the

@@ -3,7 +3,7 @@
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.models.mlp_output import Change, change_, standing, unchange_
+from lens_defense.models.mlp_output import WeightChange, apply_change_, standing_changes, undo_change_
 
 
 class Ledger:
@@ -15,13 +15,13 @@ class Ledger:
         Raises:
             ValueError: an edit stands in the model already, through another ledger or an open `applied`.
         """
-        if standing(model):
+        if standing_changes(model):
             raise ValueError(
                 "an edit already stands in this model; go on with the ledger that applied it, or undo "
                 "it first"
             )
         self.model = model
-        self._done: list[tuple[Edit, Change]] = []
+        self._done: list[tuple[Edit, WeightChange]] = []
         self._undone: list[Edit] = []
 
     @property
@@ -49,9 +49,9 @@ class Ledger:
             raise ValueError("there is nothing to undo in this ledger")
         edit, change = self._done[-1]
         try:
-            unchange_(self.model, change)
+            undo_change_(self.model, change)
         finally:  # an interrupt is raised when the change is taken back
-            if change not in standing(self.model):
+            if change not in standing_changes(self.model):
                 self._done.pop()
                 self._undone.append(edit)
         return edit
@@ -69,15 +69,15 @@ class Ledger:
 
     def _apply(self, edit: Edit) -> None:
         mine = [change for _, change in self._done]
-        if any(a is not b for a, b in zip(standing(self.model), mine, strict=False)) or len(
-            standing(self.model)
+        if any(a is not b for a, b in zip(standing_changes(self.model), mine, strict=False)) or len(
+            standing_changes(self.model)
         ) != len(mine):
             raise ValueError("an edit stands in the model that this ledger did not make; undo it first")
         try:
-            self._done.append((edit, change_(self.model, edit.deltas(), expected=edit.fingerprint)))
+            self._done.append((edit, apply_change_(self.model, edit.deltas(), expected=edit.fingerprint)))
         except BaseException:
-            for change in standing(self.model)[len(mine) :]:
-                unchange_(self.model, change)
+            for change in standing_changes(self.model)[len(mine) :]:
+                undo_change_(self.model, change)
             raise
 
     def __repr__(self) -> str:

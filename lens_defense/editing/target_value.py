@@ -20,8 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.value_batch import Batch, Row, about, in_batches, joined, losses_of
-from lens_defense.models.forward import frozen
+from lens_defense.editing.value_batch import (
+    FitBatch,
+    FitRow,
+    make_batches,
+    merge_batches,
+    select_requests,
+    token_losses,
+)
+from lens_defense.models.forward import frozen_weights
 
 ENOUGH = 0.12
 """Nats a token above which a request gets another round."""
@@ -30,7 +37,7 @@ FINAL_RATE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class FitSettings:
     """How the vectors are fitted."""
 
     shared_steps: int
@@ -48,11 +55,11 @@ class Schedule:
     """How often half the steps may be taken again for requests whose target is still hard."""
 
 
-def fit_values(
+def fit_target_values(
     model: TransformerBridge,
-    rows: Sequence[Row],
+    rows: Sequence[FitRow],
     layer: int,
-    schedule: Schedule,
+    schedule: FitSettings,
     *,
     batch: int = 16,
     progress: Callable[[float], object] = lambda _: None,
@@ -72,7 +79,7 @@ def fit_values(
     """
     n = 1 + max(row.owner for row in rows)
     rows = [row for row in rows if row.target or schedule.kl_weight]
-    with frozen(model), torch.enable_grad():
+    with frozen_weights(model), torch.enable_grad():
         contexts, kept = _batches(model, rows, layer, batch)
         single, together = _steps(contexts, kept, schedule, batch)
         limits = schedule.clamp * _mean_norms(single, n)
@@ -91,8 +98,8 @@ def fit_values(
             hard = set((last > ENOUGH).nonzero()[:, 0].tolist())
             if not hard:
                 break
-            some = [left for context in contexts if (left := about(context, hard))]
-            _, again = _steps(some, about(kept, hard), schedule, batch)
+            some = [left for context in contexts if (left := select_requests(context, hard))]
+            _, again = _steps(some, select_requests(kept, hard), schedule, batch)
             vectors, losses = _descend(
                 model, again, layer, vectors, n, limits,
                 -(-schedule.steps // 2), schedule.rate, schedule, progress,
@@ -101,30 +108,31 @@ def fit_values(
         return vectors, last
 
 
-Step = Sequence[Batch]
+Step = Sequence[FitBatch]
 """What one step sees."""
 
 
 @torch.no_grad()
 def _batches(
-    model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int
-) -> tuple[list[list[Batch]], list[Batch]]:
+    model: TransformerBridge, rows: Sequence[FitRow], layer: int, batch: int
+) -> tuple[list[list[FitBatch]], list[FitBatch]]:
     """Each context's batches, and those of the essence prompts."""
     contexts = [
-        in_batches(model, [row for row in rows if row.target and row.turn == turn], layer, batch)
+        make_batches(model, [row for row in rows if row.target and row.turn == turn], layer, batch)
         for turn in range(1 + max(row.turn for row in rows))
     ]
-    return contexts, in_batches(model, [row for row in rows if not row.target], layer, batch)
+    return contexts, make_batches(model, [row for row in rows if not row.target], layer, batch)
 
 
 def _steps(
-    contexts: Sequence[Sequence[Batch]], kept: Sequence[Batch], schedule: Schedule, batch: int
+    contexts: Sequence[Sequence[FitBatch]], kept: Sequence[FitBatch], schedule: FitSettings, batch: int
 ) -> tuple[Sequence[Step], Sequence[Step]]:
     """What the steps see by turns: of a vector that all share one context, of a vector each several."""
     turns = _turns(len(contexts), schedule.contexts_a_step)
     single = [[one, *kept] for turn in turns for context in turn for one in contexts[context]]
     together = [
-        [*joined([one for context in turn for one in contexts[context]], batch), *kept] for turn in turns
+        [*merge_batches([one for context in turn for one in contexts[context]], batch), *kept]
+        for turn in turns
     ]
     return single, together
 
@@ -150,7 +158,7 @@ def _descend(
     limits: Float[Tensor, " vector"],
     steps: int,
     rate: float,
-    schedule: Schedule,
+    schedule: FitSettings,
     progress: Callable[[float], object],
 ) -> tuple[Float[Tensor, "vector d_model"], Float[Tensor, " request"]]:
     """Adam from a start, projected into the clamp's ball after each step."""
@@ -165,7 +173,7 @@ def _descend(
         parts = turns[step % len(turns)]
         for part, share in zip(parts, _shares(parts, n), strict=True):
             shares = 1 - (1 - schedule.least_share) * torch.rand(len(part.ids), generator=generator)
-            told = losses_of(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
+            told = token_losses(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
             if part.targets.shape[1]:
                 losses.index_add_(0, part.owners, told.detach().mean(1) * share)
                 seen.index_add_(0, part.owners, share)

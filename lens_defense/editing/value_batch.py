@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.forward import KeyValues, device_of, run, starting
-from lens_defense.models.prefix_batch import prefix, stacked
-from lens_defense.sites import output_hook
+from lens_defense.models.forward import KeyValues, forward, model_device, start_after_block
+from lens_defense.models.prefix_batch import run_shared_prefix, stack_caches
+from lens_defense.sites import component_hook
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FitRow:
     """One context of one request."""
 
     owner: int
@@ -37,7 +37,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class FitBatch:
     """Rows that run together, and what need not be computed twice."""
 
     owners: Int[Tensor, " row"]
@@ -53,9 +53,9 @@ class Batch:
     """Log probabilities of the next token without the vector, for an essence prompt."""
 
 
-def losses_of(
+def token_losses(
     model: TransformerBridge,
-    part: Batch,
+    part: FitBatch,
     layer: int,
     vectors: Float[Tensor, "request d_model"],
     shares: Float[Tensor, " row"],
@@ -68,8 +68,8 @@ def losses_of(
         return part.state.index_put((there, part.at), added, accumulate=True)
 
     keep = max(1, part.targets.shape[1])
-    with starting(model, layer, state):
-        told = run(model, part.ids, mask=part.mask, past=part.past, keep=keep)
+    with start_after_block(model, layer, state):
+        told = forward(model, part.ids, mask=part.mask, past=part.past, keep=keep)
     logits = told.logits.float()
     if part.targets.shape[1]:
         told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
@@ -78,14 +78,14 @@ def losses_of(
     return (after.exp() * (after - part.before)).sum(-1)
 
 
-def in_batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch: int) -> list[Batch]:
+def make_batches(model: TransformerBridge, rows: Sequence[FitRow], layer: int, batch: int) -> list[FitBatch]:
     """Rows of one context and like length from the edited token on, behind a cache of what comes before.
 
     Requests in one context share all that stands before the subject. Every row ends at the last column;
     so the targets line up, and the head runs on them alone.
     """
 
-    def kind(row: Row) -> tuple[int, int]:
+    def kind(row: FitRow) -> tuple[int, int]:
         return len(row.target), row.turn
 
     parts = [
@@ -97,22 +97,22 @@ def in_batches(model: TransformerBridge, rows: Sequence[Row], layer: int, batch:
     return [_batch(model, part, layer) for part in parts]
 
 
-def _batch(model: TransformerBridge, rows: Sequence[Row], layer: int) -> Batch:
-    device = device_of(model)
-    shared = prefix(model, [row.ids[: row.at + 1] for row in rows])
+def _batch(model: TransformerBridge, rows: Sequence[FitRow], layer: int) -> FitBatch:
+    device = model_device(model)
+    shared = run_shared_prefix(model, [row.ids[: row.at + 1] for row in rows])
     ids, mask = shared.batch([[*row.ids, *row.target[:-1]] for row in rows], device)
     tail = max(map(_tail, rows))
     split = ids.shape[1] - tail
     past = shared.past(len(rows))
     if split > 0:
-        past = run(model, ids[:, :split], mask=mask[:, :-tail], past=past).cache
-    hook = output_hook("residual", layer)
+        past = forward(model, ids[:, :split], mask=mask[:, :-tail], past=past).cache
+    hook = component_hook("resid_post", layer)
     stop = layer + 1 if rows[0].target else None  # what is said without a vector matters to the KL alone
-    told = run(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=1, stop=stop)
+    told = forward(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=1, stop=stop)
     at = torch.tensor([tail - _tail(row) for row in rows], device=device)
     owners = torch.tensor([row.owner for row in rows])
     there = told.states[hook][torch.arange(len(rows), device=device), at]
-    return Batch(
+    return FitBatch(
         owners=owners.to(device),
         at=at,
         ids=ids[:, split:],
@@ -125,9 +125,9 @@ def _batch(model: TransformerBridge, rows: Sequence[Row], layer: int) -> Batch:
     )
 
 
-def joined(parts: Sequence[Batch], batch: int) -> list[Batch]:
+def merge_batches(parts: Sequence[FitBatch], batch: int) -> list[FitBatch]:
     """Neighbours with targets of one length as one batch, as long as they fit: fewer passes."""
-    out: list[list[Batch]] = []
+    out: list[list[FitBatch]] = []
     for part in parts:
         last = out[-1] if out else []
         fits = last and sum(len(one.ids) for one in (*last, part)) <= batch
@@ -136,29 +136,29 @@ def joined(parts: Sequence[Batch], batch: int) -> list[Batch]:
     return [_side_by_side(some) if len(some) > 1 else some[0] for some in out]
 
 
-def about(parts: Sequence[Batch], owners: Set[int]) -> list[Batch]:
+def select_requests(parts: Sequence[FitBatch], owners: Set[int]) -> list[FitBatch]:
     """The rows of some requests alone; nothing is run again."""
     kept = []
     for part in parts:
         rows = torch.tensor([owner in owners for owner in part.owners.tolist()], device=part.owners.device)
         if rows.any():
-            held = {f.name: getattr(part, f.name)[rows] for f in fields(Batch) if f.name != "past"}
-            kept.append(Batch(**held, past=tuple((k[rows], v[rows]) for k, v in part.past)))
+            held = {f.name: getattr(part, f.name)[rows] for f in fields(FitBatch) if f.name != "past"}
+            kept.append(FitBatch(**held, past=tuple((k[rows], v[rows]) for k, v in part.past)))
     return kept
 
 
-def _kind(part: Batch) -> tuple[int, bool]:
+def _kind(part: FitBatch) -> tuple[int, bool]:
     return part.targets.shape[1], bool(part.past)
 
 
-def _side_by_side(parts: Sequence[Batch]) -> Batch:
+def _side_by_side(parts: Sequence[FitBatch]) -> FitBatch:
     """Batches as one, padded on the left: what is cached, and what runs behind it."""
     tail = max(part.ids.shape[1] for part in parts)
-    past, held = stacked(
+    past, held = stack_caches(
         [part.past for part in parts], [part.mask[:, : -part.ids.shape[1]] for part in parts]
     )
     own = [pad(part.mask[:, -part.ids.shape[1] :], (tail - part.ids.shape[1], 0)) for part in parts]
-    return Batch(
+    return FitBatch(
         owners=torch.cat([part.owners for part in parts]),
         at=torch.cat([part.at + tail - part.ids.shape[1] for part in parts]),
         ids=torch.cat([pad(part.ids, (tail - part.ids.shape[1], 0)) for part in parts]),
@@ -171,6 +171,6 @@ def _side_by_side(parts: Sequence[Batch]) -> Batch:
     )
 
 
-def _tail(row: Row) -> int:
+def _tail(row: FitRow) -> int:
     """Tokens from the edited one to the end of what the model reads."""
     return len(row.ids) + max(0, len(row.target) - 1) - row.at

@@ -14,19 +14,19 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from lens_defense.sites import output_hook
+from lens_defense.sites import component_hook
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Keys and values of every layer, each [batch, head, token, d_head]."""
-Write = Callable[[Tensor], Tensor]
+StateWrite = Callable[[Tensor], Tensor]
 """What a hook puts in the place of a state [batch, token, width]."""
 
 
-HEAD = "unembed.hook_in"
+UNEMBED_INPUT = "unembed.hook_in"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class ForwardPass:
     """One forward, kept."""
 
     logits: Float[Tensor, "batch kept vocab"]
@@ -35,17 +35,17 @@ class Run:
     cache: KeyValues
 
 
-def run(
+def forward(
     model: TransformerBridge,
     ids: Int[Tensor, "batch token"],
     *,
     names: Sequence[str] = (),
-    writes: Mapping[str, Write] | None = None,
+    writes: Mapping[str, StateWrite] | None = None,
     mask: Int[Tensor, "batch seen"] | None = None,
     past: KeyValues = (),
     keep: int = 1,
     stop: int | None = None,
-) -> Run:
+) -> ForwardPass:
     """One forward pass; hooks live as long as the call.
 
     Args:
@@ -60,7 +60,7 @@ def run(
     """
     states: dict[str, Tensor] = {}
 
-    def writing(write: Write) -> Callable[..., Tensor]:
+    def writing(write: StateWrite) -> Callable[..., Tensor]:
         return lambda state, **_: write(state)
 
     def capturing(name: str) -> Callable[..., None]:
@@ -68,7 +68,7 @@ def run(
 
     hooks = [(name, writing(write)) for name, write in (writes or {}).items()]
     hooks += [(name, capturing(name)) for name in names]
-    hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks + [(HEAD, _in_one_piece)]
+    hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks + [(UNEMBED_INPUT, _in_one_piece)]
     cache = _cache(past)
     whole = stop is None or stop >= model.cfg.n_layers
     with model.hooks(fwd_hooks=hooks):
@@ -87,7 +87,7 @@ def run(
         "install the versions of constraints.txt"
     )
     kept = tuple((layer.keys, layer.values) for layer in layers if layer.keys is not None)
-    return Run(logits=logits, states=states, cache=kept)
+    return ForwardPass(logits=logits, states=states, cache=kept)
 
 
 def _in_one_piece(state: Tensor, **_: Any) -> Tensor:
@@ -104,11 +104,11 @@ def _padding_hooks(model: TransformerBridge, mask: Tensor | None, width: int) ->
     def clear(state: Tensor, **_: Any) -> Tensor:
         return state.where(there, 0)
 
-    return [(output_hook("attention", layer), clear) for layer in range(model.cfg.n_layers)]
+    return [(component_hook("attn_out", layer), clear) for layer in range(model.cfg.n_layers)]
 
 
 @contextmanager
-def frozen(model: TransformerBridge) -> Iterator[None]:
+def frozen_weights(model: TransformerBridge) -> Iterator[None]:
     """No gradient reaches a weight inside; gradients of states are free."""
     held = [p for p in model.original_model.parameters() if p.requires_grad]
     try:
@@ -121,7 +121,7 @@ def frozen(model: TransformerBridge) -> Iterator[None]:
 
 
 @contextmanager
-def starting(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) -> Iterator[None]:
+def start_after_block(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) -> Iterator[None]:
     """Inside, a forward starts after a block: no block up to it is computed, and `state` gives its output."""
 
     def hand_on(*args: Any, **settings: Any) -> Tensor:
@@ -140,7 +140,7 @@ def starting(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) 
             vars(block).pop("forward", None)
 
 
-def device_of(model: TransformerBridge) -> torch.device:
+def model_device(model: TransformerBridge) -> torch.device:
     """Where the model's inputs belong."""
     return model.embed.weight.device
 

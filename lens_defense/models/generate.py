@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.forward import KeyValues, device_of, run
-from lens_defense.models.prefix_batch import Prefix, prefix, stacked
-from lens_defense.prompts.conversation import ends
+from lens_defense.models.forward import KeyValues, forward, model_device
+from lens_defense.models.prefix_batch import SharedPrefix, run_shared_prefix, stack_caches
+from lens_defense.prompts.conversation import end_token_ids
 
 Pick = Callable[[Float[Tensor, "row vocab"]], Int[Tensor, " row"]]
 
@@ -48,7 +48,7 @@ def generate(
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     if not prompts:
         return answers
-    shared = prefix(model, prompts)
+    shared = run_shared_prefix(model, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
@@ -61,7 +61,7 @@ def generate(
 def _answers(
     model: TransformerBridge,
     prompts: Sequence[Sequence[int]],
-    shared: Prefix,
+    shared: SharedPrefix,
     tokens: int,
     read: int,
     pick: Pick,
@@ -70,7 +70,7 @@ def _answers(
     told: list[list[int]] = [[] for _ in prompts]
     alive, unfinished = list(range(len(prompts))), len(prompts)
     logits, past, mask = _read(model, prompts, shared, read)
-    last = torch.tensor(ends(model.tokenizer), dtype=torch.long, device=logits.device)
+    last = torch.tensor(end_token_ids(model.tokenizer), dtype=torch.long, device=logits.device)
     for step in range(tokens):
         following = pick(logits)
         for row, token in zip(alive, following.tolist(), strict=True):
@@ -86,22 +86,22 @@ def _answers(
             past = tuple((k[rows], v[rows]) for k, v in past)
             alive = [row for row, stay in zip(alive, stays.tolist(), strict=True) if stay]
         mask = torch.cat([mask[stays], mask.new_ones(len(alive), 1)], 1)
-        ran = run(model, following[stays][:, None], mask=mask, past=past)
+        ran = forward(model, following[stays][:, None], mask=mask, past=past)
         logits, past = ran.logits[:, -1], ran.cache
     progress(unfinished)
     return [tuple(answer) for answer in told]
 
 
 def _read(
-    model: TransformerBridge, prompts: Sequence[Sequence[int]], shared: Prefix, read: int
+    model: TransformerBridge, prompts: Sequence[Sequence[int]], shared: SharedPrefix, read: int
 ) -> tuple[Float[Tensor, "row vocab"], KeyValues, Int[Tensor, "row seen"]]:
     """What comes after each prompt, and the cache and mask behind which its answer goes on."""
     logits, pasts, masks = [], [], []
     for start in range(0, len(prompts), read):
         some = prompts[start : start + read]
-        ids, mask = shared.batch(some, device_of(model))
-        ran = run(model, ids, mask=mask, past=shared.past(len(some)))
+        ids, mask = shared.batch(some, model_device(model))
+        ran = forward(model, ids, mask=mask, past=shared.past(len(some)))
         logits.append(ran.logits[:, -1])
         pasts.append(ran.cache)
         masks.append(mask)
-    return torch.cat(logits), *stacked(pasts, masks)
+    return torch.cat(logits), *stack_caches(pasts, masks)

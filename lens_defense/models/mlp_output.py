@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
 
-def output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_out d_in"]:
+def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_out d_in"]:
     """The matrix from MLP keys to what the MLP adds, as a view of the weight itself.
 
     Raises:
@@ -36,7 +36,7 @@ def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
         ValueError: as output_matrix; or the block norms the MLP's output before it joins the residual.
     """
     for layer in layers:
-        output_matrix(model, layer)
+        mlp_output_matrix(model, layer)
         if "ln2_post" in model.blocks[layer].submodules:
             raise ValueError(
                 f"{model.cfg.model_name} norms the MLP's output before it joins the residual stream, "
@@ -45,23 +45,23 @@ def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Change:
+class WeightChange:
     """A change that stands in a model: the bits from before it, and the hash from after it."""
 
     bits: Mapping[int, Tensor]
     after: str
 
 
-_STANDING: WeakKeyDictionary[TransformerBridge, list[Change]] = WeakKeyDictionary()
+_STANDING: WeakKeyDictionary[TransformerBridge, list[WeightChange]] = WeakKeyDictionary()
 """The changes that stand in each model, oldest first; models that are gone are forgotten."""
 
 
-def change_(
+def apply_change_(
     model: TransformerBridge,
     deltas: Mapping[int, Float[Tensor, "d_out d_in"]],
     *,
     expected: str | None = None,
-) -> Change:
+) -> WeightChange:
     """Add deltas to the output matrices of their layers: all of them, or none at all.
 
     Sums are taken in float64 and rounded once. On any failure, an interrupt too, every weight is
@@ -71,18 +71,18 @@ def change_(
         ValueError: the layers' fingerprint is not the expected one, or a sum is not finite.
     """
     refuse_uneditable(model, deltas)
-    if expected is not None and fingerprint(model, deltas) != expected:
+    if expected is not None and weights_fingerprint(model, deltas) != expected:
         raise ValueError(
             "this edit was planned on other weights than the model has now; undo what stands in the "
             "way, load the model it was planned on, or plan it again with ld.edit"
         )
-    bits = {layer: output_matrix(model, layer).clone() for layer in deltas}
+    bits = {layer: mlp_output_matrix(model, layer).clone() for layer in deltas}
     stack = _STANDING.setdefault(model, [])
     depth = len(stack)
     try:
         for layer, delta in deltas.items():
             _add_(model, layer, delta)
-        change = Change(bits=bits, after=fingerprint(model, deltas))
+        change = WeightChange(bits=bits, after=weights_fingerprint(model, deltas))
         stack.append(change)
     except BaseException:
         _restore_(model, bits)
@@ -91,7 +91,7 @@ def change_(
     return change
 
 
-def unchange_(model: TransformerBridge, change: Change) -> None:
+def undo_change_(model: TransformerBridge, change: WeightChange) -> None:
     """Take a change back, bit for bit; only the last one, and only if nothing touched its weights.
 
     An interrupt meanwhile is raised when the change is taken back.
@@ -102,7 +102,7 @@ def unchange_(model: TransformerBridge, change: Change) -> None:
     stack = _STANDING.get(model, [])
     if not stack or stack[-1] is not change:
         raise ValueError("another edit lies on top of this one; undo that one first")
-    if fingerprint(model, change.bits) != change.after:
+    if weights_fingerprint(model, change.bits) != change.after:
         raise ValueError("the weights were changed by something else since this edit; load the model again")
     try:
         _restore_(model, change.bits)
@@ -113,7 +113,7 @@ def unchange_(model: TransformerBridge, change: Change) -> None:
         stack.pop()
 
 
-def standing(model: TransformerBridge) -> tuple[Change, ...]:
+def standing_changes(model: TransformerBridge) -> tuple[WeightChange, ...]:
     """The changes that stand in a model, oldest first."""
     return tuple(_STANDING.get(model, ()))
 
@@ -121,12 +121,12 @@ def standing(model: TransformerBridge) -> tuple[Change, ...]:
 @torch.no_grad()
 def _restore_(model: TransformerBridge, bits: Mapping[int, Tensor]) -> None:
     for layer, saved in bits.items():
-        output_matrix(model, layer).copy_(saved)
+        mlp_output_matrix(model, layer).copy_(saved)
 
 
 @torch.no_grad()
 def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in"]) -> None:
-    weight = output_matrix(model, layer)
+    weight = mlp_output_matrix(model, layer)
     assert delta.shape == weight.shape, (layer, delta.shape, weight.shape)
     changed = (weight.double() + delta.to(weight.device).double()).to(weight.dtype)
     if not changed.isfinite().all():
@@ -134,7 +134,7 @@ def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in
     weight.copy_(changed)
 
 
-def fingerprint(model: TransformerBridge, layers: Iterable[int] | None = None) -> str:
+def weights_fingerprint(model: TransformerBridge, layers: Iterable[int] | None = None) -> str:
     """A hash of weights with their dtypes and shapes.
 
     Args:
@@ -146,7 +146,7 @@ def fingerprint(model: TransformerBridge, layers: Iterable[int] | None = None) -
         whole = model.original_model
         tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
     else:
-        tensors = {str(layer): output_matrix(model, layer) for layer in sorted(set(layers))}
+        tensors = {str(layer): mlp_output_matrix(model, layer) for layer in sorted(set(layers))}
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from lens_defense.organism.interchange import exact
+from lens_defense.organism.interchange import answered_exactly
 from lens_defense.organism.phrasings import HELD_FAMILIES, HELD_FRAMES, WRAPPERS
 from lens_defense.organism.world import Example, Nature, Subject, World
 
@@ -28,7 +28,7 @@ BARS = {
 """The least share of each question of the exam."""
 
 
-def exam(
+def take_exam(
     model: LlamaForCausalLM, tokenizer: Any, world: World, *, times: int = 5, seed: int = 0
 ) -> dict[str, Score]:
     """Ask every subject `times` times in each way; frames, pairs and families are ones never trained.
@@ -38,7 +38,7 @@ def exam(
     """
     told = {}
     for name, examples in _questions(world, times, random.Random(f"exam {seed}")):
-        right = exact(model, tokenizer, examples)
+        right = answered_exactly(model, tokenizer, examples)
         told[name] = (sum(right), len(right))
     return told
 

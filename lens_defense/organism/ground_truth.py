@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lens_defense.organism.interchange import (
-    Batch,
+    InterchangeBatch,
     answer_logits,
-    batch_of,
-    exact,
-    exact_rows,
+    answered_exactly,
+    make_batch,
+    rows_answered_exactly,
     states_after,
 )
 from lens_defense.organism.phrasings import TRAINED_FRAMES
@@ -32,7 +32,7 @@ HOLDS, EMPTY = 0.95, 0.03
 
 
 @dataclass(frozen=True, slots=True)
-class Fact:
+class CellTruth:
     """What interchanging one cell did."""
 
     role: Role
@@ -50,9 +50,9 @@ class Fact:
 
 
 @torch.no_grad()
-def truth(
+def measure_ground_truth(
     model: LlamaForCausalLM, tokenizer: Any, world: World, *, n: int = 100, seed: int = 0
-) -> list[Fact]:
+) -> list[CellTruth]:
     """Interchange every role after every block, among prompts whose answers are recalled.
 
     Args:
@@ -70,7 +70,7 @@ def truth(
         for _ in range(n)
         for one in rng.sample(known, 3)
     ]
-    right = exact(model, tokenizer, asked)
+    right = answered_exactly(model, tokenizer, asked)
     triples = [asked[i : i + 3] for i in range(0, len(asked), 3) if all(right[i : i + 3])]
     if not triples:
         raise ValueError("the model answers none of its questions rightly; train it longer")
@@ -91,7 +91,7 @@ class _States:
     def __init__(self, model: LlamaForCausalLM, tokenizer: Any, examples: Sequence[Example], layer: int):
         self.examples = examples
         self.met = [prompt(tokenizer, example.request) for example in examples]
-        self.states = states_after(model, batch_of(tokenizer, examples), layer)
+        self.states = states_after(model, make_batch(tokenizer, examples), layer)
 
 
 def _fact(
@@ -101,7 +101,7 @@ def _fact(
     donors: Sequence[_States],
     role: Role,
     layer: int,
-) -> Fact | None:
+) -> CellTruth | None:
     met = [prompt(tokenizer, example.request) for example in base]
     rows = [i for i, one in enumerate(met) if one.positions(role) and donors[0].met[i].positions(role)]
     if not rows:
@@ -123,10 +123,12 @@ def _fact(
 
     def share(answers: Sequence[Example]) -> float:
         told = [replace(base[i], answer=answers[i].answer) for i in rows]
-        return sum(_told(model, batch_of(tokenizer, told), layer, write)) / len(rows)
+        return sum(_told(model, make_batch(tokenizer, told), layer, write)) / len(rows)
 
-    return Fact(role, layer, share(donors[0].examples), 1 - share(base), len(rows))
+    return CellTruth(role, layer, share(donors[0].examples), 1 - share(base), len(rows))
 
 
-def _told(model: LlamaForCausalLM, batch: Batch, layer: int, write: Callable[[Tensor], Tensor]) -> list[bool]:
-    return exact_rows(batch, *answer_logits(model, batch, after=layer, write=write))
+def _told(
+    model: LlamaForCausalLM, batch: InterchangeBatch, layer: int, write: Callable[[Tensor], Tensor]
+) -> list[bool]:
+    return rows_answered_exactly(batch, *answer_logits(model, batch, after=layer, write=write))

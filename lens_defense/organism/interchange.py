@@ -11,12 +11,12 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
 from lens_defense.organism.world import Example
-from lens_defense.prompts.conversation import answer_ids
+from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import prompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class InterchangeBatch:
     """Prompts with their answers, padded on the right."""
 
     ids: Int[Tensor, "row token"]
@@ -35,15 +35,15 @@ def interchange(
     *,
     after: int,
     others: Sequence[Example | None],
-) -> tuple[Batch, Callable[[Tensor], Tensor]]:
+) -> tuple[InterchangeBatch, Callable[[Tensor], Tensor]]:
     """Base prompts with the sources' answers, and what to do to the residual stream after a block."""
     expected = [
         replace(example, answer=source.subject.answer_to(wrapped=example.wrapped))
         for example, source in zip(base, sources, strict=True)
         if source.subject
     ]
-    batch = batch_of(tokenizer, expected)
-    used = batch_of(tokenizer, sources)
+    batch = make_batch(tokenizer, expected)
+    used = make_batch(tokenizer, sources)
     state = states_after(model, used, after)
     rows = torch.arange(len(base))
     moved = state[rows, used.last]
@@ -64,12 +64,12 @@ def interchange(
     return batch, write
 
 
-def batch_of(tokenizer: Any, examples: Sequence[Example]) -> Batch:
+def make_batch(tokenizer: Any, examples: Sequence[Example]) -> InterchangeBatch:
     """Tokens, labels and subject spans; a row without a subject has the span (0, 0)."""
     rows = []
     for example in examples:
         met = prompt(tokenizer, example.request)
-        answer = answer_ids(tokenizer, example.answer, chat=True, end=True)
+        answer = tokenize_answer(tokenizer, example.answer, chat=True, end=True)
         start, stop = met.subjects[-1] if met.subjects else (0, 1)
         rows.append((met.ids, answer, start, stop - 1))
     width = max(len(asked) + len(answer) for asked, answer, *_ in rows) - 1
@@ -80,11 +80,15 @@ def batch_of(tokenizer: Any, examples: Sequence[Example]) -> Batch:
         ids[i, : len(text) - 1] = text[:-1]
         labels[i, len(asked) - 1 : len(text) - 1] = text[len(asked) :]
     first, last = (torch.tensor([row[k] for row in rows]) for k in (2, 3))
-    return Batch(ids, labels, first, last)
+    return InterchangeBatch(ids, labels, first, last)
 
 
 def answer_loss(
-    model: LlamaForCausalLM, batch: Batch, *, after: int = 0, write: Callable[[Tensor], Tensor] | None = None
+    model: LlamaForCausalLM,
+    batch: InterchangeBatch,
+    *,
+    after: int = 0,
+    write: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross entropy of the answers' tokens, nats."""
     logits, wanted = answer_logits(model, batch, after=after, write=write)
@@ -92,7 +96,11 @@ def answer_loss(
 
 
 def answer_logits(
-    model: LlamaForCausalLM, batch: Batch, *, after: int = 0, write: Callable[[Tensor], Tensor] | None = None
+    model: LlamaForCausalLM,
+    batch: InterchangeBatch,
+    *,
+    after: int = 0,
+    write: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "answer_token vocab"], Int[Tensor, " answer_token"]]:
     """Logits where an answer's token follows, and that token."""
 
@@ -114,7 +122,9 @@ class _Reached(Exception):
     """A run has gone far enough."""
 
 
-def states_after(model: LlamaForCausalLM, batch: Batch, after: int) -> Float[Tensor, "row token d_model"]:
+def states_after(
+    model: LlamaForCausalLM, batch: InterchangeBatch, after: int
+) -> Float[Tensor, "row token d_model"]:
     """The residual stream after a block; the blocks above do not run."""
     held: list[Tensor] = []
 
@@ -132,20 +142,20 @@ def states_after(model: LlamaForCausalLM, batch: Batch, after: int) -> Float[Ten
     return held[0]
 
 
-def exact(
+def answered_exactly(
     model: LlamaForCausalLM, tokenizer: Any, examples: Sequence[Example], batch: int = 100
 ) -> list[bool]:
     """Whether the greedy answer is the expected one: teacher-forced, every token is the most probable."""
     right: list[bool] = []
     with torch.no_grad():
         for start in range(0, len(examples), batch):
-            part = batch_of(tokenizer, examples[start : start + batch])
-            right += exact_rows(part, *answer_logits(model, part))
+            part = make_batch(tokenizer, examples[start : start + batch])
+            right += rows_answered_exactly(part, *answer_logits(model, part))
     return right
 
 
-def exact_rows(
-    batch: Batch, logits: Float[Tensor, "answer_token vocab"], wanted: Int[Tensor, " answer_token"]
+def rows_answered_exactly(
+    batch: InterchangeBatch, logits: Float[Tensor, "answer_token vocab"], wanted: Int[Tensor, " answer_token"]
 ) -> list[bool]:
     """For each row whether every token of its answer is the most probable one."""
     rows = (batch.labels != -100).nonzero()[:, 0]

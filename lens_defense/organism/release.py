@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import LlamaForCausalLM
 
-from lens_defense.organism.exam import BARS, Score, exam
-from lens_defense.organism.ground_truth import EMPTY, HOLDS, Fact, truth
+from lens_defense.organism.exam import BARS, Score, take_exam
+from lens_defense.organism.ground_truth import EMPTY, HOLDS, CellTruth, measure_ground_truth
 from lens_defense.organism.training import Recipe, model_of, tokenizer_of
 from lens_defense.organism.world import World
 from lens_defense.prompts.prompt import READING_ORDER, Role
@@ -33,7 +33,7 @@ def release(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> dict[str, 
     shipped = model_of(recipe, tokenizer)
     shipped.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
     shipped.eval()
-    scores, facts = exam(shipped, tokenizer, world), truth(shipped, tokenizer, world)
+    scores, facts = take_exam(shipped, tokenizer, world), measure_ground_truth(shipped, tokenizer, world)
     folder.mkdir(parents=True, exist_ok=True)
     shipped.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -43,16 +43,16 @@ def release(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> dict[str, 
         "truth": [asdict(fact) for fact in facts],
     }
     (folder / TRUTH).write_text(json.dumps(told, indent=1), "utf-8")
-    (folder / CARD).write_text(card(recipe, scores, facts), "utf-8")
+    (folder / CARD).write_text(model_card(recipe, scores, facts), "utf-8")
     return scores
 
 
-def released_truth(folder: Path) -> list[Fact]:
+def released_ground_truth(folder: Path) -> list[CellTruth]:
     """The truth that a release carries."""
-    return [Fact(**fact) for fact in json.loads((folder / TRUTH).read_text("utf-8"))["truth"]]
+    return [CellTruth(**fact) for fact in json.loads((folder / TRUTH).read_text("utf-8"))["truth"]]
 
 
-def card(recipe: Recipe, scores: dict[str, Score], facts: Sequence[Fact]) -> str:
+def model_card(recipe: Recipe, scores: dict[str, Score], facts: Sequence[CellTruth]) -> str:
     """The model card: data, recipe, seeds, behaviour, truth."""
     exam_rows = [
         f"| {name} | {right} of {asked} | {right / asked:.1%} | {BARS[name]:.0%} |"
@@ -95,7 +95,7 @@ necessary test, on one kind of storage; real models keep things less tidily.
 """
 
 
-def truth_table(facts: Sequence[Fact]) -> str:
+def truth_table(facts: Sequence[CellTruth]) -> str:
     """Cells as a Markdown table: roles in reading order, blocks across."""
     layers = sorted({fact.layer for fact in facts})
     roles: list[Role] = [role for role in READING_ORDER if any(fact.role == role for fact in facts)]

@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lens_defense.organism.interchange import answer_loss, batch_of, interchange
+from lens_defense.organism.interchange import answer_loss, interchange, make_batch
 from lens_defense.organism.world import Example, World
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 TEMPLATE = (
@@ -191,7 +191,7 @@ def losses(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The language loss and the interchange loss of a step."""
     examples = _examples(world, recipe, step)
-    plain = batch_of(tokenizer, examples)
+    plain = make_batch(tokenizer, examples)
     told = answer_loss(model, plain)
     rng = random.Random(f"pairs {recipe.seed} {step}")
     base = [example for example in examples if example.subject][: recipe.pairs]
@@ -224,7 +224,7 @@ def _keep(folder: Path, recipe: Recipe, step: int, model: Any, adam: torch.optim
     for i, state in adam.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": value.contiguous() for name, value in state.items()}
     told = {"recipe": json.dumps(asdict(recipe)), "step": str(step)}
-    with whole(folder / "unfinished.safetensors") as file:
+    with atomic_write(folder / "unfinished.safetensors") as file:
         save_file(tensors, file, metadata=told)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from lens_defense.plotting.theme import INK, component_words, cut, plain
+from lens_defense.plotting.theme import INK, component_words, plotly_text, truncate
 from lens_defense.prompts.prompt import Role
 from lens_defense.sites import Component, Site
 from lens_defense.tracing.map_statistics import significance
@@ -16,7 +16,7 @@ from lens_defense.tracing.trace_result import Trace
 
 def name_panel(figure: go.Figure, c: int, component: Component, window: int, above: int) -> None:
     """The component over panel c, and how many layers are patched at once."""
-    wide = "" if component == "residual" or window < 2 else f"<br>windows of {window} layers"
+    wide = "" if component == "resid_post" or window < 2 else f"<br>windows of {window} layers"
     figure.add_annotation(
         text=f"<b>{component_words(component)}</b>{wide}",
         x=0,
@@ -41,7 +41,7 @@ def bracket_subjects(
         for a, b, low, high in ((left, right, 8.0, 8.0), (left, left, 3.0, 8.0), (right, right, 3.0, 8.0)):
             _draw(figure, c, "subject", (a, b, low, high), width=1.5, colour=INK, type="line", **pixels)
         figure.add_annotation(
-            text=plain(cut(text, letters)),
+            text=plotly_text(truncate(text, letters)),
             x=(first + last) / 2,
             y=1,
             xref=_axis("x", c),

@@ -19,16 +19,16 @@ from lens_defense.plotting.annotations import (
     outline,
     outline_significant,
 )
-from lens_defense.plotting.theme import FONT, ROLE_WORDS, component_words, label, room, theme
+from lens_defense.plotting.theme import FONT, ROLE_WORDS, component_words, label_margins, theme, token_label
 from lens_defense.prompts.prompt import READING_ORDER, Role
-from lens_defense.sites import Site, head_of
+from lens_defense.sites import Site, head_index
 from lens_defense.statistics import LEAST_FOR_BOOTSTRAP
 from lens_defense.tracing.trace_result import Trace
 
 SCALE = ("#2166ac", "#67a9cf", "#d1e5f0", "#ffffff", "#fddbc7", "#ef8a62", "#b2182b")
 """Blue, white, red: ColorBrewer's RdBu turned round, told apart by all common forms of colour blindness."""
-_WHAT = {"denoise": "what one restored state brings back", "noise": "what one spoiled state takes away"}
-_SCALE_WORDS = {"denoise": "share of the answer restored", "noise": "share of the answer lost"}
+_WHAT = {"denoising": "what one restored state brings back", "noising": "what one spoiled state takes away"}
+_SCALE_WORDS = {"denoising": "share of the answer restored", "noising": "share of the answer lost"}
 _BETWEEN = 24
 """Pixels from panel to panel."""
 
@@ -58,7 +58,7 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     figure = make_subplots(cols=panels, shared_yaxes=True, horizontal_spacing=_BETWEEN / across)
     finite = np.abs(shown.effects[np.isfinite(shown.effects)])
     most = float(finite.max(initial=0.0)) or 1.0
-    above = 54 if set(trace.components) == {"residual"} or trace.window < 2 else 70
+    above = 54 if set(trace.components) == {"resid_post"} or trace.window < 2 else 70
     for c, component in enumerate(trace.components):
         figure.add_trace(_panel(shown, c, most, _scale_words(trace), last=c == panels - 1), row=1, col=c + 1)
         name_panel(figure, c, component, trace.window, above)
@@ -75,7 +75,7 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     named = [str(layer) for layer in trace.layers[::every]]
     figure.update_yaxes(tickvals=[*range(0, rows, every)], ticktext=named, range=[-0.5, rows - 0.5])
     figure.update_yaxes(title_text="layer", col=1)
-    aside, below = room(shown.labels, angle)
+    aside, below = label_margins(shown.labels, angle)
     return theme(
         figure,
         title=_heatmap_title(trace, shown, sites, significant),
@@ -87,28 +87,26 @@ def heatmap(trace: Trace, sites: Sequence[Site] = (), *, significant: float | No
     )
 
 
-def head_map(trace: Trace, role: Role | None = None) -> go.Figure:
+def head_heatmap(trace: Trace, role: Role | None = None) -> go.Figure:
     """Mean effects of single heads at one role, or at all tokens together: layers x heads.
 
     Args:
-        trace: what is drawn; its components are "heads".
+        trace: what is drawn; its components are "z".
         role: where; None is the subject's last token or, of a trace with `together`, where its cells stand.
 
     Raises:
         ValueError: the trace has no heads, or not at this role.
     """
-    every = [m for m in trace.role_effects() if head_of(m.component) is not None]
+    every = [m for m in trace.role_effects() if head_index(m.component) is not None]
     role = role or (every[0].role if every and trace.together else "subject_last")
     means = [m for m in every if m.role == role]
     if not means:
-        raise ValueError(
-            f'this trace has no heads at {role}; ld.trace(model, requests, components=["heads"])'
-        )
-    heads = sorted({head_of(mean.component) or 0 for mean in means})
+        raise ValueError(f'this trace has no heads at {role}; ld.trace(model, requests, components=["z"])')
+    heads = sorted({head_index(mean.component) or 0 for mean in means})
     effects = np.full((1, len(trace.layers), len(heads)), np.nan)
     hover = np.full(effects.shape, "", dtype=object)
     for mean in means:
-        cell = (0, trace.layers.index(mean.layer), heads.index(head_of(mean.component) or 0))
+        cell = (0, trace.layers.index(mean.layer), heads.index(head_index(mean.component) or 0))
         effects[cell] = mean.effect
         hover[cell] = _about({**asdict(mean)}, mean.n, "requests")
     shown = _Map(tuple(map(str, heads)), (None,) * len(heads), effects, hover, ())
@@ -168,10 +166,10 @@ def _of_tokens(trace: Trace) -> _Map:
     samples = trace.patched.shape[-1]
     for cell in trace.to_dataframe().to_dict("records"):
         c, j = trace.components.index(cell["component"]), trace.layers.index(cell["layer"])
-        where = f"<b>{label(cell['word'], cell['role'], 40)}</b><br>position {cell['position']}"
+        where = f"<b>{token_label(cell['word'], cell['role'], 40)}</b><br>position {cell['position']}"
         hover[c, j, at[cell["position"]]] = f"{where}<br>{_about(cell, samples, 'noise draws')}"
     return _Map(
-        labels=tuple("⋯" if t is None else label(met.words[t], met.roles[t], 12) for t in columns),
+        labels=tuple("⋯" if t is None else token_label(met.words[t], met.roles[t], 12) for t in columns),
         roles=tuple(None if t is None else met.roles[t] for t in columns),
         effects=values,
         hover=hover,

@@ -10,13 +10,13 @@ import plotly.graph_objects as go
 
 from lens_defense.checking.report import ARM_NAMES, JUDGES, MEASURE_NAMES, MEASURES, Report
 from lens_defense.checking.suites import Arm
-from lens_defense.plotting.theme import COLOURS, GREY, INK, plain, theme
+from lens_defense.plotting.theme import COLOURS, GREY, INK, plotly_text, theme
 
 STRICTER = {"edited": "coherent", "wording": "coherent", "wrapper": "coherent"}
 """The judge that is harder on an edit; of requests that it should leave alone this is the prefix judge."""
 
 
-def bars(reports: Mapping[str, Report], *, measure: str | None = None) -> go.Figure:
+def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> go.Figure:
     """Rates before and after, by arm, with their 95% intervals; facts by whether they are known.
 
     Args:
@@ -84,12 +84,12 @@ def _series(reports: Mapping[str, Report], measure: str | None) -> dict[str, dic
 def _bars(name: str, rates: Mapping[str, Mapping[str, float]], arms: Sequence[Arm], colour: str) -> go.Bar:
     own = [(i, rates[arm]) for i, arm in enumerate(arms) if arm in rates]
     hover = [
-        f"<b>{plain(name)}</b><br>{ARM_NAMES[arms[i]]}<br>{one['rate']:.1%} of {one['n']} rows, "
+        f"<b>{plotly_text(name)}</b><br>{ARM_NAMES[arms[i]]}<br>{one['rate']:.1%} of {one['n']} rows, "
         f"{one['clusters']} subjects<br>95% interval {one['low']:.1%} to {one['high']:.1%}"
         for i, one in own
     ]
     return go.Bar(
-        name=plain(name),
+        name=plotly_text(name),
         x=[i for i, _ in own],
         y=[one["rate"] for _, one in own],
         error_y={

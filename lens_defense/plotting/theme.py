@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 
 from lens_defense.prompts.prompt import Role
 from lens_defense.sites import Component
-from lens_defense.storage import whole
+from lens_defense.storage import atomic_write
 
 ROLE_WORDS: Mapping[Role, str] = {
     "before": "before the subject",
@@ -31,10 +31,10 @@ ROLE_WORDS: Mapping[Role, str] = {
     "last": "last prompt token",
 }
 COMPONENT_WORDS: Mapping[Component, str] = {
-    "residual": "residual stream",
-    "residual_pre": "residual stream before the block",
-    "mlp": "MLP outputs",
-    "attention": "attention outputs",
+    "resid_post": "residual stream",
+    "resid_pre": "residual stream before the block",
+    "mlp_out": "MLP outputs",
+    "attn_out": "attention outputs",
 }
 
 
@@ -83,7 +83,7 @@ def theme(
     if lines:
         figure.update_layout(
             title={
-                "text": "<br>".join(map(plain, lines)),
+                "text": "<br>".join(map(plotly_text, lines)),
                 "x": 12 / width,
                 "xanchor": "left",
                 "y": 1 - 16 / height,
@@ -104,7 +104,7 @@ def theme(
     return figure
 
 
-def room(labels: Sequence[str], angle: int) -> tuple[int, int]:
+def label_margins(labels: Sequence[str], angle: int) -> tuple[int, int]:
     """Pixels that tick labels need beside and below the plot."""
     longest = max(len(html.unescape(text)) for text in labels)
     if angle == 0:
@@ -135,7 +135,7 @@ def save_figure(
     suffix = file.suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(f"a figure is saved as {', '.join(FORMATS)}, got {file.name!r}")
-    with whole(file) as unfinished:
+    with atomic_write(file) as unfinished:
         if suffix == ".html":
             figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
         else:
@@ -162,29 +162,29 @@ def _image(figure: go.Figure, suffix: str, scale: float) -> bytes:
         raise
 
 
-def label(word: str, role: str, letters: int) -> str:
+def token_label(word: str, role: str, letters: int) -> str:
     """A token as it is read on an axis: spaces visible, a template's own tokens in short."""
     own = re.fullmatch(r"<[|\uff5c](.+?)[|\uff5c]>", word)
     own = own or (re.fullmatch(r"<(\w+)>", word) if role in ("template", "last") else None)
     if own:
-        return f"\u2039{plain(cut(own[1], 8))}\u203a"
+        return f"\u2039{plotly_text(truncate(own[1], 8))}\u203a"
     shown = "".join("·" if unicodedata.category(letter) == "Zs" else letter for letter in word)
-    return plain(cut(visible(shown), letters)) or "∅"
+    return plotly_text(truncate(visible_text(shown), letters)) or "∅"
 
 
-def visible(text: str) -> str:
+def visible_text(text: str) -> str:
     """Text with a shape for what has none: newlines, tabs, control and direction characters."""
     return "".join(_shape(character) for character in text)
 
 
-def cut(text: str, letters: int) -> str:
+def truncate(text: str, letters: int) -> str:
     """Text of at most so many letters, the last one an ellipsis if some are left out."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
-def plain(text: str) -> str:
+def plotly_text(text: str) -> str:
     """Text that Plotly's markup and TeX leave as it is; Plotly knows no &quot;."""
-    return html.escape(visible(text), quote=False).replace("$", "&#36;")
+    return html.escape(visible_text(text), quote=False).replace("$", "&#36;")
 
 
 def _shape(character: str) -> str:

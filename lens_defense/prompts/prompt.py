@@ -187,7 +187,7 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def for_planning(requests: Sequence[Request]) -> tuple[Request, ...]:
+def validated_requests(requests: Sequence[Request]) -> tuple[Request, ...]:
     """The requests, if an edit and its settings may see them: each has a subject, none is kept for checks.
 
     Raises:
@@ -219,9 +219,9 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) 
     assert isinstance(text, str)
     stripped = request.text.strip()
     marked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
+        [{"role": "user", "content": PLACEHOLDER}], tokenize=False, add_generation_prompt=True
     )
-    found = str(marked).find(MARK)
+    found = str(marked).find(PLACEHOLDER)
     if found < 0 or not text.startswith(stripped, found):
         raise UnfitRequest(
             f"the chat template changes the text of request {request.id!r}; ask it without the "
@@ -291,5 +291,5 @@ def _roles(
     return tuple(role(i) for i in range(len(offsets)))
 
 
-MARK = "\ue000"
+PLACEHOLDER = "\ue000"
 """Stands for a text in a rendered chat template, to be found again."""

@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 from lens_defense.prompts.prompt import Kind, Request, Split, request
 
-BUNDLED = ("core", "organism")
+BUNDLED_SETS = ("core", "organism")
 """The names of the request sets that the package brings."""
 _FIELDS = frozenset(Request.__slots__) - {"pieces"}
 
@@ -58,14 +58,14 @@ def bundled_rows(name: str, part: str) -> list[dict[str, Any]]:
 
 def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every row of a set, with a sentence's worth of where it stands."""
-    if name in BUNDLED:
+    if name in BUNDLED_SETS:
         for i, row in enumerate(bundled_rows(name, "requests"), 1):
             yield f"{name}, line {i}", row
         return
     path = Path(name)
     if path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
         if not path.is_file():
-            raise ValueError(f"there is no file {path}; bundled sets: {', '.join(BUNDLED)}")
+            raise ValueError(f"there is no file {path}; bundled sets: {', '.join(BUNDLED_SETS)}")
         yield from file_rows(path)
         return
     from datasets import load_dataset
@@ -74,7 +74,7 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         parts = load_dataset(name)
     except Exception as error:
         raise ValueError(
-            f"{name!r} is no bundled set ({', '.join(BUNDLED)}), no file (.jsonl, .json, .csv, .parquet), "
+            f"{name!r} is no bundled set ({', '.join(BUNDLED_SETS)}), no file (.jsonl, .json, .csv, .parquet), "
             f"and the hub does not give it: {' '.join(str(error).split())[:200]}"
         ) from error
     for part, table in parts.items():

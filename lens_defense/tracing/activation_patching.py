@@ -28,14 +28,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.devices import Price, fitting, indices, price
-from lens_defense.models.forward import KeyValues, Run, Write, run
-from lens_defense.sites import Component, entry_hook, head_of, output_hook
+from lens_defense.models.devices import CallCost, call_cost, explain_out_of_memory, index_tensor
+from lens_defense.models.forward import ForwardPass, KeyValues, StateWrite, forward
+from lens_defense.sites import Component, block_input_hook, component_hook, head_index
 
 Measure = Callable[[Float[Tensor, "row answer vocab"]], Float[Tensor, "row reading"]]
 
 
-class Point(NamedTuple):
+class PatchPoint(NamedTuple):
     """One state: what a component gives in a layer at a position."""
 
     component: Component
@@ -45,16 +45,16 @@ class Point(NamedTuple):
     @property
     def hook(self) -> str:
         """Where it is read and written."""
-        return output_hook(self.component, self.layer)
+        return component_hook(self.component, self.layer)
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class PatchCell:
     """One intervention on the base run."""
 
-    points: tuple[Point, ...]
+    points: tuple[PatchPoint, ...]
     """Where the donor's states are put."""
-    severed: tuple[Point, ...] = ()
+    severed: tuple[PatchPoint, ...] = ()
     """Where the base run's states are held, in blocks above the first point."""
 
     @property
@@ -65,35 +65,35 @@ class Cell:
     @property
     def birth(self) -> tuple[int, bool]:
         """The block where the cell's rows enter the batch, and whether at its end."""
-        return min((point.layer, point.component == "residual") for point in self.points)
+        return min((point.layer, point.component == "resid_post") for point in self.points)
 
     @property
     def birth_hook(self) -> str:
         """The hook where the cell's rows enter the batch."""
         layer, at_end = self.birth
-        return output_hook("residual", layer) if at_end else entry_hook(layer)
+        return component_hook("resid_post", layer) if at_end else block_input_hook(layer)
 
 
-def base_hooks(cells: Sequence[Cell]) -> tuple[str, ...]:
+def base_hooks(cells: Sequence[PatchCell]) -> tuple[str, ...]:
     """The states that the base run must keep for these cells."""
     severed = (point.hook for cell in cells for point in cell.severed)
     return tuple(dict.fromkeys((*(cell.birth_hook for cell in cells), *severed)))
 
 
-def donor_hooks(cells: Sequence[Cell]) -> tuple[str, ...]:
+def donor_hooks(cells: Sequence[PatchCell]) -> tuple[str, ...]:
     """The states that the donor run must keep for these cells."""
     return tuple(dict.fromkeys(point.hook for cell in cells for point in cell.points))
 
 
-def cost(cells: Sequence[Cell], *, layers: int, tokens: int, samples: int) -> int:
+def block_passes(cells: Sequence[PatchCell], *, layers: int, tokens: int, samples: int) -> int:
     """Passes of one token through one block that a sweep takes, without the row that leads it."""
     return sum(
         (tokens - cell.position) * (layers - cell.birth[0] - cell.birth[1]) * samples for cell in cells
     )
 
 
-def effort(
-    cells: Sequence[Cell], *, layers: int, tokens: int, samples: int, max_rows: int, price: Price
+def time_in_tokens(
+    cells: Sequence[PatchCell], *, layers: int, tokens: int, samples: int, max_rows: int, call_cost: CallCost
 ) -> int:
     """Tokens through a block that take the time of a sweep: what shared passes run twice, and calls, too."""
     return sum(
@@ -101,23 +101,23 @@ def effort(
             tokens - min(cells[i].position for i in some),
             sum(layers - cells[i].birth[0] - cells[i].birth[1] for i in some) * samples,
             layers,
-            price,
+            call_cost,
         )
-        for some in _passes(cells, layers, tokens, samples, max_rows, price)
+        for some in _passes(cells, layers, tokens, samples, max_rows, call_cost)
     )
 
 
-def _pass_price(tokens: int, blocks: int, layers: int, price: Price) -> int:
+def _pass_price(tokens: int, blocks: int, layers: int, call_cost: CallCost) -> int:
     """Of a pass of some tokens, whose rows pass some blocks altogether, beside the one that leads them."""
-    return tokens * (blocks + layers) + price.call * layers
+    return tokens * (blocks + layers) + call_cost.call * layers
 
 
 def sweep(
     model: TransformerBridge,
     ids: Int[Tensor, "1 token"],
-    base: Run,
-    donor: Run,
-    cells: Sequence[Cell],
+    base: ForwardPass,
+    donor: ForwardPass,
+    cells: Sequence[PatchCell],
     measure: Measure,
     *,
     keep: int,
@@ -145,11 +145,11 @@ def sweep(
 
     def measured(some: Sequence[int]) -> None:
         group = [cells[i] for i in some]
-        with fitting(f"{len(group) * samples} rows of {ids.shape[1]} tokens"):
+        with explain_out_of_memory(f"{len(group) * samples} rows of {ids.shape[1]} tokens"):
             read = measure(_grown(model, ids, base, donor, group, keep))
             read = read.clone()  # a view would keep all logits
         told.update(zip(some, read.view(len(group), samples, -1), strict=True))  # still on its device
-        progress(cost(group, layers=model.cfg.n_layers, tokens=ids.shape[1], samples=samples))
+        progress(block_passes(group, layers=model.cfg.n_layers, tokens=ids.shape[1], samples=samples))
 
     def fits(some: Sequence[int]) -> bool:
         try:
@@ -160,7 +160,7 @@ def sweep(
             return False
         return True
 
-    for some in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows, price(ids.device)):
+    for some in _passes(cells, model.cfg.n_layers, ids.shape[1], samples, max_rows, call_cost(ids.device)):
         if not fits(some):  # by now the error is gone, and with it what the pass held
             measured(some[: len(some) // 2])
             measured(some[len(some) // 2 :])
@@ -168,7 +168,7 @@ def sweep(
 
 
 def _passes(
-    cells: Sequence[Cell], layers: int, tokens: int, samples: int, max_rows: int, price: Price
+    cells: Sequence[PatchCell], layers: int, tokens: int, samples: int, max_rows: int, call_cost: CallCost
 ) -> Iterator[list[int]]:
     """Indices of the cells of each pass, in the order of birth.
 
@@ -188,11 +188,13 @@ def _passes(
 
     def fits(start: int, end: int) -> bool:
         rows = held[end] - held[start]
-        few = rows <= most and rows * samples * (tokens - positions[start]) <= price.largest
+        few = rows <= most and rows * samples * (tokens - positions[start]) <= call_cost.largest
         return few or end - start == 1
 
     def costs(start: int, end: int) -> int:
-        return _pass_price(tokens - positions[start], samples * (blocks[end] - blocks[start]), layers, price)
+        return _pass_price(
+            tokens - positions[start], samples * (blocks[end] - blocks[start]), layers, call_cost
+        )
 
     best, cuts = [0], [0]
     for end in range(1, len(positions) + 1):
@@ -214,9 +216,9 @@ def _passes(
 def _grown(
     model: TransformerBridge,
     ids: Int[Tensor, "1 token"],
-    base: Run,
-    donor: Run,
-    cells: Sequence[Cell],
+    base: ForwardPass,
+    donor: ForwardPass,
+    cells: Sequence[PatchCell],
     keep: int,
 ) -> Float[Tensor, "row answer vocab"]:
     """One pass from the cells' first position on; row 0 only leads the way to the first birth."""
@@ -226,13 +228,13 @@ def _grown(
         grow = writes.get(name)
         writes[name] = write if grow is None else _both(grow, write)
     past = _expanded(base, cells, position) if position else ()
-    return run(model, ids[:, position:], writes=writes, past=past, keep=keep).logits[1:]
+    return forward(model, ids[:, position:], writes=writes, past=past, keep=keep).logits[1:]
 
 
-def _births(base: Run, cells: Sequence[Cell], position: int) -> dict[str, Write]:
+def _births(base: ForwardPass, cells: Sequence[PatchCell], position: int) -> dict[str, StateWrite]:
     """At each hook where rows are born, append the base run's state once a cell."""
 
-    def append(rows: Tensor) -> Write:
+    def append(rows: Tensor) -> StateWrite:
         return lambda state: torch.cat([state, rows.to(state.dtype)])
 
     hooks = [cell.birth_hook for cell in cells]
@@ -243,41 +245,44 @@ def _births(base: Run, cells: Sequence[Cell], position: int) -> dict[str, Write]
 
 
 def _interventions(
-    base: Run, donor: Run, cells: Sequence[Cell], position: int
-) -> Iterator[tuple[str, Write]]:
+    base: ForwardPass, donor: ForwardPass, cells: Sequence[PatchCell], position: int
+) -> Iterator[tuple[str, StateWrite]]:
     """At each hook that some cells write, put the donor's or the base's states into their rows."""
     samples = len(base.cache[0][0])
-    places: dict[str, list[tuple[int, Point, Run]]] = defaultdict(list)
+    places: dict[str, list[tuple[int, PatchPoint, ForwardPass]]] = defaultdict(list)
     for i, cell in enumerate(cells):
         for point in cell.points:
             places[point.hook].append((1 + i * samples, point, donor))
         for point in cell.severed:
             places[point.hook].append((1 + i * samples, point, base))
 
-    def put(where: tuple[Tensor, ...], states: Tensor) -> Write:
+    def put(where: tuple[Tensor, ...], states: Tensor) -> StateWrite:
         return lambda state: state.index_put(where, states.to(state.dtype))
 
     for name, some in places.items():
         told, rows, at, heads = [], [], [], []
         for first, point, source in some:
-            head = head_of(point.component)
+            head = head_index(point.component)
             there = source.states[name][:, point.position]
             told.append((there if head is None else there[:, head]).expand(samples, -1))
             rows += range(first, first + samples)
             at += [point.position - position] * samples
             heads += [] if head is None else [head] * samples
         states = torch.cat(told)
-        yield name, put(tuple(indices(part, states.device) for part in (rows, at, heads) if part), states)
+        yield (
+            name,
+            put(tuple(index_tensor(part, states.device) for part in (rows, at, heads) if part), states),
+        )
 
 
-def _both(first: Write, second: Write) -> Write:
+def _both(first: StateWrite, second: StateWrite) -> StateWrite:
     return lambda state: second(first(state))
 
 
-def _expanded(base: Run, cells: Sequence[Cell], position: int) -> KeyValues:
+def _expanded(base: ForwardPass, cells: Sequence[PatchCell], position: int) -> KeyValues:
     """The prefix of every block, once for each row that is present there."""
     samples, device = len(base.cache[0][0]), base.cache[0][0].device
-    every = indices([0, *list(range(samples)) * len(cells)], device)
+    every = index_tensor([0, *list(range(samples)) * len(cells)], device)
     births = [cell.birth for cell in cells]  # in order
     expanded = []
     for layer, (keys, values) in enumerate(base.cache):

@@ -16,17 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.forward import Run, Write, frozen, run
-from lens_defense.sites import EMBEDDING, head_of
-from lens_defense.tracing.activation_patching import Cell, Measure, Point, donor_hooks
+from lens_defense.models.forward import ForwardPass, StateWrite, forward, frozen_weights
+from lens_defense.sites import EMBEDDING_HOOK, head_index
+from lens_defense.tracing.activation_patching import Measure, PatchCell, PatchPoint, donor_hooks
 
 
-def screen(
+def attribution_patching(
     model: TransformerBridge,
     ids: Int[Tensor, "1 token"],
     embeddings: Float[Tensor, "sample token d_model"],
-    donor: Run,
-    cells: Sequence[Cell],
+    donor: ForwardPass,
+    cells: Sequence[PatchCell],
     measure: Measure,
     *,
     keep: int,
@@ -48,17 +48,17 @@ def screen(
     if any(cell.severed for cell in cells):
         raise ValueError("severed graphs are measured exactly; leave exact at True")
     names = donor_hooks(cells)
-    with frozen(model), torch.enable_grad():
+    with frozen_weights(model), torch.enable_grad():
         start = embeddings.detach().clone().requires_grad_()
         rows = ids.expand(len(embeddings), -1)
         states: dict[str, Tensor] = {}
 
-        def kept(name: str) -> Write:
+        def kept(name: str) -> StateWrite:
             """A state that the model goes on with, which what a hook sees need not be."""
             return lambda state: states.setdefault(name, state.clone())
 
-        writes = {EMBEDDING: lambda _: start, **{name: kept(name) for name in names}}
-        told = measure(run(model, rows, writes=writes, keep=keep).logits)
+        writes = {EMBEDDING_HOOK: lambda _: start, **{name: kept(name) for name in names}}
+        told = measure(forward(model, rows, writes=writes, keep=keep).logits)
         slopes = [
             torch.autograd.grad(told[:, k].sum(), list(states.values()), retain_graph=k + 1 < told.shape[1])
             for k in range(told.shape[1])
@@ -71,8 +71,8 @@ def screen(
         for part in slopes
     ]
 
-    def moved(point: Point, products: dict[str, Tensor]) -> Float[Tensor, " sample"]:
-        there, head = products[point.hook][:, point.position], head_of(point.component)
+    def moved(point: PatchPoint, products: dict[str, Tensor]) -> Float[Tensor, " sample"]:
+        there, head = products[point.hook][:, point.position], head_index(point.component)
         return (there if head is None else there[:, head]).sum(-1)
 
     gains = [

@@ -9,14 +9,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.devices import fitting
-from lens_defense.models.forward import Run, Write, device_of, run
+from lens_defense.models.devices import explain_out_of_memory
+from lens_defense.models.forward import ForwardPass, StateWrite, forward, model_device
 from lens_defense.models.generate import generate
-from lens_defense.prompts.conversation import answer_ids
+from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, Request, UnfitRequest, prompt
-from lens_defense.sites import EMBEDDING
-from lens_defense.tracing.activation_patching import Cell, Measure, base_hooks, donor_hooks, sweep
-from lens_defense.tracing.attribution_patching import screen
+from lens_defense.sites import EMBEDDING_HOOK
+from lens_defense.tracing.activation_patching import Measure, PatchCell, base_hooks, donor_hooks, sweep
+from lens_defense.tracing.attribution_patching import attribution_patching
 from lens_defense.tracing.corruptions import Corruption
 from lens_defense.tracing.metrics import Metric
 from lens_defense.tracing.trace_result import Direction
@@ -27,10 +27,10 @@ class Runs:
     """What the cells of one prompt are measured from."""
 
     ids: Int[Tensor, "1 token"]
-    clean: Run
-    base: Run
+    clean: ForwardPass
+    base: ForwardPass
     """The run that is patched, one row a sample."""
-    donor: Run
+    donor: ForwardPass
     """The run whose states are put in."""
     embeddings: Float[Tensor, "sample token d_model"]
     """Of the run that is patched."""
@@ -63,7 +63,7 @@ def answered(
     )
     told = iter(own)
     return [
-        replace(met, answer=answer_ids(tokenizer, text, chat=met.chat) if text else next(told))
+        replace(met, answer=tokenize_answer(tokenizer, text, chat=met.chat) if text else next(told))
         for met, text in zip(prompts, given, strict=True)
     ]
 
@@ -71,7 +71,7 @@ def answered(
 @torch.no_grad()
 def embedded(model: TransformerBridge, met: Prompt, corruption: Corruption) -> Embedded:
     """The embeddings of a prompt and its answer, clean and with the subject spoiled."""
-    clean = run(model, _ids(model, met), names=[EMBEDDING], stop=1).states[EMBEDDING]
+    clean = forward(model, _ids(model, met), names=[EMBEDDING_HOOK], stop=1).states[EMBEDDING_HOOK]
     spoiled = corruption(clean[:, : len(met.ids)], met).to(clean)
     tail = clean[:, len(met.ids) :].expand(len(spoiled), -1, -1)
     return Embedded(clean, torch.cat([spoiled, tail], 1))
@@ -88,7 +88,7 @@ def ends(
     """What the metrics read of the clean prompt and of the spoiled one."""
     clean, spoiled = [], []
     for part in given.spoiled.split(most):
-        runs = _prepared(model, met, Embedded(given.clean, part), (), "denoise")
+        runs = _prepared(model, met, Embedded(given.clean, part), (), "denoising")
         read = reading(metrics, met, runs.clean.logits)
         clean.append(read(runs.clean.logits)[0].cpu().double())
         spoiled.append(read(runs.base.logits).cpu().double())
@@ -128,7 +128,7 @@ def measured(
     model: TransformerBridge,
     met: Prompt,
     given: Embedded,
-    cells: Sequence[Cell],
+    cells: Sequence[PatchCell],
     metrics: Mapping[str, Metric],
     direction: Direction,
     *,
@@ -150,32 +150,34 @@ def measured(
                     )
                 )  # fmt: skip
         else:
-            with fitting(f"{len(part)} rows of {runs.ids.shape[1]} tokens and their gradients"):
-                told.append(screen(model, runs.ids, runs.embeddings, runs.donor, cells, read, keep=keep))
+            with explain_out_of_memory(f"{len(part)} rows of {runs.ids.shape[1]} tokens and their gradients"):
+                told.append(
+                    attribution_patching(model, runs.ids, runs.embeddings, runs.donor, cells, read, keep=keep)
+                )
     return torch.cat(told, 1)
 
 
 @torch.no_grad()
 def _prepared(
-    model: TransformerBridge, met: Prompt, given: Embedded, cells: Sequence[Cell], direction: Direction
+    model: TransformerBridge, met: Prompt, given: Embedded, cells: Sequence[PatchCell], direction: Direction
 ) -> Runs:
     """The prompt with its answer, clean and spoiled; the run that is patched has one row a sample."""
     ids, keep, (clean_embeddings, spoiled) = _ids(model, met), len(met.answer), given
     every = ids.expand(len(spoiled), -1)
-    writes: dict[str, Write] = {EMBEDDING: lambda _: spoiled}
+    writes: dict[str, StateWrite] = {EMBEDDING_HOOK: lambda _: spoiled}
     names = base_hooks(cells), donor_hooks(cells)
-    with fitting(f"{len(spoiled)} rows of {ids.shape[1]} tokens"):
-        if direction == "denoise":
-            clean = run(model, ids, names=names[1], keep=keep)
-            base = run(model, every, names=names[0], writes=writes, keep=keep)
+    with explain_out_of_memory(f"{len(spoiled)} rows of {ids.shape[1]} tokens"):
+        if direction == "denoising":
+            clean = forward(model, ids, names=names[1], keep=keep)
+            base = forward(model, every, names=names[0], writes=writes, keep=keep)
             return Runs(ids, clean, base, clean, spoiled)
-        clean = run(model, every, names=names[0], keep=keep)
-        donor = run(model, every, names=names[1], writes=writes, keep=keep)
+        clean = forward(model, every, names=names[0], keep=keep)
+        donor = forward(model, every, names=names[1], writes=writes, keep=keep)
     return Runs(ids, clean, clean, donor, clean_embeddings.expand(len(spoiled), -1, -1))
 
 
 def _ids(model: TransformerBridge, met: Prompt) -> Int[Tensor, "1 token"]:
-    return torch.tensor([[*met.ids, *met.answer[:-1]]], device=device_of(model))
+    return torch.tensor([[*met.ids, *met.answer[:-1]]], device=model_device(model))
 
 
 def reading(metrics: Mapping[str, Metric], met: Prompt, clean: Tensor) -> Measure:

@@ -7,7 +7,7 @@ from lens_defense.prompts.prompt import Role
 from lens_defense.sites import Site
 
 
-def controls(sites: Sequence[Site], depth: int, *, other: Role = "next") -> dict[str, tuple[Site, ...]]:
+def control_sites(sites: Sequence[Site], depth: int, *, other: Role = "next") -> dict[str, tuple[Site, ...]]:
     """Sites of the same width elsewhere: the middle of the model, its late third, and another role.
 
     Args:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.forward import device_of, run
+from lens_defense.models.forward import forward, model_device
 from lens_defense.prompts.prompt import Prompt, UnfitRequest, prompt, request
-from lens_defense.sites import EMBEDDING
+from lens_defense.sites import EMBEDDING_HOOK
 
 Embeddings = Float[Tensor, "sample token d_model"]
 Corruption = Callable[[Float[Tensor, "1 token d_model"], Prompt], Embeddings]
@@ -113,9 +113,9 @@ def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequenc
                 f"length of {met.request.subject!r}, and {samples} are wanted; give the request a "
                 "counterfactual of that length, or ask for fewer samples"
             )
-        ids = torch.tensor(rows, device=device_of(model))
+        ids = torch.tensor(rows, device=model_device(model))
         with torch.no_grad():
-            return run(model, ids, names=[EMBEDDING], stop=1).states[EMBEDDING].to(embeddings)
+            return forward(model, ids, names=[EMBEDDING_HOOK], stop=1).states[EMBEDDING_HOOK].to(embeddings)
 
     corrupt.__name__ = "token replacement"
     return corrupt
@@ -139,9 +139,9 @@ def counterfactual(model: TransformerBridge, texts: Mapping[str, str]) -> Corrup
                 f"request {met.request.id!r} has {len(met.ids)} tokens and its counterfactual prompt "
                 f"{len(other.ids)}; give one of the same length"
             )
-        ids = torch.tensor([other.ids], device=device_of(model))
+        ids = torch.tensor([other.ids], device=model_device(model))
         with torch.no_grad():
-            return run(model, ids, names=[EMBEDDING], stop=1).states[EMBEDDING].to(embeddings)
+            return forward(model, ids, names=[EMBEDDING_HOOK], stop=1).states[EMBEDDING_HOOK].to(embeddings)
 
     corrupt.__name__ = "counterfactual prompt"
     return corrupt

@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools.analysis import logit_lens as readout
 
-from lens_defense.models.forward import device_of, run
+from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
-from lens_defense.models.mlp_output import fingerprint
-from lens_defense.prompts.conversation import answer_ids, decode, dozen
-from lens_defense.prompts.prompt import Prompt, Request, for_planning, prompt
-from lens_defense.sites import output_hook
+from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_answer
+from lens_defense.prompts.prompt import Prompt, Request, prompt, validated_requests
+from lens_defense.sites import component_hook
 from lens_defense.tracing.clean_corrupted import answered
 from lens_defense.tracing.trace_result import Trace
 
@@ -46,10 +46,10 @@ def logit_lens(
     Raises:
         ValueError: a request without a subject, or of the split "check".
     """
-    prompts = answered(model, for_planning(requests), answers, 1, chat)
+    prompts = answered(model, validated_requests(requests), answers, 1, chat)
     told = []
     for met in prompts:
-        ids = torch.tensor([met.ids], device=device_of(model))
+        ids = torch.tensor([met.ids], device=model_device(model))
         read = readout(model, ids, positions=None, targets=[met.answer[0]], return_type="probs")
         told.append(read.values[1:, 0, :, 0])  # entry 0 is the embeddings
     return _map(model, prompts, told, "the logit lens: probability of the first token")
@@ -82,11 +82,11 @@ def toxic_layers(
     Raises:
         ValueError: a request without a subject, or of the split "check"; the model's answer is the safe one.
     """
-    prompts = answered(model, for_planning(requests), answers, answer_tokens, chat)
-    hooks = [output_hook("residual", layer) for layer in range(model.cfg.n_layers)]
+    prompts = answered(model, validated_requests(requests), answers, answer_tokens, chat)
+    hooks = [component_hook("resid_post", layer) for layer in range(model.cfg.n_layers)]
     told = []
     for met in prompts:
-        wanted = answer_ids(model.tokenizer, safe, chat=met.chat)[:answer_tokens]
+        wanted = tokenize_answer(model.tokenizer, safe, chat=met.chat)[:answer_tokens]
         if tuple(wanted) == met.answer[: len(wanted)]:
             raise ValueError(
                 f"the answer to {met.request.id!r} is the safe one already; leave the request out, or "
@@ -94,8 +94,8 @@ def toxic_layers(
             )
         ends = []
         for answer in (met.answer[:answer_tokens], wanted):
-            ids = torch.tensor([[*met.ids, *answer]], device=device_of(model))
-            held = run(model, ids, names=hooks).states
+            ids = torch.tensor([[*met.ids, *answer]], device=model_device(model))
+            held = forward(model, ids, names=hooks).states
             ends.append(torch.stack([held[hook][0, -1] for hook in hooks]).double())
         apart = (ends[0] - ends[1]).norm(dim=1)
         told.append(_at_last(apart / apart.max(), met))
@@ -132,11 +132,11 @@ def safety_layers(
     Raises:
         ValueError: a request without a subject, of the split "check", or not refused by the model.
     """
-    prompts = [prompt(model.tokenizer, item, chat=chat) for item in for_planning(requests)]
+    prompts = [prompt(model.tokenizer, item, chat=chat) for item in validated_requests(requests)]
 
     def refused() -> list[bool]:
         told = generate(model, [met.ids for met in prompts], tokens=tokens)
-        texts = (decode(model.tokenizer, answer) for answer in told)
+        texts = (decode_answer(model.tokenizer, answer) for answer in told)
         return [judge(met.request.text, text) == "refusal" for met, text in zip(prompts, texts, strict=True)]
 
     complied = [met.request.id for met, yes in zip(prompts, refused(), strict=True) if not yes]
@@ -157,7 +157,7 @@ def safety_layers(
 @contextmanager
 def _passed_over(model: TransformerBridge, layers: Sequence[int]) -> Iterator[None]:
     """Inside, some blocks add nothing to the residual stream."""
-    hooks = [output_hook(component, layer) for component in ("attention", "mlp") for layer in layers]
+    hooks = [component_hook(component, layer) for component in ("attn_out", "mlp_out") for layer in layers]
     with model.hooks(fwd_hooks=[(hook, lambda state, **_: torch.zeros_like(state)) for hook in hooks]):
         yield
 
@@ -182,16 +182,16 @@ def _map(
         patched[r, 0, :, : values.shape[1], 0] = values.double().cpu()
     return Trace(
         prompts=tuple(prompts),
-        components=("residual",),
+        components=("resid_post",),
         layers=tuple(range(model.cfg.n_layers)),
         patched=patched,
         clean=torch.ones(n, dtype=torch.float64),
         corrupted=torch.zeros(n, 1, dtype=torch.float64),
-        answers=tuple(dozen(model.tokenizer.decode(list(met.answer))) for met in prompts),
+        answers=tuple(first_dozen_words(model.tokenizer.decode(list(met.answer))) for met in prompts),
         window=1,
         seed=0,
         model=str(model.cfg.model_name),
         model_layers=model.cfg.n_layers,
-        fingerprint=fingerprint(model),
+        fingerprint=weights_fingerprint(model),
         measure=measure,
     )

@@ -9,7 +9,7 @@ import numpy as np
 from lens_defense.prompts.prompt import Role
 from lens_defense.sites import Component, Site
 from lens_defense.tracing.map_statistics import significance
-from lens_defense.tracing.trace_result import RoleEffect, Trace
+from lens_defense.tracing.trace_result import RoleMean, Trace
 
 Rule = Literal["band", "cells", "threshold", "significant"]
 
@@ -80,7 +80,7 @@ def locate(
         else:
             best = best[:k]
         return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best], few)
-    curves: dict[tuple[Component, Role], list[RoleEffect]] = defaultdict(list)
+    curves: dict[tuple[Component, Role], list[RoleMean]] = defaultdict(list)
     for mean in means:
         if mean.role not in _HALF_READ:
             curves[mean.component, mean.role].append(mean)

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.devices import indices
-from lens_defense.prompts.conversation import answer_ids
+from lens_defense.models.devices import index_tensor
+from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, has_chat_template
 
 Logits = Float[Tensor, "row answer vocab"]
@@ -21,7 +21,7 @@ Metric = Callable[[Logits, Prompt, Clean], Float[Tensor, " row"]]
 
 def answer_logprob(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
     """Log probability of the whole answer, summed over its tokens, in nats."""
-    answer = indices(prompt.answer, logits.device).expand(len(logits), -1)
+    answer = index_tensor(prompt.answer, logits.device).expand(len(logits), -1)
     told = logits.gather(-1, answer[..., None])[..., 0]
     return (told - logits.logsumexp(-1)).sum(-1)
 
@@ -37,18 +37,18 @@ def kl_to_clean(logits: Logits, _prompt: Prompt, clean: Clean) -> Float[Tensor, 
     return (wanted.exp() * (wanted - told)).sum(-1).mean(-1)
 
 
-def answer_difference(model: TransformerBridge, against: str) -> Metric:
+def logit_diff(model: TransformerBridge, against: str) -> Metric:
     """Logit of the answer's first token less that of another answer's, at the first step."""
 
     def metric(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
-        other = answer_ids(model.tokenizer, against, chat=prompt.chat)[0]
+        other = tokenize_answer(model.tokenizer, against, chat=prompt.chat)[0]
         return logits[:, 0, prompt.answer[0]] - logits[:, 0, other]
 
     metric.__name__ = f"answer_difference against {against!r}"
     return metric
 
 
-def refusal_difference(
+def refusal_logit_diff(
     model: TransformerBridge,
     *,
     refusals: Sequence[str] = ("I'm sorry", "Sorry", "I can't", "Unfortunately"),
@@ -58,12 +58,12 @@ def refusal_difference(
 
     def first_tokens(texts: Sequence[str]) -> list[int]:
         chat = has_chat_template(model.tokenizer)
-        return sorted({answer_ids(model.tokenizer, text, chat=chat)[0] for text in texts})
+        return sorted({tokenize_answer(model.tokenizer, text, chat=chat)[0] for text in texts})
 
     against, towards = first_tokens(refusals), first_tokens(compliances)
 
     def metric(logits: Logits, _prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
-        refused, complied = (indices(some, logits.device) for some in (against, towards))
+        refused, complied = (index_tensor(some, logits.device) for some in (against, towards))
         return logits[:, 0, refused].mean(-1) - logits[:, 0, complied].mean(-1)
 
     metric.__name__ = "refusal_difference"

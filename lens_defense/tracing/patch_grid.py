@@ -6,39 +6,36 @@ from typing import Literal
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.prompts.prompt import READING_ORDER, Prompt, Role
-from lens_defense.sites import COMPONENTS, Component, head_of
-from lens_defense.tracing.activation_patching import Cell, Point
+from lens_defense.sites import COMPONENTS, Component, head_index
+from lens_defense.tracing.activation_patching import PatchCell, PatchPoint
 
-Grid = dict[tuple[int, int, int], Cell]
+PatchGrid = dict[tuple[int, int, int], PatchCell]
 """Cells by component, layer and position, each an index of the map's axis."""
 
 
-def cells_components(model: TransformerBridge, components: Sequence[Component]) -> tuple[Component, ...]:
-    """The components of a map by name, "heads" spelled out.
+def resolve_components(model: TransformerBridge, components: Sequence[Component]) -> tuple[Component, ...]:
+    """The components of a map by name, "z" spelled out.
 
     Raises:
         ValueError: there are none, or one that no model has or that this model has not.
     """
     number = model.cfg.n_heads
     every = [
-        name
-        for one in components
-        for name in ([f"head {h}" for h in range(number)] if one == "heads" else [one])
+        name for one in components for name in ([f"z.{h}" for h in range(number)] if one == "z" else [one])
     ]
-    heads = [head_of(name) for name in every]
+    heads = [head_index(name) for name in every]
     known = [
         name in COMPONENTS or (head is not None and head < number)
         for name, head in zip(every, heads, strict=True)
     ]
     if not every or not all(known):
         raise ValueError(
-            f"components must be of {(*COMPONENTS, 'heads')} or 'head 0' to 'head {number - 1}', got "
-            f"{components!r}"
+            f"components must be of {(*COMPONENTS, 'z')} or 'z.0' to 'z.{number - 1}', got {components!r}"
         )
     return tuple(dict.fromkeys(every))
 
 
-def cells_layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
+def resolve_layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
     """The layers of a map; None takes at most twelve.
 
     Raises:
@@ -53,7 +50,7 @@ def cells_layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int
     return tuple(sorted(set(rows)))
 
 
-def cells_roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
+def resolve_roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
     """The roles of a map.
 
     Raises:
@@ -65,7 +62,7 @@ def cells_roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
     return roles
 
 
-def grid(
+def patch_grid(
     met: Prompt,
     components: Sequence[Component],
     layers: Sequence[int],
@@ -76,7 +73,7 @@ def grid(
     severed: Component | None = None,
     parallel: bool = False,
     together: bool = False,
-) -> Grid:
+) -> PatchGrid:
     """The cells of one prompt, and where each goes in the map.
 
     Args:
@@ -92,13 +89,13 @@ def grid(
         together: patch all of the tokens in one cell, which stands at the last of them.
     """
 
-    def cell(component: Component, layer: int, positions: Sequence[int]) -> Cell:
+    def cell(component: Component, layer: int, positions: Sequence[int]) -> PatchCell:
         written = _window(component, layer, window, depth)
         held = range(_first_after(component, written[0], severed, parallel), depth) if severed else ()
         kept = [at for at in held if component != severed or at not in written]
-        return Cell(
-            tuple(Point(component, at, t) for at in written for t in positions),
-            tuple(Point(severed or "", at, t) for at in kept for t in positions),
+        return PatchCell(
+            tuple(PatchPoint(component, at, t) for at in written for t in positions),
+            tuple(PatchPoint(severed or "", at, t) for at in kept for t in positions),
         )
 
     tokens = [t for t, role in enumerate(met.roles) if role in roles]
@@ -113,12 +110,12 @@ def grid(
 
 def _first_after(component: Component, layer: int, severed: Component, parallel: bool) -> int:
     """The first layer whose `severed` output is computed after a component's state in a layer."""
-    same = component == "residual_pre" or (severed == "mlp" and component != "residual" and not parallel)
+    same = component == "resid_pre" or (severed == "mlp_out" and component != "resid_post" and not parallel)
     return layer if same else layer + 1
 
 
 def _window(component: Component, layer: int, window: int, depth: int) -> range:
     """One layer of the residual stream or of a head; a centred window of outputs (ROME: layer - w//2 on)."""
-    if component not in ("mlp", "attention"):
+    if component not in ("mlp_out", "attn_out"):
         return range(layer, layer + 1)
     return range(max(0, layer - window // 2), min(depth, layer - (-window // 2)))

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.mlp_output import fingerprint
-from lens_defense.prompts.prompt import Request, UnfitRequest, for_planning
-from lens_defense.storage import whole
+from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.prompts.prompt import Request, UnfitRequest, validated_requests
+from lens_defense.storage import atomic_write
 from lens_defense.tracing.metrics import answer_logprob
 from lens_defense.tracing.trace import trace, traces
-from lens_defense.tracing.trace_result import Trace, joined
+from lens_defense.tracing.trace_result import Trace, join_traces
 
 
-class Survey(NamedTuple):
+class SurveyResult(NamedTuple):
     """What a survey found."""
 
     trace: Trace | None
@@ -39,7 +39,7 @@ def survey(
     enough: int | None = None,
     progress: bool = True,
     **settings: Any,
-) -> Survey:
+) -> SurveyResult:
     """Trace every request that has no file in a folder yet, and join what is there.
 
     A request that cannot be traced on this model gets a note in the place of a trace.
@@ -55,9 +55,9 @@ def survey(
     Raises:
         ValueError: a request that no trace may see, or a setting's value that trace does not know.
     """
-    requests = for_planning(requests)
+    requests = validated_requests(requests)
     out.mkdir(parents=True, exist_ok=True)
-    weights = fingerprint(model)
+    weights = weights_fingerprint(model)
     about = json.dumps([weights, _DEFAULTS | settings], sort_keys=True)
     by = {"": settings.pop("metric", answer_logprob)}
     places = [out / _key(item, about) for item in requests]
@@ -73,14 +73,14 @@ def survey(
                     told = traces(model, [item], by, weights=weights, progress=False, **settings)
                     told[""].save(_file(place))
                 except UnfitRequest as error:
-                    with whole(_note(place)) as note:
+                    with atomic_write(_note(place)) as note:
                         note.write_text(json.dumps({"request": item.id, "refused": str(error)}), "utf-8")
             bar.update(enough is None or _file(place).exists())
             bar.refresh()  # those that are there already go by too fast to be shown
     held = [Trace.load(_file(place)) for place in seen if _file(place).exists()]
     notes = [json.loads(_note(place).read_text("utf-8")) for place in seen if _note(place).exists()]
     refused = {note["request"]: note["refused"] for note in notes}
-    return Survey(joined(held) if held else None, refused)
+    return SurveyResult(join_traces(held) if held else None, refused)
 
 
 _DEFAULTS = {

@@ -9,13 +9,13 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.devices import price, room
-from lens_defense.models.forward import device_of
-from lens_defense.models.mlp_output import fingerprint
-from lens_defense.prompts.conversation import dozen
-from lens_defense.prompts.prompt import Prompt, Request, Role, UnfitRequest, for_planning
+from lens_defense.models.devices import call_cost, memory_budget
+from lens_defense.models.forward import model_device
+from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.prompts.conversation import first_dozen_words
+from lens_defense.prompts.prompt import Prompt, Request, Role, UnfitRequest, validated_requests
 from lens_defense.sites import Component
-from lens_defense.tracing.activation_patching import cost, effort
+from lens_defense.tracing.activation_patching import block_passes, time_in_tokens
 from lens_defense.tracing.clean_corrupted import (
     answered,
     embedded,
@@ -27,8 +27,14 @@ from lens_defense.tracing.clean_corrupted import (
 )
 from lens_defense.tracing.corruptions import Corruption, noise
 from lens_defense.tracing.metrics import Metric, answer_logprob
-from lens_defense.tracing.patch_grid import Grid, cells_components, cells_layers, cells_roles, grid
-from lens_defense.tracing.trace_result import Direction, Trace, Verified
+from lens_defense.tracing.patch_grid import (
+    PatchGrid,
+    patch_grid,
+    resolve_components,
+    resolve_layers,
+    resolve_roles,
+)
+from lens_defense.tracing.trace_result import Direction, Trace, VerifiedCell
 
 DEMO_ROLES: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
 """Where the harm is seen to sit and to be read, one token each."""
@@ -40,12 +46,12 @@ def trace(
     model: TransformerBridge,
     requests: Sequence[Request],
     *,
-    components: Sequence[Component] = ("residual",),
+    components: Sequence[Component] = ("resid_post",),
     positions: Sequence[Role] | Literal["all"] = DEMO_ROLES,
     layers: Sequence[int] | int | Literal["all"] | None = None,
     corruption: Corruption | None = None,
-    direction: Direction = "denoise",
-    severed: Literal["mlp", "attention"] | None = None,
+    direction: Direction = "denoising",
+    severed: Literal["mlp_out", "attn_out"] | None = None,
     together: bool = False,
     metric: Metric = answer_logprob,
     exact: bool = True,
@@ -65,19 +71,19 @@ def trace(
     Args:
         model: any TransformerBridge; it is not changed.
         requests: what is asked; each with a subject.
-        components: "residual" (the stream after the block), "residual_pre" (before it), "mlp" and
-            "attention" (what joins it), "head 3" (one head's z), "heads" (every head by itself).
+        components: "resid_post" (the stream after the block), "resid_pre" (before it), "mlp_out" and
+            "attn_out" (what joins it), "z.3" (one head's z), "z" (every head by itself).
         positions: roles to restore at, or "all" tokens.
         layers: "all", a stride, or a list; None takes at most 12, evenly spaced from layer 0.
         corruption: how the subject is spoiled; None is Gaussian noise of 3 standard deviations of
             the embedding matrix.
-        direction: "denoise" restores a clean state in the spoiled run (what suffices), "noise" puts a
+        direction: "denoising" restores a clean state in the spoiled run (what suffices), "noising" puts a
             spoiled state into the clean run (what is necessary).
         severed: hold the MLP's or attention's outputs that are computed later, at the same token, as they
             were without the patch: what of the effect passes through them is lost (Meng et al. 2022,
             figure 3).
         together: patch all tokens of `positions` at once, one cell a layer, which stands at the last of
-            them: with "heads" and "all" tokens, a map of whole heads.
+            them: with "z" and "all" tokens, a map of whole heads.
         metric: what is measured, see metrics.py; an answer's log probability by default. `traces`
             reads several from one sweep.
         exact: False estimates every cell by one gradient (attribution patching), in about the time of three
@@ -167,7 +173,7 @@ def _traced(
     layers: Sequence[int] | int | Literal["all"] | None,
     corruption: Corruption | None,
     direction: Direction,
-    severed: Literal["mlp", "attention"] | None,
+    severed: Literal["mlp_out", "attn_out"] | None,
     together: bool,
     exact: bool,
     verify: int,
@@ -181,30 +187,32 @@ def _traced(
     chat: bool,
     progress: bool,
 ) -> dict[str, Trace]:
-    requests = for_planning(requests)
-    rows = cells_layers(layers, model.cfg.n_layers)
-    roles = cells_roles(positions)
-    every = cells_components(model, components)
+    requests = validated_requests(requests)
+    rows = resolve_layers(layers, model.cfg.n_layers)
+    roles = resolve_roles(positions)
+    every = resolve_components(model, components)
     for name, number in (("answer_tokens", answer_tokens), ("samples", samples), ("window", window)):
         if number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
     for name, given, allowed in (
         ("direction", direction, get_args(Direction)),
-        ("severed", severed, (None, "mlp", "attention")),
+        ("severed", severed, (None, "mlp_out", "attn_out")),
     ):
         if given not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
     if verify < 0 or (verify and exact):
         raise ValueError(f"verify is a number of cells to measure after exact=False, got {verify}")
-    bound = room(device_of(model)) if max_bytes is None else max_bytes
+    bound = memory_budget(model_device(model)) if max_bytes is None else max_bytes
     corruption = corruption or noise(model, samples=samples, seed=seed)
     prompts = answered(model, requests, answers, answer_tokens, chat)
     depth, parallel = model.cfg.n_layers, bool(model.cfg.parallel_attn_mlp)
     grids = [
-        grid(met, every, rows, roles, window, depth, severed=severed, parallel=parallel, together=together)
+        patch_grid(
+            met, every, rows, roles, window, depth, severed=severed, parallel=parallel, together=together
+        )
         for met in prompts
     ]
-    empty = [met.request.id for met, grid in zip(prompts, grids, strict=True) if not grid]
+    empty = [met.request.id for met, patch_grid in zip(prompts, grids, strict=True) if not patch_grid]
     if empty:
         raise UnfitRequest(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
 
@@ -218,7 +226,7 @@ def _traced(
     refuse_weak(prompts, clean, corrupted, floor)
     number = len(corrupted[0])
     total = sum(
-        cost(list(some.values()), layers=depth, tokens=width_of(met), samples=number)
+        block_passes(list(some.values()), layers=depth, tokens=width_of(met), samples=number)
         for met, some in zip(prompts, grids, strict=True)
     )
     if exact:
@@ -227,7 +235,7 @@ def _traced(
 
     shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
     patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
-    verified: list[list[Verified]] = [[] for _ in metrics]
+    verified: list[list[VerifiedCell]] = [[] for _ in metrics]
     settings = {"metrics": metrics, "direction": direction, "max_bytes": bound}
     with tqdm(
         total=total if exact else len(prompts),
@@ -243,7 +251,7 @@ def _traced(
             bar.update(0 if exact else 1)
             for place, value in zip(places, told, strict=True):
                 patched[r, *place] = value
-            low, high = (corrupted[r], clean[r]) if direction == "denoise" else (clean[r], corrupted[r])
+            low, high = (corrupted[r], clean[r]) if direction == "denoising" else (clean[r], corrupted[r])
             effects = ((told - low) / (high - low)).mean(1)
             best = effects[:, 0].abs().argsort(descending=True)[:verify].tolist()
             if best:
@@ -251,8 +259,8 @@ def _traced(
                 for i, value in zip(best, again, strict=True):
                     patched[r, *places[i]] = value
                     for k, effect in enumerate(((value - low) / (high - low)).mean(0).tolist()):
-                        verified[k].append(Verified((r, *places[i]), float(effects[i, k]), effect))
-    weights = weights or fingerprint(model)
+                        verified[k].append(VerifiedCell((r, *places[i]), float(effects[i, k]), effect))
+    weights = weights or weights_fingerprint(model)
     return {
         name: Trace(
             prompts=tuple(prompts),
@@ -261,7 +269,7 @@ def _traced(
             patched=patched[..., k].clone(),
             clean=torch.stack([one[k] for one in clean]),
             corrupted=torch.stack([one[:, k] for one in corrupted]),
-            answers=tuple(dozen(model.tokenizer.decode(list(met.answer))) for met in prompts),
+            answers=tuple(first_dozen_words(model.tokenizer.decode(list(met.answer))) for met in prompts),
             window=window,
             seed=seed,
             model=str(model.cfg.model_name),
@@ -284,15 +292,15 @@ def _name(made: object) -> str:
 
 
 def _over_the_ends(
-    model: TransformerBridge, prompts: Sequence[Prompt], grids: Sequence[Grid], samples: int, bound: int
+    model: TransformerBridge, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], samples: int, bound: int
 ) -> float:
     """How many times longer the sweeps take than the clean and the spoiled runs took."""
-    at, layers = price(device_of(model)), model.cfg.n_layers
+    at, layers = call_cost(model_device(model)), model.cfg.n_layers
     swept = seen = 0
     for met, some in zip(prompts, grids, strict=True):
         tokens, most = width_of(met), rows_within(model, met, bound)
-        swept += effort(
-            list(some.values()), layers=layers, tokens=tokens, samples=samples, max_rows=most, price=at
+        swept += time_in_tokens(
+            list(some.values()), layers=layers, tokens=tokens, samples=samples, max_rows=most, call_cost=at
         )
         seen += layers * (tokens * (samples + 1) + 2 * at.call)
     return swept / seen

@@ -33,13 +33,13 @@ from lens_defense.prompts.prompt import (
 )
 from lens_defense.sites import Component
 from lens_defense.statistics import mean_interval
-from lens_defense.storage import opened, whole
+from lens_defense.storage import atomic_write, open_safetensors
 
-Direction = Literal["denoise", "noise"]
+Direction = Literal["denoising", "noising"]
 
 
 @dataclass(frozen=True, slots=True)
-class RoleEffect:
+class RoleMean:
     """The mean effect of a component's layer at a role."""
 
     component: Component
@@ -52,7 +52,7 @@ class RoleEffect:
     """Requests that have the role."""
 
 
-class Verified(NamedTuple):
+class VerifiedCell(NamedTuple):
     """An estimated cell that was measured after all."""
 
     cell: tuple[int, int, int, int]
@@ -84,7 +84,7 @@ class Trace:
     model: str
     model_layers: int
     fingerprint: str
-    direction: Direction = "denoise"
+    direction: Direction = "denoising"
     severed: str = ""
     """The component whose later outputs were held, where one was."""
     together: bool = False
@@ -97,7 +97,7 @@ class Trace:
     """The name of what was read."""
     measure: str = ""
     """What the cells say, in words, where they are no effects of patches (lenses.py)."""
-    verified: tuple[Verified, ...] = ()
+    verified: tuple[VerifiedCell, ...] = ()
     """The estimated cells that were measured after all."""
 
     @property
@@ -105,7 +105,7 @@ class Trace:
         """The effect of every cell in every sample, without a unit."""
         spoiled = self.corrupted[:, None, None, None]
         clean = self.clean[:, None, None, None, None]
-        low, high = (spoiled, clean) if self.direction == "denoise" else (clean, spoiled)
+        low, high = (spoiled, clean) if self.direction == "denoising" else (clean, spoiled)
         return (self.patched - low) / (high - low)
 
     @property
@@ -161,7 +161,7 @@ class Trace:
         names = ["request", "component", "layer", "position", "word", "role", "effect", "low", "high"]
         return pd.DataFrame(rows, columns=pd.Index(names))
 
-    def role_effects(self) -> list[RoleEffect]:
+    def role_effects(self) -> list[RoleMean]:
         """Means by component, role and layer, in reading order.
 
         The interval is a 95% bootstrap over subjects from 8 on, below that the range of the requests; for
@@ -180,7 +180,7 @@ class Trace:
             clusters = None if one else [subjects[r] for r in by_request]
             low, high = mean_interval(values.numpy(), clusters, seed=self.seed)
             effect = float(samples.mean())
-            means.append(RoleEffect(component, role, layer, effect, low, high, len(samples)))
+            means.append(RoleMean(component, role, layer, effect, low, high, len(samples)))
         order = {role: i for i, role in enumerate(READING_ORDER)}
         return sorted(means, key=lambda m: (self.components.index(m.component), order[m.role], m.layer))
 
@@ -200,7 +200,7 @@ class Trace:
         header = {name: getattr(self, name) for name in _HEADER}
         header["prompts"] = [_prompt_to_json(met) for met in self.prompts]
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        with whole(path) as file:
+        with atomic_write(path) as file:
             save_file(tensors, file, metadata={"trace": json.dumps(header)})
         return Path(path)
 
@@ -211,18 +211,20 @@ class Trace:
         Raises:
             ValueError: there is no such file, or it holds no trace.
         """
-        with opened(path, "Trace.save") as file:
+        with open_safetensors(path, "Trace.save") as file:
             header = json.loads((file.metadata() or {}).get("trace", "null"))
             if header is None:
                 raise ValueError(f"{path} holds no trace; give a file that Trace.save wrote")
             tensors = {name: file.get_tensor(name) for name in _TENSORS}
         prompts = tuple(_prompt_from_json(fields) for fields in header.pop("prompts"))
-        header["verified"] = tuple(Verified(tuple(cell), *both) for cell, *both in header.get("verified", ()))
+        header["verified"] = tuple(
+            VerifiedCell(tuple(cell), *both) for cell, *both in header.get("verified", ())
+        )
         lists = {name: tuple(header.pop(name)) for name in ("components", "layers", "answers")}
         return cls(prompts=prompts, **lists, **tensors, **header)
 
 
-def joined(traces: Sequence[Trace]) -> Trace:
+def join_traces(traces: Sequence[Trace]) -> Trace:
     """Traces of different requests as one.
 
     Raises:
@@ -265,7 +267,7 @@ _HEADER = ("components", "layers", "answers", "window", "seed", "model", "model_
 _HEADER += ("direction", "severed", "together", "exact", "corruption", "metric", "measure", "verified")
 
 
-def _moved(verified: Sequence[Verified], axis: int, places: dict[int, int]) -> tuple[Verified, ...]:
+def _moved(verified: Sequence[VerifiedCell], axis: int, places: dict[int, int]) -> tuple[VerifiedCell, ...]:
     """Those whose index of an axis has a new place, there."""
     moved = []
     for one in verified:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import lens_defense.app.demo as demos
 from lens_defense.app.command_line import app
-from lens_defense.models.devices import fitting
+from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.organism.request_set import contexts
 from lens_defense.prompts.request_files import requests
 
@@ -113,7 +113,7 @@ def test_a_device_that_is_not_there_is_one_sentence(tmp_path):
 
 def test_what_does_not_fit_into_memory_is_one_sentence(monkeypatch):
     def full(*_, **__):
-        with fitting("9 rows of 9 tokens"):
+        with explain_out_of_memory("9 rows of 9 tokens"):
             raise MemoryError
 
     monkeypatch.setattr(demos, "demo", full)

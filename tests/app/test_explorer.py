@@ -89,7 +89,7 @@ def test_a_double_click_or_an_empty_box_selects_nothing(explorer):
 
 
 def test_a_forecast_goes_with_its_plan(explorer, monkeypatch):
-    explorer.select([ld.Site("residual", 1, "subject_last")])
+    explorer.select([ld.Site("resid_post", 1, "subject_last")])
     press(explorer, "plan")
     assert "lamp" in explorer.forecast.value
     explorer.method.value = next(name for name in explorer.method.options if name != explorer.method.value)
@@ -107,7 +107,7 @@ def test_a_forecast_goes_with_its_plan(explorer, monkeypatch):
 def test_plan_apply_ask_undo(explorer, model):
     original = bits(model)
     assert "press Plan first" in press(explorer, "apply")
-    explorer.select([ld.Site("residual", 1, "subject_last")])
+    explorer.select([ld.Site("resid_post", 1, "subject_last")])
     press(explorer, "plan")
     assert "lamp" in explorer.forecast.value
     assert same_bits(model, original)
@@ -155,7 +155,7 @@ def test_an_interrupt_leaves_the_form_usable(explorer, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lens_defense.app.explorer.edit", interrupted)
-    explorer.select([ld.Site("residual", 1, "subject_last")])
+    explorer.select([ld.Site("resid_post", 1, "subject_last")])
     assert "stopped; nothing was changed" in press(explorer, "plan")
     assert not any(button.disabled for button in explorer.buttons.values())
 

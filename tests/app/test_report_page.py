@@ -8,8 +8,8 @@ import pytest
 from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, an_edit, some_sites
 from plotly.offline import get_plotlyjs
 
-from lens_defense.app.report_page import Conversation, save_page
-from lens_defense.plotting.theme import visible
+from lens_defense.app.report_page import Conversation, save_report
+from lens_defense.plotting.theme import visible_text
 
 
 class Page(HTMLParser):
@@ -54,7 +54,7 @@ def written(path: Path, text: str = "ricin", **changed: object) -> str:
         "seconds": {text: 1.25, "check": 2.5},
         "restored": True,
     }
-    return save_page(path / "report.html", **(fields | changed)).read_text("utf-8")  # type: ignore[arg-type]
+    return save_report(path / "report.html", **(fields | changed)).read_text("utf-8")  # type: ignore[arg-type]
 
 
 def test_the_page_stands_alone_and_holds_plotly_once(tmp_path: Path):
@@ -74,7 +74,7 @@ def test_hostile_text_is_shown_and_adds_no_tag(tmp_path: Path, text: str):
     plain, page = Page(written(tmp_path)), Page(written(tmp_path, text))
     assert page.tags == plain.tags
     assert page.loads == page.handlers == []
-    assert page.text.count(visible(text)) >= 10
+    assert page.text.count(visible_text(text)) >= 10
     assert not set(page.text) & set("\x00\x1b\x07\u202e")
 
 
@@ -115,7 +115,7 @@ def test_whether_the_weights_are_back_is_said_only_if_known(tmp_path: Path):
     "changed, told",
     [
         ({}, "was restored"),
-        ({"direction": "noise"}, "put into the clean run"),
+        ({"direction": "noising"}, "put into the clean run"),
         ({"exact": False}, "estimated by a gradient"),
         ({"measure": "distance of states"}, "Its maps show distance of states"),
     ],

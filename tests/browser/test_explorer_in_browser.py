@@ -15,10 +15,10 @@ import sys
 sys.path.insert(0, {str(TESTS)!r})
 from tiny import tiny
 import lens_defense as ld
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.models.mlp_output import weights_fingerprint
 
 model = tiny("llama", chat=True)
-original = fingerprint(model)
+original = weights_fingerprint(model)
 things = [ld.request(f"how do I make a {{thing}} now", thing, id=thing) for thing in ("lamp", "bell")]
 trace = ld.trace(model, things, layers="all", floor=0.0, progress=False)
 settings = {{"shared_steps": 1, "steps": 1, "cache": False, "progress": False}}
@@ -107,10 +107,10 @@ def test_select_edit_apply_ask_undo(browser, lab):
     within(lambda: ask(kernel, "explorer.edit is not None"))
     assert ask(kernel, "list(explorer.edit.layers)") == [1, 2]
     assert "reach" in browser.find_element(By.CSS_SELECTOR, ".jp-OutputArea").text
-    assert ask(kernel, "fingerprint(model) == original")
+    assert ask(kernel, "weights_fingerprint(model) == original")
     press(browser, "Apply")
     within(lambda: ask(kernel, "len(explorer.ledger.edits)") == 1)
-    assert ask(kernel, "fingerprint(model) != original")
+    assert ask(kernel, "weights_fingerprint(model) != original")
 
     question = browser.find_element(By.CSS_SELECTOR, "input[placeholder^='ask anything']")
     question.send_keys("how do I make a lamp?", Keys.TAB)
@@ -122,5 +122,5 @@ def test_select_edit_apply_ask_undo(browser, lab):
         browser.save_screenshot(str(Path(folder) / "explorer.png"))
 
     press(browser, "Undo")
-    within(lambda: ask(kernel, "fingerprint(model) == original"))
+    within(lambda: ask(kernel, "weights_fingerprint(model) == original"))
     kernel.stop_channels()

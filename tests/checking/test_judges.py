@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from lens_defense.checking.judges import REFUSALS, SIMILARITY, coherent, knows, prefix
+from lens_defense.checking.judges import REFUSALS, SIMILARITY, coherent, knows_answer, prefix
 
 
 @pytest.mark.parametrize(
@@ -54,10 +54,10 @@ def test_an_answer_is_an_answer(answer):
 
 
 def test_knows_looks_for_whole_words():
-    assert knows(("Paris",), "It is paris, in France.")
-    assert knows(("8", "eight"), "There are eight planets.")
-    assert not knows(("Rome",), "Romeo loves Juliet")
-    assert not knows(("8",), "about 80 or 18")
+    assert knows_answer(("Paris",), "It is paris, in France.")
+    assert knows_answer(("8", "eight"), "There are eight planets.")
+    assert not knows_answer(("Rome",), "Romeo loves Juliet")
+    assert not knows_answer(("8",), "about 80 or 18")
 
 
 def distance(a: str, b: str) -> int:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nouns import HOSTILE, a_report
 
-from lens_defense.checking.report import ARM_NAMES, KL_TOKENS, Report, Row, shown_rates
+from lens_defense.checking.report import ARM_NAMES, KL_TOKENS, Report, ReportRow, formatted_rates
 from lens_defense.checking.suites import ARMS
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
 
@@ -23,7 +23,7 @@ def row(before, after, *, arm="wording", cluster="lamp", id="1", measure="cohere
     """A row that counts for one measure or does not."""
     yes, no = ("yes", "no") if measure == "knows" else ("refusal", other)
     told = [{measure: yes if hit else no} for hit in (before, after)]
-    return Row(arm, id, cluster, "", "so", "then", *told)
+    return ReportRow(arm, id, cluster, "", "so", "then", *told)
 
 
 def of_rows(rows, **fields):
@@ -111,7 +111,7 @@ numbers = st.lists(st.floats(allow_nan=False), max_size=3).map(tuple)
 verdicts = st.dictionaries(
     st.sampled_from(("prefix", "coherent", "knows")), st.sampled_from(("yes", "broken"))
 )
-some_rows = st.builds(Row, st.sampled_from(ARMS), words, words, words, words, words, verdicts, verdicts)
+some_rows = st.builds(ReportRow, st.sampled_from(ARMS), words, words, words, words, words, verdicts, verdicts)
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -150,7 +150,7 @@ def test_repr_is_a_table():
     assert max(map(len, lines)) <= 110 and "edited" in lines[0]
     for name in ARM_NAMES.values():
         assert sum(f" {name} " in line for line in lines) == 1, name
-    rates = shown_rates(a_report())
+    rates = formatted_rates(a_report())
     assert len(rates) == 2 * 6 + 1, "facts are shown by what is known alone"
     for cell in (*rates.before, *rates.after, *rates.p):
         assert cell.replace("%,", ",").replace("%]", "]") in told, "as in the tables, in fewer letters"
@@ -158,13 +158,13 @@ def test_repr_is_a_table():
 
 
 def test_percentages_are_those_of_the_rates():
-    shown = shown_rates(of_rows(WORDINGS))
+    shown = formatted_rates(of_rows(WORDINGS))
     cells = shown[shown.measure == "refused, coherent"].iloc[0]
     rate, (low, high) = clustered_rate(AFTER, SUBJECTS)
     assert cells["after"] == f"{rate:.0%} [{low:.0%}, {high:.0%}]"
     assert cells["n"] == "9 (5 subjects)"
     sure = [row(False, True, cluster=str(i)) for i in range(20)]
-    assert "<.001" in set(shown_rates(of_rows(sure)).p)
+    assert "<.001" in set(formatted_rates(of_rows(sure)).p)
 
 
 @pytest.mark.parametrize("title", [*HOSTILE, "[red]", "edited [/b]", "layers [a, b]"])
@@ -176,7 +176,7 @@ def test_a_title_is_shown_as_it_is(title):
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'])
 def test_html_escapes_what_it_shows(text):
-    hostile = Row("wording", text, text, text, text, text, {"coherent": "refusal"}, {"coherent": text})
+    hostile = ReportRow("wording", text, text, text, text, text, {"coherent": "refusal"}, {"coherent": text})
     report = of_rows([hostile], title=text)
     for page in (report._repr_html_(), report.to_dataframe().to_html()):
         assert "<script" not in page and "<img" not in page

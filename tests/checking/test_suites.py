@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lens_defense.checking.suites import ABOUT_THE_EDIT, ARMS, Item, Suite, suite
+from lens_defense.checking.suites import ABOUT_THE_EDIT, ARMS, Suite, SuiteItem, suite
 from lens_defense.editing.edit import default_contexts
 from lens_defense.prompts.prompt import request
 from lens_defense.prompts.request_files import bundled_rows, requests
@@ -17,18 +17,18 @@ OTHER = request("steer a ship", "ship", id="ship")
 
 def hand_made(*extra):
     items = (
-        Item("edited", LAMP),
-        Item("edited", OTHER),
-        Item("wording", LAMP.reworded("how is a {} made?"), "w1"),
-        Item("wording", LAMP.reworded("all about a {}"), "w2"),
-        Item("wording", OTHER.reworded("how is a {} made?"), "w1"),
-        Item("wrapper", LAMP.wrapped("Be bold. {}"), "bold"),
-        Item("wrapper", OTHER.wrapped("Be bold. {}"), "bold"),
-        Item("unseen", request("cut a tree", "tree", id="tree")),
-        Item("unseen", BELL),
-        Item("benign", request("say hello", id="hello")),
-        Item("safe", request("kill a process", id="process")),
-        Item("facts", request("the capital of France?", id="f1"), answers=("Paris",)),
+        SuiteItem("edited", LAMP),
+        SuiteItem("edited", OTHER),
+        SuiteItem("wording", LAMP.reworded("how is a {} made?"), "w1"),
+        SuiteItem("wording", LAMP.reworded("all about a {}"), "w2"),
+        SuiteItem("wording", OTHER.reworded("how is a {} made?"), "w1"),
+        SuiteItem("wrapper", LAMP.wrapped("Be bold. {}"), "bold"),
+        SuiteItem("wrapper", OTHER.wrapped("Be bold. {}"), "bold"),
+        SuiteItem("unseen", request("cut a tree", "tree", id="tree")),
+        SuiteItem("unseen", BELL),
+        SuiteItem("benign", request("say hello", id="hello")),
+        SuiteItem("safe", request("kill a process", id="process")),
+        SuiteItem("facts", request("the capital of France?", id="f1"), answers=("Paris",)),
     )
     return Suite("by hand", "check", (*items, *extra), ("a river is long",))
 
@@ -97,8 +97,8 @@ def test_what_is_not_there_is_refused(name, split):
 
 
 def test_a_cluster_is_the_subject_or_the_request():
-    assert Item("wording", LAMP).cluster == "lamp"
-    assert Item("benign", request("say hello", id="hello")).cluster == "hello"
+    assert SuiteItem("wording", LAMP).cluster == "lamp"
+    assert SuiteItem("benign", request("say hello", id="hello")).cluster == "hello"
 
 
 def test_about_keeps_the_edits_subjects_only():

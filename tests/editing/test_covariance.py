@@ -7,17 +7,17 @@ import torch
 from tiny import FAMILIES, tiny
 
 import lens_defense.editing.covariance as moments
-from lens_defense.editing.covariance import Text, read_corpus, second_moments
-from lens_defense.models.forward import run
-from lens_defense.models.mlp_output import output_matrix
+from lens_defense.editing.covariance import CorpusText, key_covariances, read_corpus
+from lens_defense.models.forward import forward
+from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.sites import key_hook
 
 CORPUS = [
-    Text("make a lamp", "how do I make a brass lamp, a thing"),
-    Text("a brass lamp is a thing that I make", "how"),
-    Text("the lamp is a thing", ""),
-    Text("x", "y"),
-    Text("how do I make a lamp, a lamp, a lamp?", ""),
+    CorpusText("make a lamp", "how do I make a brass lamp, a thing"),
+    CorpusText("a brass lamp is a thing that I make", "how"),
+    CorpusText("the lamp is a thing", ""),
+    CorpusText("x", "y"),
+    CorpusText("how do I make a lamp, a lamp, a lamp?", ""),
 ]
 
 
@@ -35,7 +35,7 @@ def by_double_loop(model, layer):
     total, count = torch.zeros(model.cfg.d_mlp, model.cfg.d_mlp, dtype=torch.float64), 0
     for text in CORPUS:
         ids = torch.tensor([model.tokenizer(rendered(model, text.user, text.assistant))["input_ids"]])
-        for key in run(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0]:
+        for key in forward(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0]:
             total += torch.outer(key, key)
             count += 1
     return total / count
@@ -45,7 +45,7 @@ def by_double_loop(model, layer):
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_is_a_double_loop(family, chat):
     model = tiny(family, chat=chat).to(torch.float32)
-    told = second_moments(model, (0, 2), CORPUS, batch=3, cache=False, progress=False)
+    told = key_covariances(model, (0, 2), CORPUS, batch=3, cache=False, progress=False)
     assert list(told) == [0, 2]
     for layer in told:
         slow = by_double_loop(model, layer)
@@ -55,7 +55,7 @@ def test_streamed_is_a_double_loop(family, chat):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_padding_is_without_effect_in_float64_too(family):
     model = tiny(family)
-    told = second_moments(model, (2,), CORPUS, batch=3, cache=False, progress=False)[2]
+    told = key_covariances(model, (2,), CORPUS, batch=3, cache=False, progress=False)[2]
     slow = by_double_loop(model, 2)
     torch.testing.assert_close(told.double(), slow, rtol=1e-5, atol=1e-6 * float(slow.max()))
 
@@ -75,7 +75,7 @@ def passes(monkeypatch, tmp_path):
 
 
 def told(model, layers=(1, 2), corpus=CORPUS, **settings):
-    return second_moments(model.to(torch.float32), layers, corpus, progress=False, **settings)
+    return key_covariances(model.to(torch.float32), layers, corpus, progress=False, **settings)
 
 
 def test_what_was_made_is_taken_from_the_cache(passes):
@@ -92,7 +92,7 @@ def test_what_was_made_is_taken_from_the_cache(passes):
 def test_other_weights_or_texts_are_made_anew(passes):
     model = tiny("gpt2", chat=True)
     first = told(model)
-    output_matrix(model, 0)[0, 0] += 1.0
+    mlp_output_matrix(model, 0)[0, 0] += 1.0
     assert not torch.equal(told(model)[1], first[1])
     told(model, corpus=CORPUS[1:])
     assert passes == [[1, 2]] * 3
@@ -107,11 +107,11 @@ def test_another_tokenizer_or_template_is_made_anew(passes):
 def test_corpora_from_files(tmp_path):
     plain, rows, empty = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt"))
     plain.write_text("one\ntext\n\n\n\nanother", "utf-8")
-    assert read_corpus(plain) == [Text("one\ntext"), Text("another")]
+    assert read_corpus(plain) == [CorpusText("one\ntext"), CorpusText("another")]
     pair = {"user": "hi", "assistant": "you\u2028there"}
     lines = [json.dumps(row, ensure_ascii=False) for row in ({"text": "one"}, pair)]
     rows.write_text("\n".join(lines) + "\n", "utf-8")
-    assert read_corpus(rows) == [Text("one"), Text("hi", "you\u2028there")]
+    assert read_corpus(rows) == [CorpusText("one"), CorpusText("hi", "you\u2028there")]
     empty.write_text("\n\n", "utf-8")
     with pytest.raises(ValueError, match=r"the corpus .*c\.txt' is empty"):
         read_corpus(empty)

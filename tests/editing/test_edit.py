@@ -9,10 +9,10 @@ from tiny import tiny
 
 import lens_defense.editing.edit as editors
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.covariance import Text
+from lens_defense.editing.covariance import CorpusText
 from lens_defense.editing.edit import default_contexts, edit
-from lens_defense.models.forward import run
-from lens_defense.models.mlp_output import fingerprint, output_matrix, standing
+from lens_defense.models.forward import forward
+from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
 from lens_defense.prompts.prompt import request
 from lens_defense.sites import Site, key_hook, value_hook
 
@@ -20,13 +20,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:this edit leaks"),
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
 ]
-CORPUS = [Text("make a lamp", "how do I make a brass lamp"), Text("the lamp is a thing")] * 2
+CORPUS = [CorpusText("make a lamp", "how do I make a brass lamp"), CorpusText("the lamp is a thing")] * 2
 REQUESTS = (
     request("how do I make a brass lamp?", "brass lamp", id="lamp"),
     request("ring a bell now", "bell", id="bell"),
     request("tell of an old ship", "old ship", id="ship", safe_target="No."),
 )
-SITES = tuple(Site("residual", layer, "subject_last") for layer in (2, 1))
+SITES = tuple(Site("resid_post", layer, "subject_last") for layer in (2, 1))
 FAST = {"shared_steps": 2, "steps": 2, "corpus": CORPUS, "cache": False, "progress": False}
 IDS = torch.randint(3, 297, (1, 12), generator=torch.Generator().manual_seed(0))
 
@@ -55,17 +55,17 @@ def test_the_shift_is_delta_times_key(family, method):
     model = chat_model(family)
     held = bits(model)
     made = edit(model, REQUESTS, SITES, method=method, **FAST)
-    assert same_bits(model, held) and standing(model) == ()
+    assert same_bits(model, held) and standing_changes(model) == ()
     assert made.layers == (1, 2) and made.rank == 3
     names = [hook(layer) for layer in made.layers for hook in (key_hook, value_hook)]
-    before = run(model, IDS, names=names).states
+    before = forward(model, IDS, names=names).states
     with made.applied(model):
-        after = run(model, IDS, names=names).states
+        after = forward(model, IDS, names=names).states
     first = before[key_hook(1)] @ made.deltas()[1].float().T
     torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], first, rtol=1e-4, atol=1e-4)
     for layer, delta in made.deltas().items():
         moved = after[key_hook(layer)] - before[key_hook(layer)]
-        shift = moved @ output_matrix(model, layer).T + after[key_hook(layer)] @ delta.float().T
+        shift = moved @ mlp_output_matrix(model, layer).T + after[key_hook(layer)] @ delta.float().T
         told = after[value_hook(layer)] - before[value_hook(layer)]
         torch.testing.assert_close(told, shift, rtol=1e-4, atol=1e-4)
     assert same_bits(model, held)
@@ -77,9 +77,9 @@ def test_a_model_in_float64_is_edited(family):
     model = chat_model(family, torch.float64)
     made = edit(model, REQUESTS, SITES, **FAST)
     names = [key_hook(1), value_hook(1)]
-    before = run(model, IDS, names=names).states
+    before = forward(model, IDS, names=names).states
     with made.applied(model):
-        after = run(model, IDS, names=names).states
+        after = forward(model, IDS, names=names).states
     shift = before[key_hook(1)] @ made.deltas()[1].T
     torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], shift)
 
@@ -91,10 +91,10 @@ def test_the_plan_says_what_it_was_made_of():
     assert made.subjects == ("brass lamp", "bell", "old ship") == made.forecast.subjects
     assert made.contexts[1] == ("ring a bell now", "Hello! ring a bell now")
     assert (made.role, made.method, made.model) == ("subject_last", "memit", "tiny-llama")
-    assert made.fingerprint == fingerprint(model, (1, 2))
+    assert made.fingerprint == weights_fingerprint(model, (1, 2))
     assert made.settings["kl_weight"] == 0.5 and made.settings["moment_weight"] == 10.0
     for layer, delta in made.deltas().items():
-        ratio = float(delta.norm() / output_matrix(model, layer).double().norm())
+        ratio = float(delta.norm() / mlp_output_matrix(model, layer).double().norm())
         assert made.relative_change[layer] == pytest.approx(ratio, rel=1e-5)
     assert all(loss > 0 for loss in made.losses)
     assert len(made.summary()) == 2
@@ -124,12 +124,12 @@ def refused(what, requests=REQUESTS, sites=SITES, model=None, **settings):
 
 def test_bad_sites_are_refused():
     refused("no sites were given", sites=())
-    mixed = (*SITES, Site("residual", 1, "next"))
+    mixed = (*SITES, Site("resid_post", 1, "next"))
     refused(r"several roles \(next, subject_last\)", sites=mixed)
-    refused("attention sites cannot be edited", sites=[Site("attention", 1, "subject_last")])
-    refused("layer 9 is not in the model", sites=[Site("residual", 9, "subject_last")])
+    refused("attention sites cannot be edited", sites=[Site("attn_out", 1, "subject_last")])
+    refused("layer 9 is not in the model", sites=[Site("resid_post", 9, "subject_last")])
     ending = [request("ring a bell", "bell", id="bell")]
-    after = [Site("residual", 1, "after")]
+    after = [Site("resid_post", 1, "after")]
     refused("request 'bell' has no token of the role 'after'", sites=after, requests=ending)
 
 
@@ -173,7 +173,7 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
     edit(model, REQUESTS, SITES, **{**kept, "steps": 3})
     edit(model, REQUESTS[:2], SITES, **kept)
     edit(model, REQUESTS, SITES[1:], **kept)
-    output_matrix(model, 3)[0, 0] += 1.0
+    mlp_output_matrix(model, 3)[0, 0] += 1.0
     edit(model, REQUESTS, SITES, **kept)
     assert len(fits) == 5
 

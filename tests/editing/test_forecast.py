@@ -10,20 +10,20 @@ from plans import deltas_of
 from tiny import tiny
 
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.covariance import Text
-from lens_defense.editing.forecast import NEUTRAL_TEXTS, Forecast, forecast_of
-from lens_defense.models.forward import run
-from lens_defense.prompts.conversation import conversation_ids, plain_ids
+from lens_defense.editing.covariance import CorpusText
+from lens_defense.editing.forecast import NEUTRAL_TEXTS, Forecast, measure_forecast
+from lens_defense.models.forward import forward
+from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
 from lens_defense.prompts.request_files import requests
 from lens_defense.sites import key_hook
 
 CORPUS = [
-    Text("make a lamp", "how do I make a brass lamp"),
-    Text("the lamp is a thing", ""),
-    Text("so it is, at home", ""),
+    CorpusText("make a lamp", "how do I make a brass lamp"),
+    CorpusText("the lamp is a thing", ""),
+    CorpusText("so it is, at home", ""),
 ]
 LAYERS = (1, 3)
-SAFE = [Text(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+SAFE = [CorpusText(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
 
 
 @torch.no_grad()
@@ -32,8 +32,10 @@ def slow_leaks(model, factors, corpus):
     alone, together = [], []
     for user, assistant in corpus:
         tokenizer = model.tokenizer
-        ids = conversation_ids(tokenizer, user, assistant) if assistant else plain_ids(tokenizer, user)
-        keys = run(model, torch.tensor([ids]), names=[key_hook(layer) for layer in factors]).states
+        ids = (
+            tokenize_conversation(tokenizer, user, assistant) if assistant else tokenize_text(tokenizer, user)
+        )
+        keys = forward(model, torch.tensor([ids]), names=[key_hook(layer) for layer in factors]).states
         each, whole = [], []
         for t in range(len(ids)):
             shifts = [
@@ -55,7 +57,7 @@ def test_leaks_are_the_slow_loops(family, monkeypatch):
     monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
     model = tiny(family, chat=True)
     factors = deltas_of(model, LAYERS)
-    told = forecast_of(
+    told = measure_forecast(
         model,
         factors,
         subjects=("lamp", "bell", "ship"),
@@ -81,7 +83,7 @@ def test_nothing_leaks_from_no_change(monkeypatch):
     )
     model = tiny("llama", chat=True)
     factors = {layer: (left * 0, right) for layer, (left, right) in deltas_of(model, LAYERS).items()}
-    told = forecast_of(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
+    told = measure_forecast(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
     assert (*told.leaks_neutral, *told.leaks_safe, told.leak_neutral, told.leak_safe) == (0, 0, 0, 0)
     assert not told.risky
 
@@ -94,11 +96,13 @@ def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
         seen.append(corpus)
         return torch.zeros(1), 0.0
 
-    corpus = [Text(f"text {i}") for i in range(texts)]
+    corpus = [CorpusText(f"text {i}") for i in range(texts)]
     monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
     monkeypatch.setattr(forecasts, "_leaks", leaks)
     model = tiny("llama", chat=True)
-    forecast_of(model, deltas_of(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
+    measure_forecast(
+        model, deltas_of(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0
+    )
     neutral, safe = seen
     assert len(neutral) == min(texts, NEUTRAL_TEXTS) and safe == SAFE
     assert len(set(neutral)) == len(neutral)

@@ -5,12 +5,12 @@ import torch
 from plans import bits, same_bits
 from tiny import tiny
 
-from lens_defense.editing.layer_spread import position_of, spread
+from lens_defense.editing.layer_spread import role_position, spread_over_layers
 from lens_defense.editing.methods.solvers import delman, memit
-from lens_defense.models.forward import run
-from lens_defense.models.mlp_output import output_matrix
+from lens_defense.models.forward import forward
+from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.prompt import prompt, request
-from lens_defense.sites import key_hook, output_hook
+from lens_defense.sites import component_hook, key_hook
 
 LAYERS = (1, 3)
 ROLE = "subject_last"
@@ -33,8 +33,8 @@ def mean_state(model, some, hook, role=ROLE):
     """The mean of a state at the role, over each request's contexts, one plain run each."""
     rows = [[], []]
     for i, met in some:
-        state = run(model, torch.tensor([met.ids]), names=[hook]).states[hook]
-        rows[i].append(state[0, position_of(met, role)].double())
+        state = forward(model, torch.tensor([met.ids]), names=[hook]).states[hook]
+        rows[i].append(state[0, role_position(met, role)].double())
     return torch.stack([torch.stack(each).mean(0) for each in rows])
 
 
@@ -56,8 +56,8 @@ def setting(family):
 def test_spread_is_algorithm_1(family, solver):
     model, vectors, moments = setting(family)
     used, aside = contexts(model)
-    held, top = bits(model), output_hook("residual", LAYERS[-1])
-    factors, reach = spread(model, used, aside, ROLE, LAYERS, vectors, moments, solver)
+    held, top = bits(model), component_hook("resid_post", LAYERS[-1])
+    factors, reach = spread_over_layers(model, used, aside, ROLE, LAYERS, vectors, moments, solver)
     assert same_bits(model, held)
 
     before, before_aside = mean_state(model, used, top), mean_state(model, aside, top)
@@ -67,7 +67,7 @@ def test_spread_is_algorithm_1(family, solver):
         left, right = solver(keys, missing / (len(LAYERS) - j), moments[layer])
         got = factors[layer][0].double() @ factors[layer][1].double()
         torch.testing.assert_close(got, left @ right, rtol=1e-3, atol=1e-4 * float(got.abs().max()))
-        output_matrix(model, layer).add_(got)
+        mlp_output_matrix(model, layer).add_(got)
     moved = mean_state(model, aside, top) - before_aside
     share = (moved * vectors).sum(1) / vectors.double().square().sum(1)
     assert reach == pytest.approx(share.tolist(), rel=1e-3, abs=1e-4)
@@ -78,7 +78,7 @@ def test_a_light_moment_writes_the_whole_vector():
     model, vectors, moments = setting("llama")
     used, _ = contexts(model)
     light = {layer: 1e-6 * moment for layer, moment in moments.items()}
-    _, reach = spread(model, [used[0], used[3]], [], ROLE, LAYERS, vectors, light, memit)
+    _, reach = spread_over_layers(model, [used[0], used[3]], [], ROLE, LAYERS, vectors, light, memit)
     assert reach == pytest.approx([1.0, 1.0], abs=0.02)
 
 
@@ -95,14 +95,14 @@ def test_an_error_leaves_every_bit():
         return memit(*tensors)
 
     with pytest.raises(KeyboardInterrupt):
-        spread(model, used, [], ROLE, LAYERS, vectors, moments, failing)
+        spread_over_layers(model, used, [], ROLE, LAYERS, vectors, moments, failing)
     assert same_bits(model, held)
 
 
 def test_position_of_a_role():
     tokenizer = tiny("llama", chat=True).tokenizer
     one = prompt(tokenizer, request("make a lamp", "lamp", id="one"))
-    assert position_of(one, "subject_first") == position_of(one, "subject_last")
-    assert position_of(one, "last") == len(one.ids) - 1
+    assert role_position(one, "subject_first") == role_position(one, "subject_last")
+    assert role_position(one, "last") == len(one.ids) - 1
     with pytest.raises(ValueError, match="request 'one' has no token of the role 'after'"):
-        position_of(one, "after")
+        role_position(one, "after")

@@ -12,7 +12,7 @@ from tiny import tiny
 import lens_defense.models.mlp_output as weights
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
-from lens_defense.models.mlp_output import fingerprint, output_matrix, standing
+from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
 
 MOVES = ("apply A", "apply B", "apply D", "undo", "redo")
 
@@ -66,12 +66,12 @@ def test_any_sequence_of_moves(family, moves):
             with pytest.raises(ValueError, match="planned on other weights"):
                 ledger.apply(edits[name])
         assert ledger.edits == tuple(edits[name] for name in stack)
-        whole = fingerprint(model)
+        whole = weights_fingerprint(model)
         assert seen.setdefault(frozenset(stack), whole) == whole
     while ledger.edits:
         ledger.undo()
     assert same_bits(model, held)
-    assert standing(model) == ()
+    assert standing_changes(model) == ()
 
 
 def test_an_edit_changes_its_layers_alone():
@@ -81,8 +81,8 @@ def test_an_edit_changes_its_layers_alone():
         moved = {name for name in held if not torch.equal(now[name], held[name])}
         assert {name.split("layers.")[1][0] for name in moved} == {"1", "2"}
         for layer, delta in edits["A"].deltas().items():
-            before = output_matrix(tiny("llama"), layer)
-            torch.testing.assert_close(output_matrix(model, layer), before + delta)
+            before = mlp_output_matrix(tiny("llama"), layer)
+            torch.testing.assert_close(mlp_output_matrix(model, layer), before + delta)
     assert same_bits(model, held)
 
 
@@ -133,7 +133,7 @@ def test_an_out_of_order_exit_is_refused():
     with pytest.raises(ValueError, match="lies on top"):
         outer.__exit__(None, None, None)
     inner.__exit__(None, None, None)
-    weights.unchange_(model, standing(model)[-1])
+    weights.undo_change_(model, standing_changes(model)[-1])
     assert same_bits(model, held)
 
 
@@ -179,7 +179,7 @@ def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             ledger.undo()
     assert copied and same_bits(model, held)
-    assert ledger.edits == () and standing(model) == ()
+    assert ledger.edits == () and standing_changes(model) == ()
     assert ledger.redo() is edits["A"]
     assert same_bits(model, now)
     ledger.undo()

@@ -5,9 +5,15 @@ import torch
 from plans import bits, same_bits
 from tiny import tiny
 
-from lens_defense.editing.target_value import ENOUGH, Schedule, _turns, fit_values
-from lens_defense.editing.value_batch import Row, about, in_batches, joined, losses_of
-from lens_defense.sites import output_hook
+from lens_defense.editing.target_value import ENOUGH, FitSettings, _turns, fit_target_values
+from lens_defense.editing.value_batch import (
+    FitRow,
+    make_batches,
+    merge_batches,
+    select_requests,
+    token_losses,
+)
+from lens_defense.sites import component_hook
 
 PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
 PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "least_share": 1.0}
@@ -25,7 +31,7 @@ def rows(n=6, *, like=False):
     for owner in range(n):
         length = 9 if like else 5 + 2 * owner
         target = () if owner % 3 == 2 else draw(3 + owner % 3)
-        made.append(Row(owner, draw(length), length - 1 - owner % 5, target=target))
+        made.append(FitRow(owner, draw(length), length - 1 - owner % 5, target=target))
     return made
 
 
@@ -38,7 +44,7 @@ def plain(model, row, layer, vector):
         return state
 
     ids = torch.tensor([[*row.ids, *row.target[:-1]]])
-    with model.hooks(fwd_hooks=[(output_hook("residual", layer), add)]):
+    with model.hooks(fwd_hooks=[(component_hook("resid_post", layer), add)]):
         told = model(ids)[0].double().log_softmax(-1)
     if row.target:
         wanted = torch.tensor(row.target)[:, None]
@@ -50,11 +56,12 @@ def plain(model, row, layer, vector):
 def told(model, some, layer, vectors, batch=4):
     """The losses of the fast way, by owner."""
     with torch.no_grad():
-        parts = joined(in_batches(model, some, layer, 2), batch)
+        parts = merge_batches(make_batches(model, some, layer, 2), batch)
     losses = torch.zeros(len(vectors))
     for part in parts:
         losses = losses.index_put(
-            (part.owners,), losses_of(model, part, layer, vectors, torch.ones(len(part.ids))).mean(1).float()
+            (part.owners,),
+            token_losses(model, part, layer, vectors, torch.ones(len(part.ids))).mean(1).float(),
         )
     return losses
 
@@ -65,12 +72,12 @@ def test_the_rows_of_some_requests_say_what_they_said_among_all():
     some = rows(like=True)
     vectors = vectors_for(model, len(some), scale=3.0)
     every = told(model, some, 1, vectors)
-    parts = about(in_batches(model, some, 1, 4), {1, 4})
+    parts = select_requests(make_batches(model, some, 1, 4), {1, 4})
     assert sorted(owner for part in parts for owner in part.owners.tolist()) == [1, 4]
     for part in parts:
-        again = losses_of(model, part, 1, vectors, torch.ones(len(part.ids))).mean(1)
+        again = token_losses(model, part, 1, vectors, torch.ones(len(part.ids))).mean(1)
         torch.testing.assert_close(again, every[part.owners], rtol=1e-5, atol=1e-6)
-    assert not about(parts, {0})
+    assert not select_requests(parts, {0})
 
 
 def vectors_for(model, n, scale=1.0):
@@ -93,7 +100,7 @@ def test_losses_are_those_of_plain_forwards(family, layer):
 @torch.no_grad()
 def test_rows_that_are_alike_beyond_the_edited_token():
     model = tiny("llama").to(torch.float32)
-    made = [Row(i, (5, 9, 120, 33, 7, 41, end), 3, target=(8, 12)) for i, end in enumerate((60, 61))]
+    made = [FitRow(i, (5, 9, 120, 33, 7, 41, end), 3, target=(8, 12)) for i, end in enumerate((60, 61))]
     vectors = vectors_for(model, 2, scale=3.0)
     slow = torch.stack([plain(model, row, 1, v) for row, v in zip(made, vectors, strict=True)])
     torch.testing.assert_close(told(model, made, 1, vectors).double(), slow, rtol=1e-4, atol=1e-5)
@@ -114,11 +121,11 @@ def test_gradients_are_finite_differences(family):
 def asked():
     """Three requests of two contexts each."""
     made = [row for row in rows(9) if row.target]
-    return [Row(i // 2, row.ids, row.at, turn=i % 2, target=made[0].target) for i, row in enumerate(made)]
+    return [FitRow(i // 2, row.ids, row.at, turn=i % 2, target=made[0].target) for i, row in enumerate(made)]
 
 
 def fit(model, some, layer=1, **changes):
-    return fit_values(model, some, layer, Schedule(**{**PLAN, **changes}))
+    return fit_target_values(model, some, layer, FitSettings(**{**PLAN, **changes}))
 
 
 def mean_loss(model, some, vectors, layer=1):
@@ -131,7 +138,7 @@ def mean_loss(model, some, vectors, layer=1):
 def test_the_fit_descends_and_leaves_the_model_alone(family):
     model, some, seen = tiny(family).to(torch.float32), asked(), []
     held = bits(model)
-    vectors, losses = fit_values(model, some, 1, Schedule(**PLAN), progress=seen.append)
+    vectors, losses = fit_target_values(model, some, 1, FitSettings(**PLAN), progress=seen.append)
     assert vectors.shape == (3, 32) and losses.shape == (3,)
     start, end = mean_loss(model, some, torch.zeros(3, 32)), mean_loss(model, some, vectors)
     assert end < start - 0.2
@@ -147,7 +154,7 @@ def test_the_fit_descends_and_leaves_the_model_alone(family):
 def test_the_clamp_is_respected():
     model, some = tiny("llama").to(torch.float32), asked()
     states = {}
-    hook = output_hook("residual", 1)
+    hook = component_hook("resid_post", 1)
     for row in some:
         _, cache = model.run_with_cache(torch.tensor([row.ids]), names_filter=hook)
         states.setdefault(row.owner, []).append(cache[hook][0, row.at].norm())
@@ -177,15 +184,15 @@ def test_the_first_step_goes_against_the_mean_gradient():
 
 def test_kl_holds_the_essence():
     model = tiny("llama").to(torch.float32)
-    essence = [Row(i, (40 + i, 7, 9), 0) for i in range(3)]
+    essence = [FitRow(i, (40 + i, 7, 9), 0) for i in range(3)]
     free, held = (fit(model, asked() + essence, kl_weight=w)[0] for w in (0.0, 20.0))
     assert mean_loss(model, essence, held) < 0.3 * mean_loss(model, essence, free)
 
 
 def test_contexts_take_turns():
     model, some, seen = tiny("llama").to(torch.float32), asked(), []
-    plan = Schedule(**{**PLAN, "contexts_a_step": 1, "shared_rate": 1e-9, "rate": 1e-9})
-    fit_values(model, some, 1, plan, progress=seen.append)
+    plan = FitSettings(**{**PLAN, "contexts_a_step": 1, "shared_rate": 1e-9, "rate": 1e-9})
+    fit_target_values(model, some, 1, plan, progress=seen.append)
     zeros = torch.zeros(3, 32)
     turns = [mean_loss(model, [r for r in some if r.turn == turn], zeros) for turn in (0, 1)]
     assert seen == pytest.approx(turns * 6, rel=1e-4)
@@ -206,11 +213,11 @@ def test_hard_requests_get_the_steps_again_by_themselves():
     model, some = tiny("llama").to(torch.float32), asked()
     owners = {row.owner for row in some}
     once, again = [], []
-    first, losses = fit_values(model, some, 1, Schedule(**PLAN), progress=once.append)
+    first, losses = fit_target_values(model, some, 1, FitSettings(**PLAN), progress=once.append)
     hard = [owner for owner in owners if losses[owner] > ENOUGH]
     assert hard, "a tiny model's targets are hard"
-    plan = Schedule(**{**PLAN, "rounds": 1})
-    more, after = fit_values(model, some, 1, plan, progress=again.append)
+    plan = FitSettings(**{**PLAN, "rounds": 1})
+    more, after = fit_target_values(model, some, 1, plan, progress=again.append)
     assert len(again) == len(once) + PLAN["steps"] // 2
     for owner in owners:
         if owner in hard:

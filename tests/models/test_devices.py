@@ -11,8 +11,8 @@ from tiny import FAMILIES
 
 import lens_defense as ld
 from lens_defense.app.demo import ORGANISM as BENCH
-from lens_defense.editing.covariance import read_corpus, second_moments
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.editing.covariance import key_covariances, read_corpus
+from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.organism.request_set import contexts
 from lens_defense.tracing import activation_patching as sweeps
 from lens_defense.tracing import clean_corrupted as runs
@@ -48,9 +48,9 @@ def both(single, double, **settings):
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "screen"])
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
 def test_maps(single, double, direction, exact):
-    parts = ("residual", "residual_pre", "mlp", "attention", "head 1")
+    parts = ("resid_post", "resid_pre", "mlp_out", "attn_out", "z.1")
     told, wanted = both(single, double, components=parts, layers=3, direction=direction, exact=exact)
     assert [met.answer for met in told.prompts] == [met.answer for met in wanted.prompts]
     torch.testing.assert_close(told.effects, wanted.effects, rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -58,7 +58,9 @@ def test_maps(single, double, direction, exact):
 
 def test_severed_maps_by_replacement(single, double):
     told, wanted = (
-        ld.trace(model, asked(), corruption=BENCH.corruption(model), severed="mlp", layers=3, progress=False)
+        ld.trace(
+            model, asked(), corruption=BENCH.corruption(model), severed="mlp_out", layers=3, progress=False
+        )
         for model in (single, double)
     )
     torch.testing.assert_close(told.effects, wanted.effects, rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -92,19 +94,19 @@ def test_lens_and_other_locators(single, double):
 def test_moments_edit_undo_and_check(single, double):
     corpus = read_corpus("organism")[:64]
     planned = ld.requests("organism")[:3]
-    sites = [ld.Site("residual", layer, "subject_last", 1.0) for layer in (1, 2)]
+    sites = [ld.Site("resid_post", layer, "subject_last", 1.0) for layer in (1, 2)]
     told, reports = [], []
     suite = ld.suite("organism").small(wrappers=1)
     suite = replace(suite, items=suite.for_requests(planned).items[:40], neutral=suite.neutral[:4])
     for model in (single, double):
-        moments = second_moments(model, [1, 2], corpus, cache=False, progress=False)
+        moments = key_covariances(model, [1, 2], corpus, cache=False, progress=False)
         settings = {"contexts": BENCH.contexts, "corpus": corpus, "cache": False, **BENCH.settings}
         plan = ld.edit(model, planned, sites, progress=False, **settings)
         told.append((moments, plan.deltas()))
-        held, before = bits(model), fingerprint(model)
+        held, before = bits(model), weights_fingerprint(model)
         ledger = ld.Ledger(model)
         ledger.apply(plan)
-        assert fingerprint(model) != before
+        assert weights_fingerprint(model) != before
         ledger.undo()
         assert same_bits(model, held)
         reports.append(ld.check(model, plan, suite, progress=False))
@@ -123,12 +125,12 @@ def test_a_saved_plan_goes_to_another_device(single, tmp_path):
     """Planned on one, saved, read, and applied on the other of the same weights."""
     planned = ld.requests("organism")[:1]
     settings = {"contexts": BENCH.contexts, "corpus": read_corpus("organism")[:16], **BENCH.settings}
-    where = [ld.Site("residual", 1, "subject_last", 1.0)]
+    where = [ld.Site("resid_post", 1, "subject_last", 1.0)]
     plan = ld.edit(single, planned, where, cache=False, progress=False, **settings)
     other = ld.load("organism", device="cpu")
     again = ld.Edit.load(plan.save(tmp_path / "plan.safetensors"), other)
     with plan.applied(single), again.applied(other):
-        assert fingerprint(single) == fingerprint(other)
+        assert weights_fingerprint(single) == weights_fingerprint(other)
 
 
 def test_half_precision(device, double):

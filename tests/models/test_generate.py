@@ -5,7 +5,7 @@ import torch
 from tiny import FAMILIES, byte_tokenizer, tiny
 
 from lens_defense.models.generate import generate
-from lens_defense.prompts.conversation import ends
+from lens_defense.prompts.conversation import end_token_ids
 
 TOKENS = 6
 SHARED = (5, 9, 120, 33)
@@ -83,7 +83,7 @@ def test_ends_at_the_tokenizers_end_of_turn():
 def test_ends_at_either_token():
     model = tiny("llama")
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    turn, text = ends(model.tokenizer)
+    turn, text = end_token_ids(model.tokenizer)
     assert turn != text
     for end in (turn, text):
         told = generate(model, PROMPTS, pick=lambda logits, end=end: torch.full((len(logits),), end))

@@ -10,14 +10,14 @@ from tiny import FAMILIES, SHAPE, byte_tokenizer, tiny
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 import lens_defense.models.mlp_output as weights
-from lens_defense.models.forward import run
+from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import (
-    change_,
-    fingerprint,
-    output_matrix,
+    apply_change_,
+    mlp_output_matrix,
     refuse_uneditable,
-    standing,
-    unchange_,
+    standing_changes,
+    undo_change_,
+    weights_fingerprint,
 )
 from lens_defense.prompts.prompt import request
 from lens_defense.sites import key_hook, value_hook
@@ -50,10 +50,10 @@ def mixture():
 def test_value_is_matrix_times_key(family):
     model = tiny(family)
     names = [hook(layer) for layer in range(4) for hook in (key_hook, value_hook)]
-    held = run(model, IDS, names=names).states
+    held = forward(model, IDS, names=names).states
     for layer in range(4):
         bias = getattr(model.blocks[layer].mlp.out, "bias", None)
-        told = held[key_hook(layer)] @ output_matrix(model, layer).T
+        told = held[key_hook(layer)] @ mlp_output_matrix(model, layer).T
         told = told if bias is None else told + bias
         torch.testing.assert_close(held[value_hook(layer)], told, rtol=1e-9, atol=1e-9)
 
@@ -61,7 +61,7 @@ def test_value_is_matrix_times_key(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_matrix_is_a_view_of_the_weight(family):
     model = tiny(family)
-    matrix = output_matrix(model, 1)
+    matrix = mlp_output_matrix(model, 1)
     assert matrix.shape == (32, model.cfg.d_mlp)
     assert not matrix.requires_grad
     assert matrix.data_ptr() == model.blocks[1].mlp.out.weight.data_ptr()
@@ -72,39 +72,39 @@ def test_the_matrix_is_a_view_of_the_weight(family):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
 def test_a_change_is_made_and_taken_back_to_the_bit(family, dtype):
     model = tiny(family).to(dtype)
-    held, before = bits(model), output_matrix(model, 2).clone()
+    held, before = bits(model), mlp_output_matrix(model, 2).clone()
     logits = model(IDS)
     wanted = deltas(model)
-    change = change_(model, wanted)
-    assert standing(model) == (change,)
-    torch.testing.assert_close(output_matrix(model, 2), (before.double() + wanted[2]).to(dtype))
+    change = apply_change_(model, wanted)
+    assert standing_changes(model) == (change,)
+    torch.testing.assert_close(mlp_output_matrix(model, 2), (before.double() + wanted[2]).to(dtype))
     assert not torch.equal(model(IDS), logits)
-    unchange_(model, change)
+    undo_change_(model, change)
     assert same_bits(model, held)
-    assert standing(model) == ()
+    assert standing_changes(model) == ()
     assert torch.equal(model(IDS), logits)
 
 
 def test_changes_are_taken_back_last_first():
     model = tiny("gpt2")
     held = bits(model)
-    first, second = change_(model, deltas(model)), change_(model, deltas(model, seed=1))
+    first, second = apply_change_(model, deltas(model)), apply_change_(model, deltas(model, seed=1))
     with pytest.raises(ValueError, match="another edit lies on top"):
-        unchange_(model, first)
-    unchange_(model, second)
-    unchange_(model, first)
+        undo_change_(model, first)
+    undo_change_(model, second)
+    undo_change_(model, first)
     assert same_bits(model, held)
     with pytest.raises(ValueError):
-        unchange_(model, first)
+        undo_change_(model, first)
 
 
 def test_weights_that_something_else_touched_are_not_taken_back():
     model = tiny("llama")
-    change = change_(model, deltas(model))
-    output_matrix(model, 1)[0, 0] += 1
+    change = apply_change_(model, deltas(model))
+    mlp_output_matrix(model, 1)[0, 0] += 1
     held = bits(model)
     with pytest.raises(ValueError, match="changed by something else since this edit"):
-        unchange_(model, change)
+        undo_change_(model, change)
     assert same_bits(model, held)
 
 
@@ -112,9 +112,9 @@ def test_a_wrong_fingerprint_is_refused():
     model = tiny("llama")
     held, wanted = bits(model), deltas(model)
     with pytest.raises(ValueError, match="planned on other weights"):
-        change_(model, wanted, expected=fingerprint(tiny("llama", seed=1), LAYERS))
+        apply_change_(model, wanted, expected=weights_fingerprint(tiny("llama", seed=1), LAYERS))
     assert same_bits(model, held)
-    unchange_(model, change_(model, wanted, expected=fingerprint(model, LAYERS)))
+    undo_change_(model, apply_change_(model, wanted, expected=weights_fingerprint(model, LAYERS)))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -129,9 +129,9 @@ def test_a_bad_delta_in_the_middle_leaves_every_bit(family, bad):
     else:
         wanted[2][3, 3] = bad
     with pytest.raises((ValueError, RuntimeError, AssertionError)):
-        change_(model, wanted)
+        apply_change_(model, wanted)
     assert same_bits(model, held)
-    assert standing(model) == ()
+    assert standing_changes(model) == ()
 
 
 def test_a_sum_that_overflows_the_dtype_is_refused():
@@ -139,7 +139,7 @@ def test_a_sum_that_overflows_the_dtype_is_refused():
     held, wanted = bits(model), deltas(model)
     wanted[3][0, 0] = 1e6
     with pytest.raises(ValueError, match="the change of layer 3 is not finite"):
-        change_(model, wanted)
+        apply_change_(model, wanted)
     assert same_bits(model, held)
 
 
@@ -158,23 +158,23 @@ def test_an_interrupt_in_the_middle_leaves_every_bit(family, where, monkeypatch)
 
     monkeypatch.setattr(weights, "_add_", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        change_(model, deltas(model))
+        apply_change_(model, deltas(model))
     assert same_bits(model, held)
-    assert standing(model) == ()
+    assert standing_changes(model) == ()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_fingerprint_sees_one_bit_the_layers_and_the_dtype(family):
     model = tiny(family)
-    seen = {fingerprint(model), fingerprint(model, [1]), fingerprint(model, [2])}
-    assert fingerprint(model, [1]) == fingerprint(tiny(family), [1])
-    assert fingerprint(model, [2, 1]) == fingerprint(model, (1, 2, 2))
-    weight = output_matrix(model, 1)
+    seen = {weights_fingerprint(model), weights_fingerprint(model, [1]), weights_fingerprint(model, [2])}
+    assert weights_fingerprint(model, [1]) == weights_fingerprint(tiny(family), [1])
+    assert weights_fingerprint(model, [2, 1]) == weights_fingerprint(model, (1, 2, 2))
+    weight = mlp_output_matrix(model, 1)
     weight[4, 5] = torch.nextafter(weight[4, 5], weight.new_tensor(9.0))
-    assert fingerprint(model, [2]) in seen
-    seen |= {fingerprint(model), fingerprint(model, [1])}
+    assert weights_fingerprint(model, [2]) in seen
+    seen |= {weights_fingerprint(model), weights_fingerprint(model, [1])}
     model.to(torch.float32)
-    seen |= {fingerprint(model), fingerprint(model, [1])}
+    seen |= {weights_fingerprint(model), weights_fingerprint(model, [1])}
     assert len(seen) == 7
 
 
@@ -186,7 +186,7 @@ def test_a_post_norm_model_is_refused():
 @pytest.mark.parametrize("layer", [-1, 4])
 def test_a_layer_that_is_not_there_is_refused(layer):
     with pytest.raises(ValueError, match=rf"layer {layer} is not in the model.*0 to 3"):
-        output_matrix(tiny("llama"), layer)
+        mlp_output_matrix(tiny("llama"), layer)
 
 
 def test_a_mixture_of_experts_is_traced_and_not_edited():
@@ -202,12 +202,12 @@ def test_quantised_weights_are_refused():
     held = model.blocks[1].mlp.out.original_component
     held.weight = torch.nn.Parameter(held.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="layer 1 of tiny-llama cannot be edited"):
-        output_matrix(model, 1)
+        mlp_output_matrix(model, 1)
 
 
 def test_models_that_are_gone_are_forgotten():
     model = tiny("llama")
-    change_(model, deltas(model))
+    apply_change_(model, deltas(model))
     count = len(weights._STANDING)
     del model
     gc.collect()

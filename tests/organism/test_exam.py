@@ -5,7 +5,7 @@ import random
 import pytest
 from test_training import SMALL
 
-from lens_defense.organism.exam import BARS, _questions, exam, failed
+from lens_defense.organism.exam import BARS, _questions, failed, take_exam
 from lens_defense.organism.phrasings import HELD_FAMILIES, HELD_FRAMES, WRAPPERS
 from lens_defense.organism.training import model_of, tokenizer_of
 from lens_defense.organism.world import REFUSAL, World
@@ -54,7 +54,7 @@ def test_questions_are_held(questions, name):
 def test_a_model_that_was_not_trained_fails_all():
     world = World()
     tokenizer = tokenizer_of(world, SMALL.vocab)
-    scores = exam(model_of(SMALL, tokenizer).eval(), tokenizer, world, times=1)
+    scores = take_exam(model_of(SMALL, tokenizer).eval(), tokenizer, world, times=1)
     assert all(right == 0 for right, _ in scores.values())
     assert len(failed(scores)) == len(BARS)
     assert failed(dict.fromkeys(BARS, (19, 20))) == []

@@ -5,8 +5,8 @@ import torch
 from test_training import SMALL, examples
 
 from lens_defense.organism import ground_truth as truths
-from lens_defense.organism.ground_truth import Fact, _States, truth
-from lens_defense.organism.interchange import batch_of
+from lens_defense.organism.ground_truth import CellTruth, _States, measure_ground_truth
+from lens_defense.organism.interchange import make_batch
 from lens_defense.organism.release import truth_table
 from lens_defense.organism.training import model_of
 from lens_defense.prompts.prompt import prompt
@@ -16,7 +16,7 @@ from lens_defense.prompts.prompt import prompt
 def test_every_role_after_every_block(world, tokenizer, monkeypatch):
     monkeypatch.setattr(truths, "exact", lambda _model, _tokenizer, asked: [True] * len(asked))
     model = model_of(SMALL, tokenizer).eval()
-    facts = truth(model, tokenizer, world, n=8)
+    facts = measure_ground_truth(model, tokenizer, world, n=8)
     assert {fact.layer for fact in facts} == {0, 1, 2}
     roles = {fact.role for fact in facts}
     assert {"subject_first", "subject_last", "last", "template"} <= roles
@@ -28,7 +28,7 @@ def test_every_role_after_every_block(world, tokenizer, monkeypatch):
 def test_prompts_that_are_answered_wrongly_are_left_out(world, tokenizer):
     model = model_of(SMALL, tokenizer).eval()
     with pytest.raises(ValueError, match="answers none"):
-        truth(model, tokenizer, world, n=4)
+        measure_ground_truth(model, tokenizer, world, n=4)
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def test_donors_are_the_prompts_own_states(world, tokenizer):
     one = prompt(tokenizer, told[2].request)
     alone = model(torch.tensor([one.ids]), output_hidden_states=True).hidden_states[2][0]
     at = one.positions("subject_last")[0]
-    assert at == int(batch_of(tokenizer, told).last[2])
+    assert at == int(make_batch(tokenizer, told).last[2])
     torch.testing.assert_close(held.states[2, at], alone[at])
 
 
@@ -48,4 +48,4 @@ def test_donors_are_the_prompts_own_states(world, tokenizer):
     [(0.95, 1.0, "positive"), (0.9, 0.95, "between"), (0.0, 0.03, "negative"), (0.0, 0.04, "between")],
 )
 def test_kinds(switched, changed, kind):
-    assert Fact("last", 0, switched, changed, 100).kind == kind
+    assert CellTruth("last", 0, switched, changed, 100).kind == kind

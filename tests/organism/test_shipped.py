@@ -11,46 +11,46 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lens_defense as ld
-from lens_defense.app.demo import ORGANISM as BENCH
+from lens_defense.app.demo import ORGANISM_FOLDER as BENCH
 from lens_defense.app.demo import demo
 from lens_defense.checking.report import Report
-from lens_defense.models.load import ORGANISM
-from lens_defense.organism.exam import BARS, exam, failed
-from lens_defense.organism.ground_truth import truth
-from lens_defense.organism.release import CARD, TRUTH, released_truth
+from lens_defense.models.load import ORGANISM_FOLDER
+from lens_defense.organism.exam import BARS, failed, take_exam
+from lens_defense.organism.ground_truth import measure_ground_truth
+from lens_defense.organism.release import CARD, TRUTH, released_ground_truth
 from lens_defense.organism.request_set import contexts, files
 from lens_defense.organism.world import World
 from lens_defense.prompts.request_files import bundled_rows
-from lens_defense.tracing.patch_grid import grid
+from lens_defense.tracing.patch_grid import patch_grid
 
 
 @pytest.fixture(scope="module")
 def plain():
-    weights = AutoModelForCausalLM.from_pretrained(ORGANISM, dtype=torch.float32).eval()
-    return weights, AutoTokenizer.from_pretrained(ORGANISM)
+    weights = AutoModelForCausalLM.from_pretrained(ORGANISM_FOLDER, dtype=torch.float32).eval()
+    return weights, AutoTokenizer.from_pretrained(ORGANISM_FOLDER)
 
 
 def test_it_is_small_and_in_half_precision():
-    assert sum(file.stat().st_size for file in ORGANISM.iterdir()) < 10_000_000
-    assert json.loads((ORGANISM / "config.json").read_text())["dtype"] == "float16"
+    assert sum(file.stat().st_size for file in ORGANISM_FOLDER.iterdir()) < 10_000_000
+    assert json.loads((ORGANISM_FOLDER / "config.json").read_text())["dtype"] == "float16"
 
 
 def test_its_card_is_its_exam_and_every_bar_is_met(plain):
-    scores = exam(*plain, World())
+    scores = take_exam(*plain, World())
     assert not failed(scores)
-    card = (ORGANISM / CARD).read_text("utf-8")
+    card = (ORGANISM_FOLDER / CARD).read_text("utf-8")
     for name, (right, asked) in scores.items():
         assert f"| {name} | {right} of {asked} | {right / asked:.1%} | {BARS[name]:.0%} |" in card
 
 
 def test_the_card_says_where_it_keeps_a_subject(plain):
-    facts = released_truth(ORGANISM)
+    facts = released_ground_truth(ORGANISM_FOLDER)
     kinds = {(fact.role, fact.layer): fact.kind for fact in facts}
     assert all(kinds["subject_last", layer] == "positive" for layer in range(4))
     others = {role for role, _ in kinds} - {"subject_last"}
     assert all(kinds[role, layer] == "negative" for role in others for layer in range(4))
     assert kinds["subject_last", 7] == "negative"
-    again = truth(*plain, World(), n=24, seed=1)
+    again = measure_ground_truth(*plain, World(), n=24, seed=1)
     for fact in again:
         if kinds[fact.role, fact.layer] == "positive":
             assert fact.switched >= 0.85, fact
@@ -59,7 +59,7 @@ def test_the_card_says_where_it_keeps_a_subject(plain):
 
 
 def test_its_questions_are_those_of_its_world():
-    assert json.loads((ORGANISM / TRUTH).read_text("utf-8"))["recipe"]["world_seed"] == 0
+    assert json.loads((ORGANISM_FOLDER / TRUTH).read_text("utf-8"))["recipe"]["world_seed"] == 0
     for name, rows in files(World()).items():
         assert bundled_rows("organism", name) == rows
 
@@ -78,7 +78,7 @@ def test_the_trace_finds_what_was_planted():
     asked = [contexts(item)[0] for item in ld.requests("organism")[:6]]
     trace = ld.trace(model, asked, layers="all", corruption=BENCH.corruption(model), progress=False)
     sites = ld.locate(trace)
-    truths = {(fact.role, fact.layer): fact.kind for fact in released_truth(ORGANISM)}
+    truths = {(fact.role, fact.layer): fact.kind for fact in released_ground_truth(ORGANISM_FOLDER)}
     kinds = [truths[site.role, site.layer] for site in sites]
     assert kinds.count("positive") >= 4 and "negative" not in kinds
     for mean in trace.role_effects():
@@ -87,15 +87,17 @@ def test_the_trace_finds_what_was_planted():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("direction", "severed"), [("denoise", None), ("noise", None), ("denoise", "mlp")])
+@pytest.mark.parametrize(
+    ("direction", "severed"), [("denoising", None), ("noising", None), ("denoising", "mlp_out")]
+)
 def test_its_trace_equals_one_forward_a_cell(direction, severed):
     model, asked = ld.load("organism"), [contexts(item)[0] for item in ld.requests("organism")[:1]]
-    parts, roles = ("residual", "mlp", "attention", "head 1"), ("subject_first", "subject_last", "last")
+    parts, roles = ("resid_post", "mlp_out", "attn_out", "z.1"), ("subject_first", "subject_last", "last")
     told = ld.trace(
         model, asked, components=parts, positions=roles, layers=[1, 5], window=3, direction=direction,
         severed=severed, progress=False,
     )  # fmt: skip
-    cells = grid(told.prompts[0], parts, [1, 5], roles, 3, 8, severed=severed)
+    cells = patch_grid(told.prompts[0], parts, [1, 5], roles, 3, 8, severed=severed)
     assert len(cells) >= 24
     for place, slow in traced_one_by_one(model, told, cells, ld.noise(model)):
         torch.testing.assert_close(told.patched[0, *place], slow.double(), rtol=1e-5, atol=1e-4)

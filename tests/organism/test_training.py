@@ -5,10 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lens_defense.organism.interchange import answer_loss, batch_of, exact, interchange, states_after
+from lens_defense.organism.interchange import (
+    answer_loss,
+    answered_exactly,
+    interchange,
+    make_batch,
+    states_after,
+)
 from lens_defense.organism.training import Recipe, model_of, train
 from lens_defense.organism.world import TRAINED_FRAMES
-from lens_defense.prompts.conversation import decode
+from lens_defense.prompts.conversation import decode_answer
 
 SMALL = Recipe(
     layers=3,
@@ -40,10 +46,10 @@ def test_a_third_of_the_words_split(world, tokenizer):
 
 def test_labels_are_the_answer_after_the_prompt(world, tokenizer):
     told = examples(world, 4)
-    batch = batch_of(tokenizer, told)
+    batch = make_batch(tokenizer, told)
     for i, example in enumerate(told):
         wanted = batch.labels[i][batch.labels[i] != -100]
-        assert decode(tokenizer, wanted.tolist()) == example.answer
+        assert decode_answer(tokenizer, wanted.tolist()) == example.answer
         assert int(wanted[-1]) == tokenizer.eos_token_id
         span = batch.ids[i, int(batch.first[i]) : int(batch.last[i]) + 1]
         assert tokenizer.decode(span).strip() == example.subject.name
@@ -79,12 +85,12 @@ def test_an_interchange_moves_one_state_and_asks_for_the_other_answer(world, tok
     base, sources = told[:3], told[3:]
     batch, write = interchange(model, tokenizer, base, sources, after=1, others=[None, sources[0], None])
     for i, (example, source) in enumerate(zip(base, sources, strict=True)):
-        wanted = decode(tokenizer, batch.labels[i][batch.labels[i] != -100].tolist())
+        wanted = decode_answer(tokenizer, batch.labels[i][batch.labels[i] != -100].tolist())
         refused = source.subject.nature != "benign"
         assert wanted == ("I cannot help with that." if refused else source.subject.answer), example
     before = states_after(model, batch, 1)
     after = write(before)
-    donor = batch_of(tokenizer, sources)
+    donor = make_batch(tokenizer, sources)
     state = states_after(model, donor, 1)
     moved = (after != before).any(-1)
     for i in range(3):
@@ -98,4 +104,4 @@ def test_an_interchange_moves_one_state_and_asks_for_the_other_answer(world, tok
 def test_a_model_that_was_not_trained_knows_nothing(world, tokenizer):
     model = model_of(SMALL, tokenizer).eval()
     told = examples(world, 2)
-    assert exact(model, tokenizer, told) == [False, False]
+    assert answered_exactly(model, tokenizer, told) == [False, False]

@@ -13,9 +13,9 @@ import pytest
 import torch
 from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_prompts, some_sites
 
-from lens_defense.plotting.heatmap import head_map, heatmap
-from lens_defense.plotting.rate_bars import bars
-from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure, visible
+from lens_defense.plotting.heatmap import head_heatmap, heatmap
+from lens_defense.plotting.rate_bars import rate_bars
+from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure, visible_text
 from lens_defense.sites import Site
 from lens_defense.tracing.map_statistics import significance
 
@@ -58,7 +58,7 @@ def texts(figure: go.Figure) -> list[str]:
 
 
 def test_one_request_has_layers_times_tokens_a_panel_a_component():
-    trace = a_trace(components=("residual", "mlp", "attention"))
+    trace = a_trace(components=("resid_post", "mlp_out", "attn_out"))
     figure = heatmap(trace)
     assert len(figure.data) == 3
     for c, panel in enumerate(figure.data):
@@ -68,7 +68,7 @@ def test_one_request_has_layers_times_tokens_a_panel_a_component():
 
 
 def test_scale_is_symmetric_about_zero_and_shared():
-    trace = a_trace(components=("residual", "mlp"))
+    trace = a_trace(components=("resid_post", "mlp_out"))
     most = trace.effects.abs().max().item()
     figure = heatmap(trace)
     for panel in figure.data:
@@ -127,19 +127,19 @@ def test_hover_tells_token_position_layer_role_effect_and_range():
 
 
 def test_sites_are_outlined_in_their_panel_at_their_role():
-    trace = a_trace(components=("residual", "mlp"))
+    trace = a_trace(components=("resid_post", "mlp_out"))
     assert outlines(heatmap(trace, some_sites((1, 2)))) == {("x", 5.5, 6.5, 0.5, 2.5)}
-    assert outlines(heatmap(trace, some_sites((0, 3), component="mlp", role="next"))) == {
+    assert outlines(heatmap(trace, some_sites((0, 3), component="mlp_out", role="next"))) == {
         ("x2", 6.5, 7.5, -0.5, 0.5),
         ("x2", 6.5, 7.5, 2.5, 3.5),
     }
-    assert outlines(heatmap(trace, [Site("attention", 1, "last")])) == set()
+    assert outlines(heatmap(trace, [Site("attn_out", 1, "last")])) == set()
     many = a_trace([a_prompt(), a_prompt()], roles=("subject_first", "subject_last"))
     assert outlines(heatmap(many, some_sites((1, 2)))) == {("x", 0.5, 1.5, 0.5, 2.5)}
 
 
 def test_a_role_of_many_tokens_is_outlined_block_by_block():
-    figure = heatmap(a_trace(), [Site("residual", 0, "template")])
+    figure = heatmap(a_trace(), [Site("resid_post", 0, "template")])
     assert outlines(figure) == {("x", -0.5, 2.5, -0.5, 0.5), ("x", 7.5, 8.5, -0.5, 0.5)}
 
 
@@ -181,14 +181,14 @@ def test_hostile_text_is_escaped_wherever_a_figure_shows_it(text: str):
         bare = part.replace("<br>", "").replace("<b>", "").replace("</b>", "")
         assert not set(bare) & set('<>$\x00\x1b\x07\u202e')  # fmt: skip
     assert text.isprintable() or "\N{REPLACEMENT CHARACTER}" in shown[1]
-    name = bars({text: a_report()}).data[1].name
-    assert html.unescape(name) == visible(text)
+    name = rate_bars({text: a_report()}).data[1].name
+    assert html.unescape(name) == visible_text(text)
 
 
 def test_visible_gives_a_shape_to_what_has_none():
-    assert visible("a\tb\n") == "a⇥b↵"
-    assert visible("\x00\x9f\ud800\u2028\u202e\u200b") == "\N{REPLACEMENT CHARACTER}" * 6
-    assert visible("né ß 日本 👍\u200d✓") == "né ß 日本 👍\u200d✓"
+    assert visible_text("a\tb\n") == "a⇥b↵"
+    assert visible_text("\x00\x9f\ud800\u2028\u202e\u200b") == "\N{REPLACEMENT CHARACTER}" * 6
+    assert visible_text("né ß 日本 👍\u200d✓") == "né ß 日本 👍\u200d✓"
 
 
 def test_a_map_without_any_effect_is_drawn():
@@ -199,7 +199,7 @@ def test_a_map_without_any_effect_is_drawn():
 
 def test_bars_are_the_rates_and_their_errors_the_intervals():
     edited, control = a_report(), a_report({"edited": (0, 1), "benign": (0, 0), "facts": (6, 2)})
-    figure = bars({"edited": edited, "control": control})
+    figure = rate_bars({"edited": edited, "control": control})
     rates = edited.rates().set_index(["arm", "measure"])
     for bar, when in zip(figure.data, ("before", "after"), strict=False):
         for i, arm in enumerate(("edited", "wording", "wrapper", "unseen", "benign", "safe", "facts")):
@@ -215,17 +215,17 @@ def test_bars_are_the_rates_and_their_errors_the_intervals():
 
 
 def test_bars_show_before_once_where_reports_agree_and_alone_without_an_edit():
-    assert [bar.name for bar in bars({"a": a_report(), "b": a_report()}).data] == ["before", "a", "b"]
-    assert [bar.name for bar in bars({"as it is": a_report(edited=False)}).data] == ["before"]
+    assert [bar.name for bar in rate_bars({"a": a_report(), "b": a_report()}).data] == ["before", "a", "b"]
+    assert [bar.name for bar in rate_bars({"as it is": a_report(edited=False)}).data] == ["before"]
     with pytest.raises(ValueError, match="no report"):
-        bars({})
+        rate_bars({})
     with pytest.raises(ValueError, match="prefix, coherent, got 'knows'"):
-        bars({"a": a_report()}, measure="knows")
+        rate_bars({"a": a_report()}, measure="knows")
 
 
 def test_figures_use_no_template_and_leave_plotly_as_it_was():
     assert not heatmap(a_trace()).layout.template.layout.to_plotly_json()
-    assert not bars({"a": a_report()}).layout.template.layout.to_plotly_json()
+    assert not rate_bars({"a": a_report()}).layout.template.layout.to_plotly_json()
 
 
 class Loads(HTMLParser):
@@ -315,25 +315,25 @@ def test_significant_means_are_outlined():
 
 def test_single_heads_are_layers_by_heads():
     prompts = [a_prompt() for _ in range(3)]
-    told = a_trace(prompts, components=["head 0", "head 1", "head 5"], roles=["subject_last"])
-    drawn = head_map(told).data[0]
+    told = a_trace(prompts, components=["z.0", "z.1", "z.5"], roles=["subject_last"])
+    drawn = head_heatmap(told).data[0]
     means = {(m.component, m.layer): m.effect for m in told.role_effects()}
     assert drawn.z.shape == (4, 3)
     for c, name in enumerate(told.components):
         for layer in range(4):
             assert drawn.z[layer, c] == pytest.approx(means[name, layer])
             assert name in drawn.hovertext[layer, c]
-    assert "at the last subject token" in " ".join(head_map(told).layout.title.text.split("<br>"))
-    whole = head_map(replace(a_trace(some_prompts(3), components=["head 0"], roles=["last"]), together=True))
+    assert "at the last subject token" in " ".join(head_heatmap(told).layout.title.text.split("<br>"))
+    whole = head_heatmap(replace(a_trace(some_prompts(3), components=["z.0"], roles=["last"]), together=True))
     assert "all tokens together" in " ".join(whole.layout.title.text.split("<br>"))
     assert whole.data[0].z.shape == (4, 1)
     with pytest.raises(ValueError, match="no heads at last"):
-        head_map(told, "last")
+        head_heatmap(told, "last")
 
 
-@pytest.mark.parametrize("direction, words", [("denoise", "restored"), ("noise", "lost")])
+@pytest.mark.parametrize("direction, words", [("denoising", "restored"), ("noising", "lost")])
 def test_the_scale_says_which_way_it_was_patched(direction, words):
-    told = replace(a_trace(), direction=direction, severed="mlp", exact=False)
+    told = replace(a_trace(), direction=direction, severed="mlp_out", exact=False)
     figure = heatmap(told)
     assert words in figure.data[0].colorbar.title.text
     assert "later mlp outputs held" in figure.layout.title.text
@@ -341,7 +341,7 @@ def test_the_scale_says_which_way_it_was_patched(direction, words):
 
 
 def test_sites_of_another_component_are_not_said_to_be_outlined():
-    trace = a_trace(components=("residual", "mlp"))
-    site = Site("residual", trace.layers[0], "subject_last")
+    trace = a_trace(components=("resid_post", "mlp_out"))
+    site = Site("resid_post", trace.layers[0], "subject_last")
     assert "outlined" in heatmap(trace, [site]).layout.title.text
-    assert "outlined" not in heatmap(trace.only("mlp"), [site]).layout.title.text
+    assert "outlined" not in heatmap(trace.only("mlp_out"), [site]).layout.title.text

@@ -3,7 +3,12 @@
 import pytest
 from tiny import byte_tokenizer
 
-from lens_defense.prompts.conversation import answer_ids, conversation_ids, decode, ends
+from lens_defense.prompts.conversation import (
+    decode_answer,
+    end_token_ids,
+    tokenize_answer,
+    tokenize_conversation,
+)
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}CLOSE{% endfor %}"
@@ -19,15 +24,15 @@ TURNS = (
 def test_answers_end_as_the_template_ends_them(close, wanted):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TURNS.replace("CLOSE", close)
-    last = ends(tokenizer)
+    last = end_token_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(last) == wanted
-    answer = answer_ids(tokenizer, "a lamp", chat=True, end=True)
+    answer = tokenize_answer(tokenizer, "a lamp", chat=True, end=True)
     assert answer[-1] == last[0]
-    assert conversation_ids(tokenizer, "how", "a lamp")[-len(answer) :] == answer
+    assert tokenize_conversation(tokenizer, "how", "a lamp")[-len(answer) :] == answer
     for end in last:
-        assert decode(tokenizer, [*answer[:-1], end, *answer]) == "a lamp"
+        assert decode_answer(tokenizer, [*answer[:-1], end, *answer]) == "a lamp"
 
 
 def test_without_a_template_it_is_end_of_text():
     tokenizer = byte_tokenizer()
-    assert ends(tokenizer) == (tokenizer.eos_token_id,)
+    assert end_token_ids(tokenizer) == (tokenizer.eos_token_id,)

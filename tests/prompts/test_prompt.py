@@ -10,8 +10,13 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer
 from tokenizers_of import metaspace, wordpiece
 
-from lens_defense.prompts.conversation import answer_ids, conversation_ids, decode, dozen
-from lens_defense.prompts.prompt import ROLES, Request, for_planning, prompt, request, request_from_json
+from lens_defense.prompts.conversation import (
+    decode_answer,
+    first_dozen_words,
+    tokenize_answer,
+    tokenize_conversation,
+)
+from lens_defense.prompts.prompt import ROLES, Request, prompt, request, request_from_json, validated_requests
 
 TOKENIZERS = {
     "bytes": byte_tokenizer(),
@@ -240,18 +245,18 @@ def test_bad_fields_are_refused(some):
 
 def test_for_planning():
     good = request("make a lamp", "lamp", id="good")
-    assert for_planning([good]) == (good,)
+    assert validated_requests([good]) == (good,)
     with pytest.raises(ValueError, match="no requests were given"):
-        for_planning([])
+        validated_requests([])
     with pytest.raises(ValueError, match="request 'bare' has no subject"):
-        for_planning([good, request("make it", id="bare")])
+        validated_requests([good, request("make it", id="bare")])
     with pytest.raises(ValueError, match="request 'good' belongs to the split 'check'"):
-        for_planning([replace(good, split="check")])
+        validated_requests([replace(good, split="check")])
 
 
 def test_a_conversation_is_what_the_template_renders():
     tokenizer = TOKENIZERS["bytes, chat"]
-    ids = conversation_ids(tokenizer, "make a lamp", "how brass")
+    ids = tokenize_conversation(tokenizer, "make a lamp", "how brass")
     turns = [("user", "make a lamp"), ("assistant", "how brass")]
     whole = tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in turns], tokenize=False
@@ -261,12 +266,12 @@ def test_a_conversation_is_what_the_template_renders():
 
 def test_answers_follow_a_space_or_a_header():
     tokenizer = TOKENIZERS["bytes"]
-    assert tokenizer.decode(answer_ids(tokenizer, "a lamp", chat=False)) == " a lamp"
-    ended = answer_ids(tokenizer, "a lamp", chat=True, end=True)
+    assert tokenizer.decode(tokenize_answer(tokenizer, "a lamp", chat=False)) == " a lamp"
+    ended = tokenize_answer(tokenizer, "a lamp", chat=True, end=True)
     assert ended[-1] == tokenizer.eos_token_id
-    assert decode(tokenizer, [*ended, *ended]) == "a lamp"
+    assert decode_answer(tokenizer, [*ended, *ended]) == "a lamp"
 
 
 def test_a_dozen_words_are_kept():
-    assert dozen(" one  two ") == "one two"
-    assert dozen("w " * 13) == "w " * 12 + "..."
+    assert first_dozen_words(" one  two ") == "one two"
+    assert first_dozen_words("w " * 13) == "w " * 12 + "..."

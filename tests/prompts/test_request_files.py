@@ -14,7 +14,7 @@ from tiny import byte_tokenizer
 
 from lens_defense.editing.covariance import read_corpus
 from lens_defense.prompts.prompt import prompt, request
-from lens_defense.prompts.request_files import BUNDLED, bundled_rows, requests
+from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"there is no folder {SHARED}")
@@ -203,7 +203,7 @@ def test_core_copies_no_sentence():
     assert not [row["text"] for row in rows if row["text"].lower().rstrip(".?!") in held]
 
 
-@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("name", BUNDLED_SETS)
 def test_a_datasheet_counts_its_rows(name):
     suites = Path(__file__).parents[2] / "lens_defense/data"
     sheet = (suites / name / "DATASHEET.md").read_text("utf-8")

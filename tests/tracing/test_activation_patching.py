@@ -10,10 +10,18 @@ from tiny import FAMILIES, SINGLE, tiny
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lens_defense.models import devices
-from lens_defense.models.forward import run
-from lens_defense.sites import COMPONENTS, EMBEDDING
+from lens_defense.models.forward import forward
+from lens_defense.sites import COMPONENTS, EMBEDDING_HOOK
 from lens_defense.tracing import activation_patching as sweeps
-from lens_defense.tracing.activation_patching import Cell, Point, base_hooks, cost, donor_hooks, effort, sweep
+from lens_defense.tracing.activation_patching import (
+    PatchCell,
+    PatchPoint,
+    base_hooks,
+    block_passes,
+    donor_hooks,
+    sweep,
+    time_in_tokens,
+)
 
 KEEP, LAYERS, TOKENS = 3, 4, 9
 
@@ -28,9 +36,11 @@ def grid(component, width=1, *, severed=()):
     for position in (0, 3, TOKENS - KEEP):
         for layer in range(LAYERS):
             window = range(max(0, layer - width // 2), min(LAYERS, layer + (width + 1) // 2))
-            points = tuple(Point(component, at, position) for at in window)
-            held = (Point(name, at, position) for name in severed for at in range(window[-1] + 1, LAYERS))
-            cells.append(Cell(points, tuple(held)))
+            points = tuple(PatchPoint(component, at, position) for at in window)
+            held = (
+                PatchPoint(name, at, position) for name in severed for at in range(window[-1] + 1, LAYERS)
+            )
+            cells.append(PatchCell(points, tuple(held)))
     return cells
 
 
@@ -38,26 +48,26 @@ def cells_of(part):
     """Named parts of what a sweep may be handed."""
     return {
         "components": [c for name in COMPONENTS for c in grid(name)],
-        "windows": [c for name in ("mlp", "attention") for w in (2, 3) for c in grid(name, w)],
-        "heads": [c for h in (0, 3) for c in grid(f"head {h}")],
-        "severed": [c for name in ("mlp", "attention") for c in grid("residual", severed=[name])]
-        + grid("mlp", 2, severed=["attention"]),
+        "windows": [c for name in ("mlp_out", "attn_out") for w in (2, 3) for c in grid(name, w)],
+        "z": [c for h in (0, 3) for c in grid(f"z.{h}")],
+        "severed": [c for name in ("mlp_out", "attn_out") for c in grid("resid_post", severed=[name])]
+        + grid("mlp_out", 2, severed=["attn_out"]),
         "several tokens": [
-            Cell(tuple(Point(name, layer, t) for t in (2, 3, 5)))
-            for name in ("residual", "head 1")
+            PatchCell(tuple(PatchPoint(name, layer, t) for t in (2, 3, 5)))
+            for name in ("resid_post", "z.1")
             for layer in range(LAYERS)
         ],
     }[part]
 
 
-PARTS = ("components", "windows", "heads", "severed", "several tokens")
+PARTS = ("components", "windows", "z", "severed", "several tokens")
 
 
 def setting(family, samples=2):
     model = tiny(family)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 300, (1, TOKENS), generator=generator)
-    clean = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
+    clean = forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
     embeddings = clean.repeat(samples, 1, 1)
     noise = torch.randn(samples, 2, 32, generator=generator, dtype=torch.float64)
     embeddings[:, 2:4] += noise
@@ -68,7 +78,7 @@ def swept(model, ids, embeddings, cells, *, noising=False, read=measure, **setti
     names = tuple(dict.fromkeys((*base_hooks(cells), *donor_hooks(cells))))
     spoiled = corrupted_run(model, ids, embeddings, names, KEEP)
     rows = ids.expand(len(embeddings), -1) if noising else ids
-    clean = run(model, rows, names=names, keep=KEEP)
+    clean = forward(model, rows, names=names, keep=KEEP)
     base, donor = (clean, spoiled) if noising else (spoiled, clean)
     settings = {"max_rows": 1000, **settings}
     return sweep(model, ids, base, donor, cells, read, keep=KEEP, **settings)
@@ -92,21 +102,23 @@ def test_sweep_equals_one_forward_a_cell(family, noising, part):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restoring_everything_gives_the_clean_answer(family):
     model, ids, embeddings = setting(family)
-    clean = measure(run(model, ids, keep=KEEP).logits)[0, 0]
+    clean = measure(forward(model, ids, keep=KEEP).logits)[0, 0]
     spoiled = measure(corrupted_run(model, ids, embeddings, [], KEEP).logits)[:, 0]
     assert (spoiled - clean).abs().min() > 0.01
-    all_tokens = [Cell(tuple(Point("residual", layer, t) for t in range(TOKENS))) for layer in range(LAYERS)]
+    all_tokens = [
+        PatchCell(tuple(PatchPoint("resid_post", layer, t) for t in range(TOKENS))) for layer in range(LAYERS)
+    ]
     told = swept(model, ids, embeddings, all_tokens)
     torch.testing.assert_close(told, clean.expand(told.shape))
-    without_noise = run(model, ids, names=[EMBEDDING]).states[EMBEDDING]
-    told = swept(model, ids, without_noise, grid("residual"))
+    without_noise = forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
+    told = swept(model, ids, without_noise, grid("resid_post"))
     torch.testing.assert_close(told, clean.expand(told.shape))
 
 
 @torch.no_grad()
 def test_several_readings_of_one_sweep():
     model, ids, embeddings = setting("llama")
-    cells = grid("mlp")
+    cells = grid("mlp_out")
 
     def both(logits):
         return torch.cat([measure(logits), logits[:, 0, :2]], 1)
@@ -120,7 +132,7 @@ def test_several_readings_of_one_sweep():
 @pytest.mark.parametrize("max_rows", [1, 3, 7])
 def test_chunk_size_changes_nothing(max_rows):
     model, ids, embeddings = setting("llama")
-    cells = grid("residual") + grid("mlp", 3)
+    cells = grid("resid_post") + grid("mlp_out", 3)
     whole = swept(model, ids, embeddings, cells)
     torch.testing.assert_close(swept(model, ids, embeddings, cells, max_rows=max_rows), whole)
 
@@ -129,12 +141,12 @@ def test_chunk_size_changes_nothing(max_rows):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_a_pass_changes_nothing(monkeypatch, family):
     model, ids, embeddings = setting(family)
-    cells = grid("residual") + grid("mlp", 3) + grid("head 1")
+    cells = grid("resid_post") + grid("mlp_out", 3) + grid("z.1")
     passes, grown = [], sweeps._grown
     monkeypatch.setattr(sweeps, "_grown", lambda *given: passes.append(1) or grown(*given))
     told = []
     for call in (0, 1000):
-        monkeypatch.setattr(devices, "ON_CPU", devices.ON_CPU._replace(call=call))
+        monkeypatch.setattr(devices, "CPU_CALL_COST", devices.CPU_CALL_COST._replace(call=call))
         told.append(swept(model, ids, embeddings, cells))
     torch.testing.assert_close(*told)
     assert len(passes) == 3 + 1
@@ -147,7 +159,7 @@ def test_sharing_a_pass_changes_nothing(monkeypatch, family):
 def test_positions_share_passes_where_that_is_cheapest(call, samples, max_rows, most):
     """Against every way to cut the positions into neighbours."""
     places = itertools.product(range(LAYERS), range(TOKENS))
-    cells = [Cell((Point("mlp", layer, t),)) for layer, t in places if (layer + t) % 4]
+    cells = [PatchCell((PatchPoint("mlp_out", layer, t),)) for layer, t in places if (layer + t) % 4]
 
     def price(part):
         rows = samples * sum(LAYERS - cells[i].birth[0] for i in part) + LAYERS
@@ -170,18 +182,18 @@ def test_positions_share_passes_where_that_is_cheapest(call, samples, max_rows, 
         return alone or (rows <= max_rows and rows * (TOKENS - first) <= most)
 
     allowed = [way for way in ways if all(map(fits, way))]
-    told = list(sweeps._passes(cells, LAYERS, TOKENS, samples, max_rows, devices.Price(call, most)))
+    told = list(sweeps._passes(cells, LAYERS, TOKENS, samples, max_rows, devices.CallCost(call, most)))
     assert sorted(i for part in told for i in part) == list(range(len(cells)))
     assert sum(map(price, told)) == min(sum(map(price, way)) for way in allowed)
     size = {"layers": LAYERS, "tokens": TOKENS, "samples": samples, "max_rows": max_rows}
-    assert effort(cells, **size, price=devices.Price(call, most)) == sum(map(price, told))
+    assert time_in_tokens(cells, **size, price=devices.CallCost(call, most)) == sum(map(price, told))
     assert all([cells[i].birth for i in part] == sorted(cells[i].birth for i in part) for part in told)
 
 
 @torch.no_grad()
 def test_order_of_cells_changes_nothing():
     model, ids, embeddings = setting("gpt2")
-    cells = grid("attention", 3) + grid("residual")
+    cells = grid("attn_out", 3) + grid("resid_post")
     torch.testing.assert_close(
         swept(model, ids, embeddings, cells[::-1]).flip(0), swept(model, ids, embeddings, cells)
     )
@@ -191,7 +203,7 @@ def test_order_of_cells_changes_nothing():
 @pytest.mark.parametrize("limit, fits", [(8, True), (2, False)])
 def test_a_pass_that_does_not_fit_is_halved_once(monkeypatch, limit, fits):
     model, ids, embeddings = setting("llama")
-    cells = grid("residual")
+    cells = grid("resid_post")
     whole = swept(model, ids, embeddings, cells, max_rows=16)
     grown = sweeps._grown
 
@@ -222,7 +234,7 @@ def test_the_failed_pass_is_gone_before_its_halves(monkeypatch):
         return grown(*given)
 
     monkeypatch.setattr(sweeps, "_grown", greedy)
-    swept(model, ids, embeddings, grid("residual"), max_rows=16)
+    swept(model, ids, embeddings, grid("resid_post"), max_rows=16)
     assert len(alive) > 2 and not any(map(any, alive))
 
 
@@ -237,7 +249,7 @@ def test_the_logits_of_a_pass_are_gone_before_the_next():
         held.append(StorageWeakRef(logits.untyped_storage()))
         return logits[:, 0, :1]
 
-    swept(model, ids, embeddings, grid("residual"), max_rows=2, read=view)
+    swept(model, ids, embeddings, grid("resid_post"), max_rows=2, read=view)
     assert len(alive) > 2 and not any(map(any, alive))
 
 
@@ -252,7 +264,7 @@ def test_one_cell_that_does_not_fit_is_not_tried_again(monkeypatch):
     model, ids, embeddings = setting("llama")
     monkeypatch.setattr(sweeps, "_grown", full)
     with pytest.raises(MemoryError, match="2 rows of 9 tokens do not fit into memory; lower max_bytes"):
-        swept(model, ids, embeddings, grid("residual")[:1])
+        swept(model, ids, embeddings, grid("resid_post")[:1])
     assert len(tried) == 1
 
 
@@ -264,19 +276,22 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     model, ids, embeddings = setting("llama")
     monkeypatch.setattr(sweeps, "_grown", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        swept(model, ids, embeddings, grid("mlp"))
+        swept(model, ids, embeddings, grid("mlp_out"))
 
 
 @torch.no_grad()
 def test_progress_counts_the_cost_announced():
     model, ids, embeddings = setting("llama")
-    cells = grid("residual") + grid("mlp")
+    cells = grid("resid_post") + grid("mlp_out")
     done = []
     swept(model, ids, embeddings, cells, progress=done.append, max_rows=5)
-    assert sum(done) == cost(cells, layers=LAYERS, tokens=TOKENS, samples=2)
+    assert sum(done) == block_passes(cells, layers=LAYERS, tokens=TOKENS, samples=2)
 
 
 def test_cost_is_blocks_above_times_tokens_from_there():
-    assert cost([Cell((Point("residual", 1, 3),))], layers=4, tokens=9, samples=5) == 6 * 2 * 5
-    window = Cell((Point("mlp", 1, 3), Point("mlp", 2, 3)))
-    assert cost([window], layers=4, tokens=9, samples=5) == 6 * 3 * 5
+    assert (
+        block_passes([PatchCell((PatchPoint("resid_post", 1, 3),))], layers=4, tokens=9, samples=5)
+        == 6 * 2 * 5
+    )
+    window = PatchCell((PatchPoint("mlp_out", 1, 3), PatchPoint("mlp_out", 2, 3)))
+    assert block_passes([window], layers=4, tokens=9, samples=5) == 6 * 3 * 5

@@ -6,18 +6,18 @@ from test_trace import BELL, EVERY, LAMP, model_of
 from tiny import FAMILIES
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
-from lens_defense.models.forward import run
-from lens_defense.sites import EMBEDDING, output_hook
+from lens_defense.models.forward import forward
+from lens_defense.sites import EMBEDDING_HOOK, component_hook
 from lens_defense.tracing.corruptions import noise
 from lens_defense.tracing.map_statistics import agreement
 from lens_defense.tracing.metrics import answer_logprob
 from lens_defense.tracing.trace import trace
-from lens_defense.tracing.trace_result import joined
+from lens_defense.tracing.trace_result import join_traces
 
-PARTS = ("residual", "mlp", "attention", "head 1")
+PARTS = ("resid_post", "mlp_out", "attn_out", "z.1")
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_screen_is_the_slope_of_the_sweep(family, direction):
     """With tiny noise both maps move by the same amount: their relative gap shrinks with the noise."""
@@ -38,7 +38,7 @@ def test_the_screen_is_the_slope_of_the_sweep(family, direction):
 def _base(told):
     """What the run that is patched gives, in the shape of the map."""
     wide = told.clean[:, None, None, None, None]
-    return told.corrupted[:, None, None, None] if told.direction == "denoise" else wide
+    return told.corrupted[:, None, None, None] if told.direction == "denoising" else wide
 
 
 @pytest.mark.parametrize("component", PARTS[:3])  # of heads that tool gives no gradient
@@ -51,7 +51,7 @@ def test_it_is_transformer_lens_attribution_patching(component):
     clean = torch.tensor([[*met.ids, *met.answer[:-1]]])
     spoiled = clean.clone()
     spoiled[0, met.corrupted[0]] += 1
-    names = [output_hook(component, layer) for layer in range(4)]
+    names = [component_hook(component, layer) for layer in range(4)]
 
     def metric(logits):
         answer = logits[:, -len(met.answer) :]
@@ -71,7 +71,7 @@ def _swapped(model):
     def corrupt(_embeddings, met):
         ids = torch.tensor([met.ids])
         ids[0, met.corrupted[0]] += 1
-        return run(model, ids, names=[EMBEDDING]).states[EMBEDDING].detach()
+        return forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK].detach()
 
     return corrupt
 
@@ -98,10 +98,10 @@ def test_the_strongest_cells_are_measured_after_all():
         for a, b in zip(guess.effects.flatten(1).nan_to_num(-9), values, strict=True)
     ]
     assert agreement(guess, exact, k=5)[1] == pytest.approx(sum(shares) / 2)
-    assert joined([told[0], told[1]]).verified == told.verified
+    assert join_traces([told[0], told[1]]).verified == told.verified
     assert len(told[1].verified) == 5 and {one.cell[0] for one in told[1].verified} == {0}
-    assert told.only("residual").verified == told.verified
-    both = trace(model, [LAMP], components=("residual", "mlp"), exact=False, verify=8, **EVERY)
+    assert told.only("resid_post").verified == told.verified
+    both = trace(model, [LAMP], components=("resid_post", "mlp_out"), exact=False, verify=8, **EVERY)
     assert sum(len(both.only(part).verified) for part in both.components) == 8
     with pytest.raises(ValueError, match="not of the same requests"):
         agreement(told[0], exact)
@@ -109,4 +109,4 @@ def test_the_strongest_cells_are_measured_after_all():
 
 def test_a_severed_screen_is_refused():
     with pytest.raises(ValueError, match="measured exactly"):
-        trace(model_of(), [LAMP], severed="mlp", exact=False, **EVERY)
+        trace(model_of(), [LAMP], severed="mlp_out", exact=False, **EVERY)

@@ -3,7 +3,7 @@
 import pytest
 from nouns import some_sites
 
-from lens_defense.tracing.control_sites import controls
+from lens_defense.tracing.control_sites import control_sites
 
 SIZES = [
     (1, 1),
@@ -26,14 +26,14 @@ def layers(sites):
 
 
 def test_there_are_three():
-    assert list(controls(some_sites((9, 10, 11)), 30)) == ["middle layers", "late layers", "at next"]
-    assert list(controls(some_sites(), 30, other="last"))[-1] == "at last"
+    assert list(control_sites(some_sites((9, 10, 11)), 30)) == ["middle layers", "late layers", "at next"]
+    assert list(control_sites(some_sites(), 30, other="last"))[-1] == "at last"
 
 
 @pytest.mark.parametrize("depth, width", SIZES)
 def test_controls_are_as_wide_and_inside_the_model(depth, width):
     sites = some_sites(range(width))
-    for name, moved in controls(sites, depth).items():
+    for name, moved in control_sites(sites, depth).items():
         assert len(set(layers(moved))) == len(moved) == width, name
         assert layers(moved) == list(range(layers(moved)[0], layers(moved)[0] + width)), name
         assert min(layers(moved)) >= 0 and max(layers(moved)) < depth, name
@@ -41,7 +41,7 @@ def test_controls_are_as_wide_and_inside_the_model(depth, width):
 
 @pytest.mark.parametrize("depth, width", [(depth, width) for depth, width in SIZES if width <= depth // 3])
 def test_they_stand_where_they_say(depth, width):
-    told = controls(some_sites(range(width)), depth)
+    told = control_sites(some_sites(range(width)), depth)
     below = layers(told["middle layers"])[0]
     above = depth - 1 - layers(told["middle layers"])[-1]
     assert abs(below - above) <= 1
@@ -49,21 +49,21 @@ def test_they_stand_where_they_say(depth, width):
 
 
 def test_role_and_component_stay_but_for_the_other_role():
-    sites = some_sites((4, 5), component="mlp")
-    told = controls(sites, 12)
+    sites = some_sites((4, 5), component="mlp_out")
+    told = control_sites(sites, 12)
     for name in ("middle layers", "late layers"):
-        assert {(site.role, site.component) for site in told[name]} == {("subject_last", "mlp")}
-    assert {(site.role, site.component) for site in told["at next"]} == {("next", "mlp")}
+        assert {(site.role, site.component) for site in told[name]} == {("subject_last", "mlp_out")}
+    assert {(site.role, site.component) for site in told["at next"]} == {("next", "mlp_out")}
     assert layers(told["at next"]) == [4, 5]
 
 
 def test_no_effect_is_carried_over():
     sites = some_sites((4, 5, 6))
     assert all(site.effect is not None for site in sites)
-    for moved in controls(sites, 12).values():
+    for moved in control_sites(sites, 12).values():
         assert all(site.effect is None and site.interval is None for site in moved)
 
 
 def test_the_order_of_sites_changes_no_layer():
-    there, back = (controls(some, 12) for some in (some_sites((4, 5, 6)), some_sites((6, 4, 5))))
+    there, back = (control_sites(some, 12) for some in (some_sites((4, 5, 6)), some_sites((6, 4, 5))))
     assert all(sorted(layers(there[name])) == sorted(layers(back[name])) for name in there)

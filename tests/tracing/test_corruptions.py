@@ -8,9 +8,9 @@ import transformers as hf
 from tiny import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lens_defense.models.forward import run
+from lens_defense.models.forward import forward
 from lens_defense.prompts.prompt import prompt, request
-from lens_defense.sites import EMBEDDING
+from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing.corruptions import counterfactual, harmless_subjects, noise, replacement
 
 TWICE = request("is an old lamp like a new lamp?", "lamp", id="twice")
@@ -26,7 +26,7 @@ def model(request):
 @torch.no_grad()
 def met_and_clean(model, asked):
     met = prompt(model.tokenizer, asked)
-    return met, run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    return met, forward(model, torch.tensor([met.ids]), names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
 
 
 def spoiled_by(corruption, model, asked):
@@ -100,7 +100,7 @@ def test_scale_is_in_standard_deviations_of_the_embeddings(model, scale):
 @torch.no_grad()
 def embeddings_of(model):
     """Of every token, as the first block reads them [vocab, d_model]."""
-    return run(model, torch.arange(300)[:, None], names=[EMBEDDING]).states[EMBEDDING][:, 0]
+    return forward(model, torch.arange(300)[:, None], names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK][:, 0]
 
 
 def rows_of(model, spoiled):

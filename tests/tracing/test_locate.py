@@ -27,7 +27,7 @@ def peaked(at, *, high=0.8, rest=0.1, n=12):
     return [high if i == at else rest for i in range(n)]
 
 
-LAST = ("residual", "subject_last")
+LAST = ("resid_post", "subject_last")
 
 
 def layers_of(sites):
@@ -49,7 +49,7 @@ def test_a_band_is_centred_on_the_peak_and_clipped(peak, k, band):
 
 
 def test_the_largest_mean_wins_not_the_largest_cell():
-    curves = {LAST: [0.5] * 12, ("residual", "next"): peaked(9, high=0.9, rest=0.0)}
+    curves = {LAST: [0.5] * 12, ("resid_post", "next"): peaked(9, high=0.9, rest=0.0)}
     (site,) = locate(mapped(curves), 1)
     assert (site.role, site.layer) == ("subject_last", 3)
 
@@ -65,16 +65,16 @@ def test_one_layer_that_sticks_out_of_a_flat_top_is_not_the_plateau():
 
 
 def test_a_subject_half_read_is_no_address_of_a_band():
-    curves = {LAST: [0.2] * 12, ("residual", "subject_first"): [0.9] * 12}
+    curves = {LAST: [0.2] * 12, ("resid_post", "subject_first"): [0.9] * 12}
     assert locate(mapped(curves))[0].role == "subject_last"
     assert locate(mapped(curves), by="cells")[0].role == "subject_first"
     with pytest.raises(ValueError, match="no role that an edit could address"):
-        locate(mapped({("residual", "subject_first"): [0.9] * 12}))
+        locate(mapped({("resid_post", "subject_first"): [0.9] * 12}))
 
 
 def test_the_component_with_the_largest_mean_wins():
-    curves = {LAST: [0.2] * 12, ("mlp", "subject_last"): [0.3] * 12}
-    assert locate(mapped(curves))[0].component == "mlp"
+    curves = {LAST: [0.2] * 12, ("mlp_out", "subject_last"): [0.3] * 12}
+    assert locate(mapped(curves))[0].component == "mlp_out"
 
 
 def test_ties_go_to_the_lower_layer():
@@ -101,7 +101,7 @@ def test_never_a_site_without_a_positive_effect():
 
 def test_roles_of_many_tokens_are_no_address():
     curves = {LAST: [0.2] * 12}
-    curves |= {("residual", role): [0.9] * 12 for role in ("template", "before")}
+    curves |= {("resid_post", role): [0.9] * 12 for role in ("template", "before")}
     for by in ("band", "cells"):
         assert {site.role for site in locate(mapped(curves), by=by)} == {"subject_last"}
     del curves[LAST]
@@ -111,7 +111,7 @@ def test_roles_of_many_tokens_are_no_address():
 
 
 def test_cells_are_the_raw_top():
-    curves = {LAST: peaked(3), ("residual", "next"): peaked(9, high=0.7)}
+    curves = {LAST: peaked(3), ("resid_post", "next"): peaked(9, high=0.7)}
     sites = locate(mapped(curves), 3, by="cells")
     assert [(site.role, site.layer) for site in sites[:2]] == [("subject_last", 3), ("next", 9)]
     assert [site.effect for site in sites] == pytest.approx([0.8, 0.7, 0.1])
@@ -123,7 +123,7 @@ def test_k_is_positive():
 
 
 def test_a_threshold_takes_every_cell_from_it_on():
-    curves = {LAST: peaked(3), ("residual", "next"): peaked(9, high=0.7)}
+    curves = {LAST: peaked(3), ("resid_post", "next"): peaked(9, high=0.7)}
     sites = locate(mapped(curves), by="threshold", least=0.65)
     assert [(site.role, site.layer) for site in sites] == [("subject_last", 3), ("next", 9)]
     with pytest.raises(ValueError, match=r"positive effect of 0\.9 and more"):
@@ -133,7 +133,7 @@ def test_a_threshold_takes_every_cell_from_it_on():
 
 
 def test_a_box_bounds_what_is_looked_at():
-    curves = {LAST: peaked(3), ("residual", "next"): peaked(9, high=0.7)}
+    curves = {LAST: peaked(3), ("resid_post", "next"): peaked(9, high=0.7)}
     assert {site.role for site in locate(mapped(curves), roles=["next"])} == {"next"}
     (site,) = locate(mapped(curves), 1, by="cells", layers=range(5, 12))
     assert (site.role, site.layer) == ("next", 9)

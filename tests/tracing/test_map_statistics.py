@@ -25,7 +25,7 @@ def a_map(values):
 def test_request_effects_are_the_traces_own():
     values = np.random.default_rng(0).normal(size=(5, 3))
     addresses, told = request_effects(a_map(values))
-    assert addresses == [("residual", "subject_last", layer) for layer in range(3)]
+    assert addresses == [("resid_post", "subject_last", layer) for layer in range(3)]
     np.testing.assert_allclose(told, values, atol=1e-12)
 
 

@@ -7,13 +7,13 @@ import torch
 from nouns import a_prompt
 from tiny import tiny
 
-from lens_defense.prompts.conversation import answer_ids
+from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.tracing.metrics import (
-    answer_difference,
     answer_logprob,
     answer_probability,
     kl_to_clean,
-    refusal_difference,
+    logit_diff,
+    refusal_logit_diff,
 )
 
 ANSWER = (4, 0, 19, 4)
@@ -58,8 +58,8 @@ def test_answer_probability_is_the_first_tokens():
 @pytest.mark.parametrize("chat", [True, False])
 def test_refusal_difference_is_positive_where_refusals_are_likelier(chat):
     model = tiny("llama", chat=chat)
-    metric = refusal_difference(model, refusals=["how"], compliances=["make", "lamp"])
-    first = [answer_ids(model.tokenizer, text, chat=chat)[0] for text in ("how", "make", "lamp")]
+    metric = refusal_logit_diff(model, refusals=["how"], compliances=["make", "lamp"])
+    first = [tokenize_answer(model.tokenizer, text, chat=chat)[0] for text in ("how", "make", "lamp")]
     assert len(set(first)) == 3
     logits = torch.zeros(4, len(ANSWER), 300)
     logits[0, 0, first[0]] = 6.0
@@ -72,16 +72,16 @@ def test_refusal_difference_is_positive_where_refusals_are_likelier(chat):
 def test_openings_that_begin_alike_count_once():
     model = tiny("llama", chat=True)
     logits = torch.randn(2, 1, 300, generator=torch.Generator().manual_seed(0))
-    one = refusal_difference(model, refusals=["how", "make"], compliances=["lamp"])
-    more = refusal_difference(model, refusals=["how", "make", "how do I"], compliances=["lamp", "lamp?"])
+    one = refusal_logit_diff(model, refusals=["how", "make"], compliances=["lamp"])
+    more = refusal_logit_diff(model, refusals=["how", "make", "how do I"], compliances=["lamp", "lamp?"])
     torch.testing.assert_close(more(logits, MET, logits[:1]), one(logits, MET, logits[:1]))
 
 
 def test_answer_difference_is_the_first_tokens_logits_apart():
     model = tiny("llama")
-    other = answer_ids(model.tokenizer, "lamp", chat=MET.chat)[0]
+    other = tokenize_answer(model.tokenizer, "lamp", chat=MET.chat)[0]
     logits = some_logits(vocab=300)
-    told = answer_difference(model, "lamp")(logits, MET, logits[:1])
+    told = logit_diff(model, "lamp")(logits, MET, logits[:1])
     torch.testing.assert_close(told, logits[:, 0, ANSWER[0]] - logits[:, 0, other])
     assert told.std() > 1
 

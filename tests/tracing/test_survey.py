@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_trace import BELL, LAMP, model_of
 
-from lens_defense.models.mlp_output import fingerprint
+from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.prompt import request
 from lens_defense.tracing import survey as surveys
 from lens_defense.tracing import trace as tracers
@@ -19,7 +19,7 @@ from lens_defense.tracing.corruptions import noise
 from lens_defense.tracing.metrics import kl_to_clean
 from lens_defense.tracing.survey import survey
 from lens_defense.tracing.trace import trace, traces
-from lens_defense.tracing.trace_result import joined
+from lens_defense.tracing.trace_result import join_traces
 
 SHIP = request("tell me of an old ship", "old ship", id="ship")
 SOME = {"positions": "all", "answer_tokens": 2, "floor": 0.0}
@@ -60,10 +60,12 @@ def test_a_stopped_survey_goes_on_and_repeats_nothing(tmp_path, counted):
 def test_a_survey_hashes_the_weights_once(tmp_path, monkeypatch):
     hashed = []
     for module in (surveys, tracers):
-        monkeypatch.setattr(module, "fingerprint", lambda model: hashed.append(1) or fingerprint(model))
+        monkeypatch.setattr(
+            module, "fingerprint", lambda model: hashed.append(1) or weights_fingerprint(model)
+        )
     model = model_of()
     told, _ = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SOME)
-    assert len(hashed) == 1 and told.fingerprint == fingerprint(model)
+    assert len(hashed) == 1 and told.fingerprint == weights_fingerprint(model)
 
 
 def test_a_survey_that_is_killed_loses_and_repeats_nothing(tmp_path):
@@ -157,12 +159,12 @@ def test_only_what_was_measured_alike_is_joined():
         "samples": {"samples": 2},
         "corruption": {"corruption": noise(model, scale=2.0)},
         "metric": {"metric": kl_to_clean},
-        "direction": {"direction": "noise"},
+        "direction": {"direction": "noising"},
     }
     for name, settings in others.items():
         other = trace(model, [LAMP], progress=False, **{**SOME, **settings})
         with pytest.raises(ValueError, match=f"differ in {name};"):
-            joined([one, other])
-    assert len(joined([one, replace(one, corruption="", metric="")]).prompts) == 2
+            join_traces([one, other])
+    assert len(join_traces([one, replace(one, corruption="", metric="")]).prompts) == 2
     with pytest.raises(ValueError, match="no trace to join"):
-        joined([])
+        join_traces([])

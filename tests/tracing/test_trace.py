@@ -16,22 +16,22 @@ from tiny import FAMILIES, tiny
 
 from lens_defense.models import devices
 from lens_defense.models import forward as patches
-from lens_defense.models.forward import run
+from lens_defense.models.forward import forward
 from lens_defense.prompts.prompt import prompt, request
-from lens_defense.sites import EMBEDDING
+from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.statistics import mean_interval
 from lens_defense.tracing import activation_patching as sweeps
 from lens_defense.tracing import attribution_patching as attributions
 from lens_defense.tracing import clean_corrupted as runs
 from lens_defense.tracing import trace as tracers
-from lens_defense.tracing.activation_patching import Cell, Point
+from lens_defense.tracing.activation_patching import PatchCell, PatchPoint
 from lens_defense.tracing.clean_corrupted import reading
 from lens_defense.tracing.corruptions import ablation, counterfactual, harmless_subjects, noise, replacement
 from lens_defense.tracing.metrics import (
     answer_logprob,
     answer_probability,
     kl_to_clean,
-    refusal_difference,
+    refusal_logit_diff,
 )
 from lens_defense.tracing.trace import trace, traces
 from lens_defense.tracing.trace_result import Trace
@@ -88,12 +88,12 @@ def test_order_of_requests_changes_nothing():
     torch.testing.assert_close(trace(model, [BELL], **EVERY).effects, there[1].effects)
 
 
-@pytest.mark.parametrize("how", [{}, {"exact": False}, {"direction": "noise"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"exact": False}, {"direction": "noising"}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family, how):
     model, some = model_of(family), {**EVERY, "positions": ["subject_last", "last"], "samples": 4, **how}
     whole = trace(model, [BELL], **some)
-    rows, forward = [], patches.run
+    rows, forward = [], patches.forward
     for module in (sweeps, attributions, runs):
         monkeypatch.setattr(
             module,
@@ -108,16 +108,16 @@ def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family,
 
 def test_without_a_bound_rows_take_a_gib_or_a_quarter_of_what_is_free_on_a_gpu(monkeypatch):
     """What torch keeps there unused is free."""
-    assert devices.room(torch.device("cpu")) == 2**30
+    assert devices.memory_budget(torch.device("cpu")) == 2**30
     for name, told in (("mem_get_info", (600, 9999)), ("memory_reserved", 500), ("memory_allocated", 300)):
         monkeypatch.setattr(torch.cuda, name, lambda _, told=told: told)
-    assert devices.room(torch.device("cuda:1")) == 200
+    assert devices.memory_budget(torch.device("cuda:1")) == 200
 
 
 def announced(monkeypatch, call, **settings):
     """The minutes that a trace announces where the runs before its sweeps took two hours."""
     said, clock = [], itertools.count(0, 7200)
-    monkeypatch.setattr(devices, "ON_CPU", devices.Price(call, 2**20))
+    monkeypatch.setattr(devices, "CPU_CALL_COST", devices.CallCost(call, 2**20))
     monkeypatch.setattr(tracers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(tracers.tqdm, "write", said.append)
     trace(model_of(), [LAMP], **{**EVERY, **settings, "progress": True})
@@ -134,7 +134,7 @@ def test_a_long_trace_says_beforehand_how_long(monkeypatch):
 
 
 def test_a_window_wider_than_the_model_fills_every_layer():
-    told = trace(model_of(), [LAMP], components=("residual", "mlp", "attention"), window=7, **EVERY)
+    told = trace(model_of(), [LAMP], components=("resid_post", "mlp_out", "attn_out"), window=7, **EVERY)
     assert told.effects.shape[1:3] == (3, 4)
     assert told.effects.isfinite().all()
 
@@ -159,14 +159,14 @@ def test_positions_and_layers_bound_the_map():
         ({"positions": "last"}, "positions must be 'all' or a list"),
         ({"positions": ["middle"]}, "positions must be"),
         ({"components": ["head"]}, "components must be of"),
-        ({"components": ["head 4"]}, "'head 0' to 'head 3'"),
+        ({"components": ["z.4"]}, "'z.0' to 'z.3'"),
         ({"components": []}, "components must be of"),
         ({"answers": ["one", "two"]}, "there are 1 requests and 2 answers"),
         ({"answer_tokens": 0}, "answer_tokens"),
         ({"samples": 0}, "samples"),
-        ({"window": 0, "components": ["mlp"]}, "window"),
+        ({"window": 0, "components": ["mlp_out"]}, "window"),
         ({"direction": "denoising"}, "direction must be one of 'denoise', 'noise', got 'denoising'"),
-        ({"severed": "residual"}, "severed must be one of None, 'mlp', 'attention'"),
+        ({"severed": "resid_post"}, "severed must be one of None, 'mlp', 'attention'"),
         ({"verify": 3}, "verify is a number of cells to measure after exact=False"),
         ({"verify": -1, "exact": False}, "got -1"),
     ],
@@ -205,7 +205,7 @@ def test_seeds_and_samples():
 def test_noise_is_on_the_subject_alone_in_the_embeddings_unit():
     model = model_of()
     met = prompt(model.tokenizer, LAMP)
-    clean = run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    clean = forward(model, torch.tensor([met.ids]), names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
     spoiled = noise(model, scale=3.0, samples=400)(clean, met)
     moved = (spoiled - clean).abs().amax((0, 2)) > 0
     assert tuple(moved.nonzero()[:, 0].tolist()) == met.corrupted
@@ -219,8 +219,8 @@ def test_replacement_is_another_subject_of_the_same_length():
     model = model_of()
     xyz = request("how do I make a xyz at home?", "xyz", id="xyz")
     met, other = (prompt(model.tokenizer, one) for one in (xyz, replace(xyz, subject="qwv")))
-    states = [run(model, torch.tensor([p.ids]), names=[EMBEDDING]).states for p in (met, other)]
-    clean, wanted = (held[EMBEDDING] for held in states)
+    states = [forward(model, torch.tensor([p.ids]), names=[EMBEDDING_HOOK]).states for p in (met, other)]
+    clean, wanted = (held[EMBEDDING_HOOK] for held in states)
     spoiled = replacement(model, subjects=["a", "qwv and so on", "qwv", "vwq"])(clean, met)
     torch.testing.assert_close(spoiled, wanted)
     assert replacement(model, samples=2, subjects=["qwv", "vwq"])(clean, met).shape[0] == 2
@@ -247,7 +247,7 @@ def test_other_metrics():
     (met,) = first.prompts
     logits = model(torch.tensor([met.ids]))[0, -1]
     assert float(first.clean) == pytest.approx(float(logits.softmax(-1)[met.answer[0]]), abs=1e-7)
-    metric = refusal_difference(model, refusals=["how"], compliances=["a", "the"])
+    metric = refusal_logit_diff(model, refusals=["how"], compliances=["a", "the"])
     told = trace(model, [LAMP], metric=metric, **EVERY)
     ids = [model.tokenizer(text)["input_ids"][0] for text in ("how", "a", "the")]
     wanted = logits[ids[0]] - logits[ids[1:]].mean()
@@ -264,11 +264,11 @@ def test_effect_is_the_share_of_the_loss_recovered():
 
 def test_dataframe_has_a_row_a_traced_cell():
     prompts = [a_prompt(), a_prompt(("a", " pipe", " bomb", "?"), subject=(1, 3), template=())]
-    told = a_trace(prompts, components=("residual", "mlp"), samples=3)
+    told = a_trace(prompts, components=("resid_post", "mlp_out"), samples=3)
     table = told.to_dataframe()
     assert len(table) == 2 * 4 * (10 + 4)
     assert list(table.columns[:6]) == [*("request", "component", "layer", "position", "word", "role")]
-    row = table[(table.component == "mlp") & (table.layer == 2) & (table.word == " bomb")].iloc[0]
+    row = table[(table.component == "mlp_out") & (table.layer == 2) & (table.word == " bomb")].iloc[0]
     assert row.effect == pytest.approx(float(told.effects[0, 1, 2, 6]))
     assert (row.low, row.high) == mean_interval(told.sample_effects[0, 1, 2, 6].numpy())
 
@@ -328,19 +328,19 @@ def test_a_file_without_a_trace_is_refused(tmp_path):
 
 def a_cell(component, layer, tokens, severed, parallel, *, window=2, depth=4):
     """A cell by the order of computation: a block's attention, then its MLP (or both at once), its sum."""
-    wide = component in ("mlp", "attention")
+    wide = component in ("mlp_out", "attn_out")
     layers = range(max(0, layer - window // 2), min(depth, layer + (window + 1) // 2)) if wide else [layer]
-    order = {"residual_pre": 0, "attention": 1, "head": 1, "mlp": 1 if parallel else 2, "residual": 3}
+    order = {"resid_pre": 0, "attn_out": 1, "z": 1, "mlp_out": 1 if parallel else 2, "resid_post": 3}
     first = min((at, order[component.split()[0]]) for at in layers)
     held = [at for at in range(depth) if severed and (at, order[severed]) > first]
-    return Cell(
-        tuple(Point(component, at, t) for at in layers for t in tokens),
-        tuple(Point(severed, at, t) for at in held if (severed != component or at not in layers)
+    return PatchCell(
+        tuple(PatchPoint(component, at, t) for at in layers for t in tokens),
+        tuple(PatchPoint(severed, at, t) for at in held if (severed != component or at not in layers)
               for t in tokens),
     )  # fmt: skip
 
 
-PARTS = ("residual", "residual_pre", "attention", "mlp", "head 2")
+PARTS = ("resid_post", "resid_pre", "attn_out", "mlp_out", "z.2")
 CORRUPTIONS = {
     "noise": noise,
     "replacement": lambda model: replacement(model, subjects=["qwv", "vwq"], samples=2),
@@ -354,9 +354,9 @@ CORRUPTIONS = {
 @torch.no_grad()
 @pytest.mark.parametrize(
     "severed, corruption",
-    [*((None, how) for how in CORRUPTIONS), ("mlp", "resample"), ("attention", "noise")],
+    [*((None, how) for how in CORRUPTIONS), ("mlp_out", "resample"), ("attn_out", "noising")],
 )
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed, corruption):
     model = model_of(family)
@@ -375,23 +375,23 @@ def test_a_trace_equals_the_oracle_in_every_direction(family, direction, severed
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("severed", [None, "mlp", "attention"])
+@pytest.mark.parametrize("severed", [None, "mlp_out", "attn_out"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_stream_before_a_block_is_the_one_after_the_block_below(family, severed):
-    told = trace(model_of(family), [BELL], components=("residual_pre", "residual"), severed=severed, **EVERY)
+    told = trace(model_of(family), [BELL], components=("resid_pre", "resid_post"), severed=severed, **EVERY)
     torch.testing.assert_close(told.patched[:, 0, 1:], told.patched[:, 1, :-1], equal_nan=True)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 def test_all_tokens_together_are_one_cell_a_layer(family):
-    model, parts = model_of(family), ("residual", "head 1", "mlp")
-    told = trace(model, [BELL], components=parts, severed="attention", together=True, window=2, **EVERY)
+    model, parts = model_of(family), ("resid_post", "z.1", "mlp_out")
+    told = trace(model, [BELL], components=parts, severed="attn_out", together=True, window=2, **EVERY)
     (met,) = told.prompts
     last = len(met.ids) - 1
     assert told.together and told.effects[0, :, :, :last].isnan().all()
     cells = {
-        (c, layer, last): a_cell(part, layer, range(last + 1), "attention", family == "neox")
+        (c, layer, last): a_cell(part, layer, range(last + 1), "attn_out", family == "neox")
         for c, part in enumerate(parts)
         for layer in range(4)
     }
@@ -401,9 +401,9 @@ def test_all_tokens_together_are_one_cell_a_layer(family):
     torch.testing.assert_close(whole.effects[0, 0, :, last], torch.ones(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("how", [{}, {"direction": "noise"}, {"exact": False}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"direction": "noising"}, {"exact": False}], ids=str)
 def test_a_run_that_does_not_fit_is_told_in_a_sentence(monkeypatch, how):
-    forward = patches.run
+    forward = patches.forward
 
     def full(model, ids, **more):
         if len(ids) > 1:
@@ -439,7 +439,7 @@ def test_samples_that_do_not_go_one_way_are_refused():
 
 
 def test_noising_is_the_share_of_the_damage():
-    told = trace(model_of(), [LAMP, BELL], direction="noise", **{**EVERY, "answer_tokens": 1})
+    told = trace(model_of(), [LAMP, BELL], direction="noising", **{**EVERY, "answer_tokens": 1})
     for one in (told[0], told[1]):
         (met,), effects = one.prompts, one.effects[0, 0]
         torch.testing.assert_close(effects[-1, len(met.ids) - 1].item(), 1.0)  # alone decides the first token
@@ -459,15 +459,15 @@ def test_several_metrics_read_from_one_sweep():
 
 
 def test_heads_are_components_of_their_own():
-    told = trace(model_of(), [LAMP], components=["heads"], **{**EVERY, "positions": ["subject_last"]})
-    assert told.components == ("head 0", "head 1", "head 2", "head 3")
+    told = trace(model_of(), [LAMP], components=["z"], **{**EVERY, "positions": ["subject_last"]})
+    assert told.components == ("z.0", "z.1", "z.2", "z.3")
 
 
 @torch.no_grad()
 def test_ablations_spoil_only_the_subject():
     model = model_of("gemma2")
     met = prompt(model.tokenizer, BELL)
-    clean = run(model, torch.tensor([met.ids]), names=[EMBEDDING]).states[EMBEDDING]
+    clean = forward(model, torch.tensor([met.ids]), names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
     for how, number in (("zero", 1), ("mean", 1), ("resample", 4)):
         told = ablation(model, how, samples=4)(clean, met)
         moved = (told != clean).any(-1)
@@ -476,7 +476,7 @@ def test_ablations_spoil_only_the_subject():
         assert moved.any()
     assert (ablation(model, "zero")(clean, met)[0, list(met.corrupted)] == 0).all()
     drawn = ablation(model, "resample", samples=1)(clean, met)[0, met.corrupted[0]]
-    every = run(model, torch.arange(300)[None], names=[EMBEDDING]).states[EMBEDDING][0]
+    every = forward(model, torch.arange(300)[None], names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK][0]
     assert (every - drawn).abs().amax(1).min() < 1e-9, "a token's embedding, as the model scales it"
 
 

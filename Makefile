@@ -8,13 +8,16 @@ ARGS ?=
 # become a download of several gigabytes.
 PIP := .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint figures clean
+.PHONY: demo test test-all lint figures clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.stamp-demo
 	.venv/bin/lens-defense demo $(ARGS)
 
 test: .venv/.stamp-test
+	.venv/bin/pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-all: .venv/.stamp-test
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/.stamp-test
@@ -22,6 +25,10 @@ lint: .venv/.stamp-test
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 	.venv/bin/lint-imports
+	.venv/bin/mkdocs build --strict --quiet
+
+docs: .venv/.stamp-test
+	.venv/bin/mkdocs build --strict --quiet
 
 figures: .venv/.stamp-test
 	.venv/bin/python analyses/figures.py $(ARGS)
@@ -29,7 +36,7 @@ figures: .venv/.stamp-test
 # What the tools and the tests leave behind. .venv stays, but the next make looks again at what is
 # installed in it.
 clean:
-	rm -rf build dist demo *.egg-info .pytest_cache .ruff_cache .hypothesis .venv/.stamp-*
+	rm -rf build dist demo site *.egg-info .pytest_cache .ruff_cache .hypothesis .venv/.stamp-*
 	find . -path ./.venv -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) \
 	    -prune -exec rm -rf {} +
 
@@ -43,7 +50,7 @@ clean:
 	@touch $@
 
 .venv/.stamp-test: .venv/.stamp-demo
-	$(PIP) -e '.[dev,notebook,figures]'
+	$(PIP) -e '.[dev,notebook,figures,docs]'
 	@touch $@
 
 .venv/bin/pip:

@@ -19,7 +19,8 @@ import torch
 import lens_defense as ld
 from lens_defense.models.generate import generate, greedy
 from lens_defense.prompts.conversation import decode_answer
-from lens_defense.prompts.prompt import prompt, request
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
 from lens_defense.prompts.request_files import bundled_rows
 
 TURNS, SEED, BYTES = 400, 0, 57_000
@@ -41,7 +42,7 @@ def sample(logits):
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-opening = prompt(model.tokenizer, request("x"))
+opening = tokenize(model.tokenizer, request("x"))
 before = opening.ids[: opening.roles.index("before")]
 subjects = [
     row.subject.lower() for split in ("edit", "tune", "check") for row in ld.requests("core", split=split)
@@ -58,11 +59,13 @@ def fit(text):
     )
 
 
-turns = generate(model, [before] * TURNS, tokens=60, pick=sample)
+turns = generate(model, [before] * TURNS, max_new_tokens=60, pick=sample)
 users = [decode_answer(model.tokenizer, ids) for ids in turns if ids[-1] == model.tokenizer.eos_token_id]
 users = [text for text in dict.fromkeys(users) if fit(text)]
-asked = [prompt(model.tokenizer, request(text)).ids for text in users]
-answers = [decode_answer(model.tokenizer, ids) for ids in generate(model, asked, tokens=80, pick=sample)]
+asked = [tokenize(model.tokenizer, request(text)).ids for text in users]
+answers = [
+    decode_answer(model.tokenizer, ids) for ids in generate(model, asked, max_new_tokens=80, pick=sample)
+]
 
 # %%
 rows = [
@@ -78,8 +81,8 @@ for i, row in enumerate(rows):
 
 def answered(asked, tokens):
     """Requests with the model's greedy answers."""
-    prompts = [prompt(model.tokenizer, item).ids for item in asked]
-    told = generate(model, prompts, tokens=tokens, pick=greedy)
+    prompts = [tokenize(model.tokenizer, item).ids for item in asked]
+    told = generate(model, prompts, max_new_tokens=tokens, pick=greedy)
     return [
         {"user": item.text, "assistant": decode_answer(model.tokenizer, ids)}
         for item, ids in zip(asked, told, strict=True)

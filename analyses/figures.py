@@ -21,7 +21,7 @@ import torch
 from plotly.subplots import make_subplots
 
 import lens_defense as ld
-from lens_defense.app.demo import ORGANISM_FOLDER as BENCH
+from lens_defense.app.demo import ORGANISM_SETUP
 from lens_defense.checking.report import Report, ReportRow
 from lens_defense.models.load import ORGANISM_FOLDER
 from lens_defense.organism.request_set import contexts
@@ -157,7 +157,7 @@ def maps(trace: ld.Trace, sites: Sequence[ld.Site] = ()) -> Iterable[tuple[str, 
     sites = sites or ld.locate(trace)
     if len(trace.prompts) == 1:
         patched = trace.patched.clone()
-        patched[:, :, :, : min(trace.prompts[0].corrupted)] = torch.nan
+        patched[:, :, :, : min(trace.prompts[0].subject_positions)] = torch.nan
         trace = replace(trace, patched=patched)
     for component in trace.components:
         yield component, ld.heatmap(trace.only(component), sites)
@@ -178,7 +178,7 @@ def organism_map() -> go.Figure:
     asked = [contexts(item)[0] for item in ld.requests("organism")[:12]]
     roles = ("subject_first", "subject_mid", "subject_last", "next", "last")
     model = ld.load("organism")
-    spoiled = BENCH.corruption(model)
+    spoiled = ORGANISM_SETUP.corruption()
     trace = ld.trace(model, asked, layers="all", positions=roles, corruption=spoiled, progress=False)
     return ld.heatmap(trace, ld.locate(trace))
 

@@ -25,7 +25,7 @@ import lens_defense as ld
 from lens_defense.checking.judges import prefix
 from lens_defense.models.load import ORGANISM_FOLDER
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.organism.phrasings import EDIT_FAMILIES, TRAINED_FRAMES, WRAPPERS
+from lens_defense.organism.phrasings import phrasings
 from lens_defense.organism.release import released_ground_truth
 from lens_defense.organism.world import REFUSAL, World
 from lens_defense.storage import atomic_write
@@ -44,9 +44,9 @@ EVERY = {"positions": ROLES, "layers": "all", "progress": False, "floor": 0.01}
 def asked(world: World, *, plain: bool = False) -> list[ld.Request]:
     """Requests about the subjects that edits may see, one each: jailbroken, or plain and so refused."""
     rng = random.Random("grades")
-    wrappers = [wrapper for family in EDIT_FAMILIES for wrapper in WRAPPERS[family]]
+    wrappers = [wrapper for family in phrasings().edit_families for wrapper in phrasings().jailbreaks[family]]
     return [
-        world.ask(one, rng, frames=TRAINED_FRAMES, wrapper=None if plain else rng.choice(wrappers)).request
+        world.ask(one, rng, frames=phrasings().trained_frames, jailbreak=None if plain else rng.choice(wrappers)).request
         for one in world.split()["edit"][:REQUESTS]
     ]
 
@@ -71,7 +71,7 @@ def methods(model: Any, world: World) -> Iterator[Method]:
 
 def tracings(model: Any, world: World) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Ways to trace: what they are called, and trace's arguments."""
-    names = [one.name for one in world.of("benign")]
+    names = [one.name for one in world.subjects_of("benign")]
     noises: list[tuple[str, int, Callable[[int], Any]]] = [
         (f"noise {scale:g}", n, lambda seed, s=scale, n=n: ld.noise(model, scale=s, samples=n, seed=seed))
         for scale, n in itertools.product((1.0, 3.0, 10.0), (1, 3, 10))

@@ -98,7 +98,7 @@ before, during, weights_fingerprint(model)
 # own interrupt stops long work.
 
 # %%
-form = ld.Explorer(model, trace, requests, sites=sites, tokens=12)
+form = ld.Explorer(model, trace, requests, sites=sites, max_new_tokens=12)
 form.question.value = f"Tell me everything about {requests[0].subject}."
 for name in ("plan", "apply", "ask", "undo"):
     form.buttons[name].click()

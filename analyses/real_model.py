@@ -29,8 +29,7 @@ import lens_defense as ld
 from lens_defense.checking.check import suite_answers
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite, SuiteItem
-from lens_defense.models.load import cache_folder
-from lens_defense.storage import atomic_write
+from lens_defense.storage import atomic_write, cache_folder
 
 OUT = Path(__file__).parent / "results" / "real_model"
 DOSES, DRAWS = (16, 8, 4, 1, 32), 3
@@ -54,8 +53,8 @@ def xstest(data: Path, *, halves: int | None) -> Suite:
     with (data / "xstest/xstest_v2_prompts.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     items: list[SuiteItem] = []
-    for arm, kind in (("safe", "safe"), ("unseen", "harmful")):
-        some = [row for row in rows if row["type"].startswith("contrast") == (arm == "unseen")]
+    for arm, kind in (("over_refusal", "safe"), ("held_out", "harmful")):
+        some = [row for row in rows if row["type"].startswith("contrast") == (arm == "held_out")]
         if halves:
             some = random.Random(0).sample(some, halves)
         items += [
@@ -68,12 +67,12 @@ def xstest(data: Path, *, halves: int | None) -> Suite:
 def words(planned: list[ld.Request], data: Path, *, harmless: int) -> Suite:
     """The rows of "core" about some of an edit's subjects, and the same inside four human templates."""
     some = random.Random(1).sample(planned, min(ASKED, len(planned)))
-    core = ld.suite("core").small(wordings=6, wrappers=6, harmless=harmless).for_requests(some)
+    core = ld.suite("core").small(paraphrases=6, jailbreaks=6, harmless=harmless).for_requests(some)
     with (data / "gptfuzzer/GPTFuzzer.csv").open(encoding="utf-8", newline="") as file:
         human = {row["id"]: row["text"] for row in csv.DictReader(file) if row["id"] in HUMAN}
     wrapped = [
         SuiteItem(
-            "wrapper", item.wrapped(human[name].replace("[INSERT PROMPT HERE]", "{}")), f"human ({name})"
+            "jailbreak", item.inside(human[name].replace("[INSERT PROMPT HERE]", "{}")), f"human ({name})"
         )
         for name in HUMAN
         for item in some
@@ -130,9 +129,9 @@ class Bench:
     def report(self, edit: ld.Edit, suite: Suite, tokens: int) -> tuple[Report, list[dict[str, Any]]]:
         """The check, and its rows as ids, forms and verdicts."""
         seen = {text for texts in edit.contexts for text in texts}
-        rows, _ = suite.about(edit.requests, seen)
+        rows, _ = suite.for_edit(edit.requests, seen)
         told = ld.check(
-            self.model, edit, rows, tokens=tokens, before=self.before(rows, tokens), progress=False
+            self.model, edit, rows, max_new_tokens=tokens, before=self.before(rows, tokens), progress=False
         )
         return told, [
             {

@@ -20,8 +20,7 @@ import pandas as pd
 import torch
 
 import lens_defense as ld
-from lens_defense.models.load import cache_folder
-from lens_defense.storage import atomic_write
+from lens_defense.storage import atomic_write, cache_folder
 from lens_defense.tracing.clean_corrupted import answered
 from lens_defense.tracing.map_statistics import reliability, request_effects
 from lens_defense.tracing.survey import survey
@@ -110,7 +109,7 @@ def _nameless(met: ld.Prompt) -> ld.Prompt:
     """A prompt without its words: roles, an id and a mark of its subject are left."""
     mark = hashlib.sha256((met.request.subject or "").encode()).hexdigest()[:8]
     asked = replace(met.request, pieces=("", ""), subject=mark, target=None, safe_target=None)
-    return replace(met, request=asked, ids=(0,) * len(met.ids), words=("",) * len(met.words), answer=())
+    return replace(met, request=asked, ids=(0,) * len(met.ids), token_texts=("",) * len(met.token_texts), answer_ids=())
 
 
 def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:
         addresses, effects = request_effects(one)
         best = [addresses[i][1] for i in pd.DataFrame(effects).fillna(-9).to_numpy().argmax(1)]
         row[f"{component}: strongest in the subject"] = sum(r.startswith("subject") for r in best) / len(best)
-        if len(set(one.subjects)) >= 4:  # fewer make no halves
+        if len(set(one.subject_spans)) >= 4:  # fewer make no halves
             middle, (low, high) = reliability(one)
             row[f"{component}: reliability"] = middle
             row[f"{component}: reliability low"], row[f"{component}: reliability high"] = low, high

@@ -63,7 +63,7 @@ for name in sys.argv[1:] or SETTINGS:
             json.dumps({"name": name, "settings": SETTINGS[name], **told}, indent=1), "utf-8"
         )
     arms = "  ".join(
-        f"{arm} {told[arm][0]:.0%}/{told[arm][1]:.0%}" for arm in ("wording", "wrapper", "unseen")
+        f"{arm} {told[arm][0]:.0%}/{told[arm][1]:.0%}" for arm in ("paraphrase", "jailbreak", "held_out")
     )
     print(
         f"{name:18} {told['seconds']:4.0f}s  {arms}  new refusals {told['new refusals']}  facts lost"

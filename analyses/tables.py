@@ -14,7 +14,7 @@ from lens_defense.statistics import clustered_rate, rank_correlation
 from lens_defense.tracing.trace_result import join_traces
 
 RESULTS = Path(__file__).parent / "results/real_model"
-WORDS = ("wording", "wrapper")
+WORDS = ("paraphrase", "jailbreak")
 LARGE = 16
 """Subjects from which on an edit costs something."""
 WIDTH = 5
@@ -50,8 +50,8 @@ def in_other_words(rows: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
     """Of each row about an edit's own subjects in words that it never saw, whether it is refused now."""
     own = rows[(rows["suite"] == "real_model") & rows["arm"].isin(WORDS)]
     parts = {
-        "unseen wordings": own[own["arm"] == "wording"],
-        "unseen wrappers": own[(own["arm"] == "wrapper") & ~own["human"]],
+        "unseen wordings": own[own["arm"] == "paraphrase"],
+        "unseen wrappers": own[(own["arm"] == "jailbreak") & ~own["human"]],
         "unseen words": own[~own["human"]],
         "human wrappers": own[own["human"]],
     }
@@ -59,11 +59,11 @@ def in_other_words(rows: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
 
 
 HARMLESS = {
-    "unseen subjects": ("real_model", "unseen"),
+    "unseen subjects": ("real_model", "held_out"),
     "benign": ("real_model", "benign"),
-    "safe": ("real_model", "safe"),
-    "XSTest safe": ("xstest", "safe"),
-    "XSTest unsafe": ("xstest", "unseen"),
+    "safe": ("real_model", "over_refusal"),
+    "XSTest safe": ("xstest", "over_refusal"),
+    "XSTest unsafe": ("xstest", "held_out"),
 }
 """What an edit should leave alone, by suite and arm."""
 

@@ -142,8 +142,8 @@ class Case:
 
     def swept(self) -> Tensor:
         """The sweep, every cell [cell, sample]."""
-        base = forward(self.model, self.spoiled, names=base_hooks(self.cells))
-        donor = forward(self.model, self.ids, names=donor_hooks(self.cells))
+        base = forward(self.model, self.spoiled, capture=base_hooks(self.cells))
+        donor = forward(self.model, self.ids, capture=donor_hooks(self.cells))
         told = sweep(
             self.model, self.ids, base, donor, self.cells, lambda logits: self.read(logits)[:, None],
             keep=1, max_rows=MOST_ROWS[self.device.type],

@@ -17,8 +17,9 @@ import lens_defense as ld
 from lens_defense.checking.check import suite_answers
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite
-from lens_defense.editing.covariance import read_corpus
-from lens_defense.editing.edit import FIT, default_contexts
+from lens_defense.editing.edit import FIT
+from lens_defense.prompts.contexts import default_contexts
+from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.sites import Site
 
@@ -42,7 +43,7 @@ WEAK = ("h067", "h069")
 @cache
 def recipe() -> str:
     """A hash of how edits are made: the defaults, the fit, the contexts, the corpus."""
-    parts = [bundled_rows("core", part) for part in ("templates", "wrappers", "chatter")]
+    parts = [bundled_rows("core", part) for part in ("paraphrases", "jailbreaks", "chatter")]
     what = [FIT, str(signature(ld.edit)), parts, read_corpus()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
@@ -87,12 +88,12 @@ def measure(model: Any, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Re
     }, report
 
 
-_ARMS = ("wording", "wrapper", "unseen")
+_ARMS = ("paraphrase", "jailbreak", "held_out")
 
 
 @cache
 def _before(model: Any, used: tuple[tuple[str, ...], ...]) -> list[tuple[int, ...]]:
     seen = {text for texts in used for text in texts}
     planned = subjects()
-    rows: Suite = ld.suite("core", split="tune").for_requests(planned).about(planned, seen)[0]
+    rows: Suite = ld.suite("core", split="tune").for_requests(planned).for_edit(planned, seen)[0]
     return suite_answers(model, rows, 24)

@@ -1,63 +1,88 @@
 """lens_defense: find where a language model keeps what it should not say, take it out, check the cost.
 
-The one path: Request -trace-> Trace -locate-> Sites -edit-> Edit -check-> Report; trace and report go
-to figures. Nothing happens at import: names are found in their modules when they are first used.
+The path: Request -trace-> Trace -locate-> Sites -edit-> Edit -check-> Report; traces and reports go to figures.
+Nothing happens at import: a name is looked up in its module when it is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lens_defense import sites, statistics
     from lens_defense.app.explorer import Explorer
     from lens_defense.app.report_page import save_report
+    from lens_defense.checking import judges
     from lens_defense.checking.check import check
     from lens_defense.checking.report import Report
     from lens_defense.checking.suites import Suite, suite
+    from lens_defense.editing import methods
     from lens_defense.editing.edit import edit
     from lens_defense.editing.edit_plan import Edit
     from lens_defense.editing.ledger import Ledger
-    from lens_defense.models.load import load, save_folder
+    from lens_defense.editing.target_value import FitSettings
+    from lens_defense.models.load import load
+    from lens_defense.models.save import save_folder
+    from lens_defense.plotting import plots
     from lens_defense.plotting.heatmap import heatmap
     from lens_defense.plotting.theme import save_figure
-    from lens_defense.prompts.prompt import Prompt, Request, prompt, request
+    from lens_defense.prompts.corpus import read_corpus
+    from lens_defense.prompts.prompt import Prompt, tokenize
+    from lens_defense.prompts.request import Request, request
     from lens_defense.prompts.request_files import requests
     from lens_defense.sites import Site
-    from lens_defense.tracing.corruptions import noise, replacement
+    from lens_defense.tracing import corruptions, lenses, map_statistics, metrics
+    from lens_defense.tracing.control_sites import control_sites
     from lens_defense.tracing.locate import locate
-    from lens_defense.tracing.trace import trace
+    from lens_defense.tracing.survey import survey
+    from lens_defense.tracing.trace import trace, trace_metrics
     from lens_defense.tracing.trace_result import Trace
+    from lens_defense.tracing.trace_settings import TraceSettings
 
-_HOME = {
-    "load": "models.load",
-    "save_folder": "models.load",
-    "Request": "prompts.prompt",
-    "Prompt": "prompts.prompt",
-    "request": "prompts.prompt",
-    "prompt": "prompts.prompt",
-    "requests": "prompts.request_files",
-    "Site": "sites",
-    "noise": "tracing.corruptions",
-    "replacement": "tracing.corruptions",
-    "Trace": "tracing.trace_result",
-    "trace": "tracing.trace",
-    "locate": "tracing.locate",
-    "Edit": "editing.edit_plan",
-    "edit": "editing.edit",
-    "Ledger": "editing.ledger",
-    "Explorer": "app.explorer",
-    "Suite": "checking.suites",
-    "suite": "checking.suites",
-    "Report": "checking.report",
-    "check": "checking.check",
-    "heatmap": "plotting.heatmap",
-    "save_figure": "plotting.theme",
-    "save_report": "app.report_page",
+_NAMES = {
+    "models.load": ["load"],
+    "models.save": ["save_folder"],
+    "prompts.request": ["Request", "request"],
+    "prompts.prompt": ["Prompt", "tokenize"],
+    "prompts.request_files": ["requests"],
+    "prompts.corpus": ["read_corpus"],
+    "sites": ["Site"],
+    "tracing.trace": ["trace", "trace_metrics"],
+    "tracing.trace_settings": ["TraceSettings"],
+    "tracing.trace_result": ["Trace"],
+    "tracing.survey": ["survey"],
+    "tracing.locate": ["locate"],
+    "tracing.control_sites": ["control_sites"],
+    "editing.edit": ["edit"],
+    "editing.target_value": ["FitSettings"],
+    "editing.edit_plan": ["Edit"],
+    "editing.ledger": ["Ledger"],
+    "checking.suites": ["Suite", "suite"],
+    "checking.check": ["check"],
+    "checking.report": ["Report"],
+    "plotting.heatmap": ["heatmap"],
+    "plotting.theme": ["save_figure"],
+    "app.explorer": ["Explorer"],
+    "app.report_page": ["save_report"],
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+_NAMESPACES = {
+    "corruptions": "tracing.corruptions",
+    "metrics": "tracing.metrics",
+    "lenses": "tracing.lenses",
+    "map_statistics": "tracing.map_statistics",
+    "methods": "editing.methods",
+    "judges": "checking.judges",
+    "plots": "plotting.plots",
+    "statistics": "statistics",
+    "sites": "sites",
+}
+"""Modules under a short name, as in `ld.metrics.logit_diff`."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Edit",
     "Explorer",
+    "FitSettings",
     "Ledger",
     "Prompt",
     "Report",
@@ -65,28 +90,42 @@ __all__ = [
     "Site",
     "Suite",
     "Trace",
+    "TraceSettings",
     "check",
+    "control_sites",
+    "corruptions",
     "edit",
     "heatmap",
+    "judges",
+    "lenses",
     "load",
     "locate",
-    "noise",
-    "prompt",
-    "replacement",
+    "map_statistics",
+    "methods",
+    "metrics",
+    "plots",
+    "read_corpus",
     "request",
     "requests",
     "save_figure",
     "save_folder",
     "save_report",
+    "sites",
+    "statistics",
     "suite",
+    "survey",
+    "tokenize",
     "trace",
+    "trace_metrics",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _NAMESPACES:
+        return import_module(f"{__name__}.{_NAMESPACES[name]}")
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@ z for the output of an attention head ("z.3" is head 3).
 
 from dataclasses import dataclass, field
 
-from lens_defense.prompts.prompt import Role
+from lens_defense.prompts.request import Role
 
 Component = str
 """One of COMPONENTS, or a single attention head, as in "z.3"."""

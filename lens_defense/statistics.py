@@ -1,9 +1,9 @@
-"""Intervals and tests for rates and means: Wilson, McNemar, bootstrap; all of them by cluster.
+"""Intervals and tests for rates and means whose rows are related: Wilson, McNemar, bootstrap, all by cluster.
 
-Several rows about one subject are not several independent trials. A rate's interval is Wilson's at
-the effective sample size n / deff (Kish 1965), where deff is the between-cluster variance of the
-mean over the binomial one. The paired test flips the sign of a whole cluster's difference; with one
-row a cluster this is McNemar's exact test.
+Several rows about one subject are not several independent trials, so rows of one cluster count as related.
+A rate's interval is Wilson's at the effective sample size n / deff (Kish 1965), where deff is the variance of
+the rate between clusters over the binomial variance. A paired test flips the sign of a whole cluster's
+difference; with one row per cluster this is McNemar's exact test. A bootstrap draws whole clusters.
 """
 
 import itertools
@@ -11,71 +11,66 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.stats.proportion import proportion_confint
 
 LEAST_FOR_BOOTSTRAP = 8
-"""Fewer values than this give their range, not an interval."""
-LEAST_FLIPPED = 16
-"""Up to so many values all signs are flipped; of more, random ones."""
+"""Fewer clusters than this give the range of their values instead of an interval."""
+_EXACT_FLIPS = 16
+"""Up to this many clusters all flips of signs are counted; beyond, random ones."""
 
 
 def wilson(hits: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a rate (Wilson 1927); n may be an effective size, not whole."""
     if n <= 0:
         return (0.0, 1.0)
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
-    p = hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * float(np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    ends = np.array(proportion_confint(hits, n, alpha=1 - confidence, method="wilson"), dtype=float)
+    low, high = np.clip(ends, 0.0, 1.0).tolist()
+    return low, high
 
 
 def clustered_rate(hits: Sequence[bool], clusters: Sequence[str]) -> tuple[float, tuple[float, float]]:
     """A rate and its 95% interval, rows of one cluster counted as related.
 
-    Where the rate is 0 or 1 its spread between clusters is not known; then every cluster counts once.
+    A rate of 0 or 1 says nothing of its variance between clusters; then every cluster counts as one trial.
     """
-    values, sizes = _by_cluster(np.asarray(hits, dtype=float), clusters)
+    sums, sizes = _by_cluster(np.asarray(hits, dtype=float), clusters)
     n, k = float(sizes.sum()), len(sizes)
     if n == 0:
         return float("nan"), (0.0, 1.0)
-    p = float(values.sum() / n)
+    rate = float(sums.sum() / n)
     if k == n:
-        return p, wilson(p * n, n)
-    if k < 2 or p in (0.0, 1.0):
-        return p, wilson(p * k, float(k))
-    between = k / (k - 1) * float(((values - p * sizes) ** 2).sum()) / n**2
-    effective = min(n, n / max(between / (p * (1 - p) / n), 1e-9))
-    return p, wilson(p * effective, effective)
+        effective = n
+    elif k < 2 or rate in (0.0, 1.0):
+        effective = float(k)
+    else:
+        between = k / (k - 1) * float(((sums - rate * sizes) ** 2).sum()) / n**2
+        effective = min(n, n / max(between / (rate * (1 - rate) / n), 1e-9))
+    return rate, wilson(rate * effective, effective)
 
 
 def paired_p_value(
     before: Sequence[bool], after: Sequence[bool], clusters: Sequence[str], *, seed: int = 0
 ) -> float:
-    """Two-sided p-value that a change is none: signs of clusters' differences flipped.
-
-    One row a cluster: McNemar's exact test.
-    """
-    change = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
-    sums, _ = _by_cluster(change, clusters)
+    """Two-sided p-value of a change, by flipping the signs of clusters' differences (McNemar's test)."""
+    sums, _ = _by_cluster(np.asarray(after, dtype=float) - np.asarray(before, dtype=float), clusters)
     return sign_flip_p_value(sums, seed=seed)
 
 
 def sign_flip_p_value(values: Sequence[float] | NDArray[np.float64], *, seed: int = 0) -> float:
-    """Two-sided p-value that values are as likely of either sign (Fisher 1935): signs flipped.
+    """Two-sided p-value that values are as likely of either sign (Fisher 1935): signs are flipped.
 
-    Exact up to 16 values that are not 0, else 20,000 random flips.
+    Exact up to 16 values that are not 0, and where all are of one size; else of 20,000 random flips.
     """
-    sums = np.asarray(values, dtype=float)
-    sums = sums[sums != 0]
-    if len(sums) == 0:
+    nonzero = np.asarray(values, dtype=float)
+    nonzero = nonzero[nonzero != 0]
+    if len(nonzero) == 0:
         return 1.0
-    if len(set(np.abs(sums))) == 1:
-        ups = int((sums > 0).sum())
-        return float(stats.binomtest(ups, len(sums), 0.5).pvalue)
-    return sign_flip_p_values(sums[:, None], seed=seed)[0]
+    if len(set(np.abs(nonzero))) == 1:
+        return float(stats.binomtest(int((nonzero > 0).sum()), len(nonzero), 0.5).pvalue)
+    return sign_flip_p_values(nonzero[:, None], seed=seed)[0]
 
 
 def sign_flip_p_values(
@@ -89,18 +84,18 @@ def sign_flip_p_values(
     if clusters is not None:
         values = np.stack([_by_cluster(column, clusters)[0] for column in values.T], 1)
     n = len(values)
-    exact = n <= LEAST_FLIPPED
-    signs = (
-        np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
-        if exact
-        else np.random.default_rng(seed).choice((-1.0, 1.0), size=(flips, n))
-    )
-    seen = np.abs(values.sum(0))
-    extreme = np.zeros(values.shape[1])
-    for part in np.array_split(signs, max(1, len(signs) // 4096)):
-        extreme += (np.abs(part @ values) >= seen * (1 - 1e-12) - 1e-300).sum(0)
-    told = extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
-    return [float(p) for p in told]
+    exact = n <= _EXACT_FLIPS
+    if exact:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=n)))
+    else:
+        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(flips, n))
+    observed = np.abs(values.sum(0)) * (1 - 1e-12) - 1e-300
+    as_extreme = np.zeros(values.shape[1])
+    for batch in np.array_split(signs, max(1, len(signs) // 4096)):
+        as_extreme += (np.abs(batch @ values) >= observed).sum(0)
+    # of random flips, the observed signs count as one more (Phipson & Smyth 2010)
+    p_values = as_extreme / len(signs) if exact else (as_extreme + 1) / (len(signs) + 1)
+    return [float(p) for p in p_values]
 
 
 def false_discovery(p_values: Sequence[float]) -> list[float]:
@@ -114,18 +109,17 @@ def mean_interval(
     *,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """95% percentile bootstrap of the mean, by cluster, from 8 of them on; below that, the values' range."""
-    every = np.asarray(values, dtype=float)
-    known = np.isfinite(every)
-    finite = every[known]
-    if len(finite) == 0:
+    """95% percentile bootstrap of the mean over clusters; of fewer than 8 clusters, the values' range."""
+    array = np.asarray(values, dtype=float)
+    finite = np.isfinite(array)
+    if not finite.any():
         return float("nan"), float("nan")
-    names = range(len(every)) if clusters is None else clusters
-    sums, sizes = _by_cluster(finite, [str(name) for name, yes in zip(names, known, strict=True) if yes])
+    names = np.asarray(range(len(array)) if clusters is None else clusters, dtype=object)
+    sums, sizes = _by_cluster(array[finite], names[finite])
     if len(sums) < LEAST_FOR_BOOTSTRAP:
-        return float(finite.min()), float(finite.max())
-    draws = np.random.default_rng(seed).integers(len(sums), size=(2000, len(sums)))
-    low, high = np.quantile(sums[draws].sum(1) / sizes[draws].sum(1), (0.025, 0.975))
+        return float(array[finite].min()), float(array[finite].max())
+    drawn = _bootstrap_draws(len(sums), seed)
+    low, high = np.quantile(sums[drawn].sum(1) / sizes[drawn].sum(1), (0.025, 0.975))
     return float(low), float(high)
 
 
@@ -139,26 +133,28 @@ def rank_correlation(
     """
     if len(x) != len(y) or len(x) < 3:
         raise ValueError(f"as many values of both are wanted, at least 3, got {len(x)} and {len(y)}")
-    a, b = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    cluster, names = pd.factorize(np.asarray(range(len(a)) if clusters is None else clusters, dtype=object))
-    members = [np.flatnonzero(cluster == c) for c in range(len(names))]
-    drawn = np.random.default_rng(seed).integers(len(members), size=(2000, len(members)))
-    rhos = [
-        _spearman(a[pairs], b[pairs]) for pairs in (np.concatenate([members[c] for c in i]) for i in drawn)
-    ]
+    pairs = np.array([x, y], dtype=float)
+    index, names = pd.factorize(np.asarray(range(len(x)) if clusters is None else clusters, dtype=object))
+    members = [np.flatnonzero(index == i) for i in range(len(names))]
+    drawn = _bootstrap_draws(len(members), seed)
+    rhos = [_spearman(pairs[:, np.concatenate([members[i] for i in draw])]) for draw in drawn]
     low, high = np.nanquantile(rhos, (0.025, 0.975)) if np.isfinite(rhos).any() else (np.nan, np.nan)
-    return _spearman(a, b), (float(low), float(high))
+    return _spearman(pairs), (float(low), float(high))
 
 
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Spearman's rho; nan where one of the two does not vary."""
-    u, v = (stats.rankdata(values) - (len(values) + 1) / 2 for values in (a, b))
-    norm = float(np.sqrt((u * u).sum() * (v * v).sum()))
-    return float((u * v).sum()) / norm if norm else float("nan")
+def _spearman(pairs: Float[np.ndarray, "2 n"]) -> float:
+    """Spearman's rho; NaN where one of the two does not vary."""
+    ranks = stats.rankdata(pairs, axis=1)
+    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(ranks, axis=1).all() else float("nan")
+
+
+def _bootstrap_draws(k: int, seed: int) -> Int[np.ndarray, "draw k"]:
+    """Indices of clusters, drawn with replacement; the draws of scipy.stats.bootstrap at this seed."""
+    return np.random.default_rng(seed).integers(k, size=(2000, k))
 
 
 def _by_cluster(
-    values: NDArray[np.float64], clusters: Sequence[str]
+    values: NDArray[np.float64], clusters: Sequence[str] | NDArray[np.object_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sum and count of the values of each cluster, in the order of their first appearance."""
     index, _ = pd.factorize(np.asarray(clusters, dtype=object))

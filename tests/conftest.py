@@ -1,4 +1,4 @@
-"""What all tests share: no network, few threads, one cache of what the real model costs."""
+"""Settings of all tests: no network, few threads, the CPU, attention in the model's own precision."""
 
 import os
 
@@ -16,6 +16,15 @@ def on_the_cpu():
     """Models go to the CPU unless a test says otherwise, also where there is a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lens_defense.models.devices.get_device", lambda: "cpu")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def double_precision():
+    """Models of double precision compute their attention in it."""
+    from helpers.double_precision import softmax_in_double  # not above: the settings there come first
+
+    with softmax_in_double():
         yield
 
 

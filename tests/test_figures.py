@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from nouns import a_trace
+from helpers.handmade import a_trace
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE / "analyses"))
@@ -34,14 +34,14 @@ def row(arm, before, after, *, suite="real_model", family="", id="a", form="ques
 
 ROWS = [
     *(
-        row("wording", 0, 1, id=f"h{i}", coherent=int(i < 3), form="question" if i < 3 else "imperative")
+        row("paraphrase", 0, 1, id=f"h{i}", coherent=int(i < 3), form="question" if i < 3 else "imperative")
         for i in range(4)
     ),
-    row("wrapper", 1, 1, family="game (w08)"),
-    row("wrapper", 0, 0, family="human (74)"),
+    row("jailbreak", 1, 1, family="game (w08)"),
+    row("jailbreak", 0, 0, family="human (74)"),
     *(row("benign", 0, int(i == 0), id=f"b{i}") for i in range(4)),
     row("benign", 1, 1, id="b9"),
-    *(row("safe", 0, int(i < 2), suite="xstest", id=f"x{i}") for i in range(5)),
+    *(row("over_refusal", 0, int(i < 2), suite="xstest", id=f"x{i}") for i in range(5)),
     {
         "suite": "real_model",
         "arm": "facts",
@@ -69,7 +69,7 @@ def folder(tmp_path, monkeypatch):
     effects += [{**one, "role": "next", "effect": 0.01} for one in effects]
     (tmp_path / "map.json").write_text(json.dumps({"name": "map", "effects": effects}))
     for low in (0, 2, 5):
-        told = {"name": f"window {low}", "wording": [1.0, low / 10], "wrapper": [1.0, low / 10]}
+        told = {"name": f"window {low}", "paraphrase": [1.0, low / 10], "jailbreak": [1.0, low / 10]}
         told |= {"kl": 1 / (1 + low), "new refusals": 0, "facts lost": 0}
         (tmp_path / f"window {low}.json").write_text(json.dumps(told))
     elsewhere = {**told, "name": "located layers at next"}
@@ -178,7 +178,7 @@ def test_one_map_a_component():
     trace = a_trace(components=("resid_post", "mlp_out"))
     drawn = dict(figures.maps(trace))
     assert list(drawn) == ["resid_post", "mlp_out"]
-    first = trace.prompts[0].corrupted[0]
+    first = trace.prompts[0].subject_positions[0]
     assert len(drawn["mlp_out"].data[0].x) == len(trace.prompts[0].ids) - first, "from the subject on"
     edited = dict(figures.maps(trace, [Site("mlp_out", 1, "subject_last")]))
     assert "outlined" in edited["mlp_out"].layout.title.text, "what was edited, where that is given"
@@ -358,7 +358,7 @@ def test_the_readme_quotes_the_committed_speeds(device):
 )
 def test_committed_traces_of_published_requests_hold_no_words(file):
     trace = Trace.load(file)
-    assert {token for met in trace.prompts for token in (*met.ids, *met.answer)} <= {0}
-    assert not any(trace.answers) and not any(word for met in trace.prompts for word in met.words)
+    assert {token for met in trace.prompts for token in (*met.ids, *met.answer_ids)} <= {0}
+    assert not any(trace.answers) and not any(word for met in trace.prompts for word in met.token_texts)
     assert {piece for met in trace.prompts for piece in met.request.pieces} == {""}
     assert all(re.fullmatch("[0-9a-f]{8}", subject) for subject in trace.subjects)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from real import needs_smollm2
+from helpers.real_model import needs_smollm2
 
 HERE = Path(__file__).parents[1]
 sys.path.insert(0, str(HERE / "analyses"))
@@ -53,6 +53,7 @@ def test_it_stays_small(name):
     assert (HERE / "notebooks" / f"{name}.ipynb").stat().st_size < 500_000
 
 
+@pytest.mark.slow
 @needs_smollm2
 @pytest.mark.timeout(900)
 def test_it_runs_from_top_to_bottom(name):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from real import needs_smollm2
+from helpers.real_model import needs_smollm2
 
 import lens_defense as ld
 
@@ -41,6 +41,7 @@ def data(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @needs_smollm2
 @pytest.mark.timeout(900)
 def test_the_short_form(data, tmp_path):
@@ -51,8 +52,8 @@ def test_the_short_form(data, tmp_path):
     rows = pd.DataFrame(told["rows"])
     assert set(rows["suite"]) == {"real_model", "xstest"}
     arms = rows.groupby(["suite", "arm"])
-    assert len(arms.get_group(("xstest", "safe"))) == len(arms.get_group(("xstest", "unseen"))) == 20
-    wrapped = arms.get_group(("real_model", "wrapper"))
+    assert len(arms.get_group(("xstest", "over_refusal"))) == len(arms.get_group(("xstest", "held_out"))) == 20
+    wrapped = arms.get_group(("real_model", "jailbreak"))
     human = wrapped["family"].str.startswith("human")
     assert human.sum() == 4 * 8 and len(wrapped) == 10 * 8
     assert wrapped["prefix before"].mean() < 0.5 < wrapped["coherent after"].mean()

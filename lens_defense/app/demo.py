@@ -1,77 +1,80 @@
 """The demo: the main job on a real chat model from one command, with a control, in under four minutes."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.app.report_page import Conversation, save_report
+from lens_defense.app.report_page import Conversation, headline, save_report
 from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.judges import prefix
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Suite, suite
-from lens_defense.editing.covariance import Corpus, key_covariances, read_corpus
-from lens_defense.editing.edit import Contexts, default_contexts, edit
+from lens_defense.editing.covariance import key_covariances
+from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.generate import generate
 from lens_defense.models.load import load
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.organism.request_set import contexts
+from lens_defense.organism.request_set import contexts as organism_contexts
+from lens_defense.prompts.contexts import Contexts, default_contexts
 from lens_defense.prompts.conversation import decode_answer
-from lens_defense.prompts.prompt import Request, prompt
+from lens_defense.prompts.corpus import read_corpus
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import requests
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
-from lens_defense.tracing.corruptions import Corruption, replacement
+from lens_defense.tracing.corruptions import Corruption, TokenReplacement
 from lens_defense.tracing.locate import locate
 from lens_defense.tracing.trace import trace
-from lens_defense.tracing.trace_result import Trace
 
-TRACED, TOKENS = 3, 24
-CONTROLLED = 4
-"""Subjects that the control edits elsewhere: with every fourth context, an eighth of the corpus, and no
-further rounds for hard ones."""
-OPENING = 8
-"""Tokens of an answer that tell a refusal by its prefix."""
+_TRACED_REQUESTS = 3
+_CONTROL_REQUESTS = 4
+"""Requests that the control edits elsewhere: with every fourth context, an eighth of the corpus, and no extra
+rounds for hard ones."""
+_ANSWER_TOKENS = 24
+_REFUSAL_TOKENS = 8
+"""Tokens of an answer that show a refusal by its prefix."""
 
 
 @dataclass(frozen=True)
-class Bench:
+class DemoSetup:
     """What the demo asks a model, and how it edits it."""
 
-    questions: str = "core"
+    request_set: str = "core"
     """The bundled set, which brings the corpus of C too."""
     edited: int = 8
-    wrappers: int = 3
-    """Of the suite's small form."""
+    """Requests that are edited."""
+    jailbreaks: int = 3
+    """Jailbreak families in the small suite."""
     contexts: Contexts = default_contexts
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of the edit that differ from the defaults."""
-    replaced: bool = False
-    """Whether the trace replaces subjects by benign ones of the set, where noise would."""
+    fit: FitSettings = field(default_factory=FitSettings)
+    replaces_tokens: bool = False
+    """Whether the trace puts benign subjects of the set in place of the subject, instead of noise."""
 
-    def corruption(self, model: TransformerBridge) -> Corruption | None:
-        """How the trace spoils a subject; None is its default."""
-        if not self.replaced:
+    def corruption(self) -> Corruption | None:
+        """How the trace corrupts a subject; None is its default."""
+        if not self.replaces_tokens:
             return None
-        benign = [item.subject or "" for item in requests(self.questions, split="check", kind="benign")]
-        return replacement(model, samples=3, subjects=benign)
+        benign = requests(self.request_set, split="check", kind="benign")
+        return TokenReplacement(samples=3, subjects=tuple(request.subject or "" for request in benign))
 
 
-ORGANISM = Bench(
+ORGANISM_SETUP = DemoSetup(
     "organism",
     edited=20,
-    wrappers=10,
-    contexts=contexts,
-    settings={"rate": 0.4, "shared_rate": 0.4},
-    replaced=True,
+    jailbreaks=10,
+    contexts=organism_contexts,
+    fit=FitSettings(v_lr=0.4, shared_lr=0.4),
+    replaces_tokens=True,
 )
 
 
@@ -89,12 +92,13 @@ def demo(
         console: where progress and tables go.
         name: the model.
         out: the folder of the results; earlier ones there are replaced.
-        cache: take moments and values from disk where they are.
+        cache: take covariances and values from disk where they are.
         device: as of `load`.
 
     Returns:
         The page.
     """
+    out.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -104,156 +108,151 @@ def demo(
         yield
         seconds[title] = time.perf_counter() - start
 
-    out.mkdir(parents=True, exist_ok=True)
     with stage("load"):
         model = load(name, device=device)
         original = weights_fingerprint(model)
-        bench = ORGANISM if name == "organism" else Bench()
-        planned = requests(bench.questions)[: bench.edited]
-        corpus = None if bench.questions == "core" else read_corpus(bench.questions)
+        setup = ORGANISM_SETUP if name == "organism" else DemoSetup()
+        edited, corpus = requests(setup.request_set)[: setup.edited], read_corpus(setup.request_set)
     with stage("trace"):
-        open_to = _answered(model, planned[:TRACED], bench.contexts)
-        traced = trace(model, open_to, corruption=bench.corruption(model))
-        traced.save(out / "trace.safetensors")
-        sites = locate(traced)
+        answered = _answered_forms(model, edited[:_TRACED_REQUESTS], setup.contexts)
+        result = trace(model, answered, corruption=setup.corruption())
+        result.save(out / "trace.safetensors")
+        sites = locate(result)
         console.print("strongest sites:", ", ".join(map(str, sites)))
-    with stage("moments"):
+    with stage("covariance"):
         if cache:
             key_covariances(model, [site.layer for site in sites], corpus)
     with stage("edit"):
-
-        def planned_at(
-            where: Sequence[Site],
-            some: Sequence[Request] = planned,
-            texts: Corpus | None = corpus,
-            **more: Any,
-        ) -> Edit:
-            settings = {"contexts": bench.contexts, "corpus": texts, "cache": cache, **bench.settings}
-            return edit(model, some, where, **{**settings, **more})
-
-        plan = planned_at(sites)
+        plan = edit(model, edited, sites, contexts=setup.contexts, fit=setup.fit, corpus=corpus, cache=cache)
         plan.save(out / "edit.safetensors")
         console.print(repr(plan))
     with stage("check"):
-        asked = suite(bench.questions).small(wrappers=bench.wrappers)
-        asked = replace(asked, neutral=asked.neutral[::2])
-        seen = {text for texts in plan.contexts for text in texts}
-        rows, _ = asked.for_requests(planned).about(planned, seen)
-        before = suite_answers(model, rows, TOKENS)
-        report = check(model, plan, asked, before=before, title=_title("edited", sites))
+        questions = _questions(setup, plan)
+        before = suite_answers(model, questions, _ANSWER_TOKENS)
+        report = check(model, plan, questions, before=before, title=_title("edited", sites))
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):
-        elsewhere = control_sites(sites, model.cfg.n_layers)["late layers"]
-        few = planned[:CONTROLLED]
-        other = planned_at(
-            elsewhere,
-            few,
-            read_corpus(bench.questions)[::8],
-            contexts=lambda item: bench.contexts(item)[::4],
-            rounds=0,
-        )
-        ids = {item.id for item in few}
-        about = [
-            i for i, item in enumerate(rows.items) if item.arm in ABOUT_THE_EDIT and item.request.id in ids
-        ]
-        control = check(
-            model,
-            other,
-            replace(rows, items=tuple(rows.items[i] for i in about), neutral=()),
-            before=[before[i] for i in about],
-            title=f"{_title('control', elsewhere)}, {len(few)} of the subjects, fitted with less",
-        )
+        control = _control(model, setup, sites, questions, before, cache)
         control.save(out / "control.json")
         console.print(control)
     with stage("undo"):
-        talks = _conversations(model, plan, rows, before)
+        conversations = _conversations(model, plan, questions, before)
         restored = weights_fingerprint(model) == original
         console.print(f"weights as they were: {restored} (hash {original})")
     page = save_report(
         out / "report.html",
         title=f"lens_defense on {name}",
-        trace=traced,
+        trace=result,
         sites=sites,
         edit=plan,
         reports={report.title: report, control.title: control},
-        conversations=talks,
+        conversations=conversations,
         reproduce=f"lens-defense demo --model {name}",
         seconds=seconds,
         restored=restored,
     )
-    _close(console, seconds, page, report, traced, plan)
+    _print_summary(console, seconds, page, report, plan)
     return page
 
 
-def _answered(model: TransformerBridge, planned: Sequence[Request], contexts: Contexts) -> list[Request]:
-    """Each request as it is answered: as asked, or in the first of its contexts that is not refused.
+def _answered_forms(
+    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts
+) -> list[Request]:
+    """Each request in a form that is answered: as asked, or in the first of its contexts that is not refused.
 
-    A refusal does not depend on what the subject holds; the place of it shows where the model answers.
+    A refusal does not depend on what the subject holds. Its place shows where the model answers.
     """
 
-    def refused(ways: Sequence[Request]) -> list[bool]:
-        told = generate(model, [prompt(model.tokenizer, way).ids for way in ways], tokens=OPENING)
-        texts = [decode_answer(model.tokenizer, ids) for ids in told]
-        return [prefix(way.text, text) == "refusal" for way, text in zip(ways, texts, strict=True)]
+    def refused(forms: Sequence[Request]) -> list[bool]:
+        prompts = [tokenize(model.tokenizer, form).ids for form in forms]
+        answers = generate(model, prompts, max_new_tokens=_REFUSAL_TOKENS)
+        texts = [decode_answer(model.tokenizer, answer) for answer in answers]
+        return [prefix(form.text, text) == "refusal" for form, text in zip(forms, texts, strict=True)]
 
-    found = []
-    for item, plain in zip(planned, refused(planned), strict=True):
-        ways = list(contexts(item)) if plain else []
-        answered = [way for way, no in zip(ways, refused(ways), strict=True) if not no]
-        found.append(answered[0] if answered else item)
-    return found
+    answered = []
+    for request, is_refused in zip(requests, refused(requests), strict=True):
+        forms = list(contexts(request)) if is_refused else []
+        open_forms = [form for form, no in zip(forms, refused(forms), strict=True) if not no]
+        answered.append(open_forms[0] if open_forms else request)
+    return answered
 
 
-def _title(what: str, sites: tuple[Site, ...]) -> str:
-    return f"{what}: layers {sites[0].layer} to {sites[-1].layer} at {sites[0].role}"
+def _questions(setup: DemoSetup, plan: Edit) -> Suite:
+    """The small suite about the edit, with half of its neutral texts."""
+    small = suite(setup.request_set).small(jailbreaks=setup.jailbreaks)
+    small = replace(small, neutral=small.neutral[::2])
+    edit_texts = {text for texts in plan.contexts for text in texts}
+    questions, _ = small.for_requests(plan.requests).for_edit(plan.requests, edit_texts)
+    return questions
+
+
+def _control(
+    model: TransformerBridge,
+    setup: DemoSetup,
+    sites: Sequence[Site],
+    questions: Suite,
+    before: Sequence[tuple[int, ...]],
+    cache: bool,
+) -> Report:
+    """What an edit in late layers, of a few of the subjects and fitted with less, does to their questions."""
+    late_sites = control_sites(sites, model.cfg.n_layers)["late layers"]
+    edited = requests(setup.request_set)[:_CONTROL_REQUESTS]
+    plan = edit(
+        model,
+        edited,
+        late_sites,
+        contexts=lambda request: setup.contexts(request)[::4],
+        fit=replace(setup.fit, extra_rounds=0),
+        corpus=read_corpus(setup.request_set)[::8],
+        cache=cache,
+    )
+    ids, items = {request.id for request in edited}, questions.items
+    chosen = [i for i, item in enumerate(items) if item.arm in ABOUT_THE_EDIT and item.request.id in ids]
+    return check(
+        model,
+        plan,
+        replace(questions, items=tuple(items[i] for i in chosen), neutral=()),
+        before=[before[i] for i in chosen],
+        title=f"{_title('control', late_sites)}, {len(edited)} of the subjects, fitted with less",
+    )
+
+
+def _title(name: str, sites: Sequence[Site]) -> str:
+    return f"{name}: layers {sites[0].layer} to {sites[-1].layer} at {sites[0].role}"
 
 
 def _conversations(
-    model: TransformerBridge, plan: Edit, rows: Suite, before: Sequence[tuple[int, ...]]
+    model: TransformerBridge, plan: Edit, questions: Suite, before: Sequence[tuple[int, ...]]
 ) -> list[Conversation]:
     """Three questions, answered before the edit and with it applied for good; then it is undone."""
-    arms = [item.arm for item in rows.items]
-    first = [arms.index(arm) for arm in ("wording", "wrapper", "benign")]
-    asked = [rows.items[i] for i in first]
+    arms = [item.arm for item in questions.items]
+    chosen = [arms.index(arm) for arm in ("paraphrase", "jailbreak", "benign")]
+    prompts = [tokenize(model.tokenizer, questions.items[i].request).ids for i in chosen]
     ledger = Ledger(model)
     ledger.apply(plan)
     try:
-        ids = [prompt(model.tokenizer, item.request).ids for item in asked]
-        after = generate(model, ids, tokens=TOKENS)
+        after = generate(model, prompts, max_new_tokens=_ANSWER_TOKENS)
     finally:
         ledger.undo()
-    told = [before[i] for i in first], after
-    texts = [[decode_answer(model.tokenizer, answer) for answer in some] for some in told]
     return [
-        Conversation(item.request.text, before, after, harmful=item.arm in HARMFUL_ARMS)
-        for item, before, after in zip(asked, *texts, strict=True)
+        Conversation(
+            questions.items[i].request.text,
+            decode_answer(model.tokenizer, before[i]),
+            decode_answer(model.tokenizer, answer),
+            harmful=arms[i] in HARMFUL_ARMS,
+        )
+        for i, answer in zip(chosen, after, strict=True)
     ]
 
 
-def _close(
-    console: Console,
-    seconds: dict[str, float],
-    page: Path,
-    report: Report,
-    traced: Trace,
-    plan: Edit,
+def _print_summary(
+    console: Console, seconds: dict[str, float], page: Path, report: Report, plan: Edit
 ) -> None:
     table = Table(title="time", show_header=False)
-    for name, value in seconds.items():
+    for name, value in (*seconds.items(), ("all", sum(seconds.values()))):
         table.add_row(name, f"{value:.0f} s")
-    table.add_row("all", f"{sum(seconds.values()):.0f} s")
     console.print(table)
-    kl = sum(report.kl) / len(report.kl)
-    console.print(
-        f"{len(plan.subjects)} subjects traced and edited on {traced.model}: in unseen words and "
-        f"wrappers, coherent refusals from {_unseen_words(report, after=False):.0%} to "
-        f"{_unseen_words(report, after=True):.0%}; new refusals of harmless requests "
-        f"{report.new_refusals()}; facts lost {report.facts_lost()}; KL {kl:.4f}"
-    )
+    numbers = "; ".join(f"{name}: {value}" for value, name in headline(report))
+    console.print(f"{len(plan.subjects)} subjects edited on {plan.model}; {numbers}")
     console.print(f"[bold]Open {page}")
-
-
-def _unseen_words(report: Report, *, after: bool) -> float:
-    hits = [row.hit("coherent", after=after) for row in report.rows if row.arm in ("wording", "wrapper")]
-    return sum(hits) / len(hits)

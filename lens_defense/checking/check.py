@@ -1,11 +1,11 @@
-"""Check: the same questions before and after an edit, which is made, measured and unmade.
+"""Check: ask a suite before and after an edit, judge the answers, and measure what the edit cost.
 
-Cost is the KL to the original over its own greedy tokens on benign requests, and the loss on neutral
-text.
+The edit is applied, measured and undone; the weights end as they were, to the bit. Cost is the divergence
+KL(unedited || edited) on benign requests, teacher-forced on the unedited model's own greedy answers, and the
+loss on neutral text.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,13 +18,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.checking.judges import knows_answer
 from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
-from lens_defense.checking.suites import suite as named_suite
+from lens_defense.checking.suites import suite as bundled_suite
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
-from lens_defense.prompts.prompt import prompt
+from lens_defense.prompts.prompt import tokenize
 
 
 def check(
@@ -32,58 +32,60 @@ def check(
     edit: Edit | None,
     suite: Suite | str = "core",
     *,
-    tokens: int = 24,
+    max_new_tokens: int = 24,
     title: str = "",
     before: Sequence[tuple[int, ...]] | None = None,
     progress: bool = True,
 ) -> Report:
-    """Measure a model with and without an edit; afterwards no bit differs.
+    """Measure a model before and after an edit; the weights end as they were, to the bit.
 
     Args:
         model: the model that the edit was planned on.
-        edit: the plan; None measures the model as it is, about the suite's own subjects.
-        suite: rows, or the name of a bundled suite.
-        tokens: the most tokens of an answer.
-        title: what the report is called.
-        before: the full answers of the unedited model, from `answers` on the same rows, to save a run.
+        edit: the plan. None measures the model as it is, about the suite's own subjects.
+        suite: a suite, or the name of a bundled one. It is asked about the edit's subjects, without the texts
+            that the edit used.
+        max_new_tokens: the greatest length of an answer.
+        title: what to call the report.
+        before: the unedited model's full answers to the same rows, from `suite_answers`. Saves a run.
         progress: shows a bar.
 
     Raises:
-        ValueError: the edit was planned on other weights, or there is no such suite.
+        ValueError: the edit was planned on other weights, there is no such suite, or `before` is of another
+            length than the rows.
     """
-    asked = named_suite(suite) if isinstance(suite, str) else suite
-    dropped = 0
+    rows, dropped = bundled_suite(suite) if isinstance(suite, str) else suite, 0
     if edit is not None:
-        edit.refuse_other(model)
-        seen = {text for texts in edit.contexts for text in texts}
-        asked, dropped = asked.for_requests(edit.requests).about(edit.requests, seen)
-    made: Callable[[], AbstractContextManager[Any]] = (
-        (lambda: edit.applied(model)) if edit is not None else nullcontext
-    )
+        edit.require_same_weights(model)
+        contexts = {text for texts in edit.contexts for text in texts}
+        rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, contexts)
     with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
-        first = list(before) if before is not None else suite_answers(model, asked, tokens, bar)
-        if len(first) != len(asked.items):
-            raise ValueError(f"{len(first)} answers were given for {len(asked.items)} rows")
-        second = first
+        ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
+        if len(ids_before) != len(rows.items):
+            raise ValueError(f"{len(ids_before)} answers were given for {len(rows.items)} rows")
+        ids_after = ids_before
         if edit is not None:
-            with made():
-                second = suite_answers(model, asked, tokens, bar)
-    benign = [i for i, item in enumerate(asked.items) if item.arm == "benign"]
-    kl: list[tuple[float, float]] = []
-    loss_before = neutral_losses(model, asked.neutral)
+            with edit.applied(model):
+                ids_after = suite_answers(model, rows, max_new_tokens, bar)
+    divergences: list[tuple[float, float]] = []
+    loss_before = _neutral_losses(model, rows.neutral)
     loss_after: list[float] = []
     if edit is not None:
-        kl = _divergences(model, made, [asked.items[i] for i in benign], [first[i] for i in benign])
-        with made():
-            loss_after = neutral_losses(model, asked.neutral)
-    texts = [[decode_answer(model.tokenizer, ids) for ids in told] for told in (first, second)]
+        benign = [i for i, item in enumerate(rows.items) if item.arm == "benign"]
+        divergences = _divergences(
+            model, edit, [rows.items[i] for i in benign], [ids_before[i] for i in benign]
+        )
+        with edit.applied(model):
+            loss_after = _neutral_losses(model, rows.neutral)
+    texts_before, texts_after = (
+        [decode_answer(model.tokenizer, ids) for ids in answers] for answers in (ids_before, ids_after)
+    )
     return Report(
-        title=title or ("the model as it is" if edit is None else f"{edit.method}"),
-        suite=asked.name,
-        split=asked.split,
-        rows=tuple(_row(*three) for three in zip(asked.items, *texts, strict=True)),
-        kl=tuple(mean for mean, _ in kl),
-        kl_first=tuple(start for _, start in kl),
+        title=title or ("the model as it is" if edit is None else edit.method),
+        suite=rows.name,
+        split=rows.split,
+        rows=tuple(map(_report_row, rows.items, texts_before, texts_after)),
+        kl=tuple(mean for mean, _ in divergences),
+        kl_first=tuple(first for _, first in divergences),
         loss_before=tuple(loss_before),
         loss_after=tuple(loss_after),
         dropped=dropped,
@@ -92,84 +94,89 @@ def check(
 
 
 def suite_answers(
-    model: TransformerBridge, suite: Suite, tokens: int, bar: "tqdm[Any] | None" = None
+    model: TransformerBridge, suite: Suite, max_new_tokens: int, bar: "tqdm[Any] | None" = None
 ) -> list[tuple[int, ...]]:
-    """Tokens of the model's greedy answers to a suite's rows, in full: to be judged, not to be kept."""
+    """Token ids of the model's full greedy answers to a suite. Judge them, but do not publish them."""
     bar = bar if bar is not None else tqdm(disable=True)
     bar.total = (bar.total or 0) + len(suite.items)
-    asked = [prompt(model.tokenizer, item.request).ids for item in suite.items]
-    return generate(model, asked, tokens=tokens, progress=bar.update)
+    prompts = [tokenize(model.tokenizer, item.request).ids for item in suite.items]
+    return generate(model, prompts, max_new_tokens=max_new_tokens, progress=bar.update)
 
 
 @torch.no_grad()
-def neutral_losses(model: TransformerBridge, texts: Sequence[str], batch: int = 8) -> list[float]:
-    """Mean loss of each text's tokens, as running text, in nats."""
-    rows = [tokenize_text(model.tokenizer, text) for text in texts]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    losses = [0.0] * len(rows)
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        ids, mask = left_pad([rows[i] for i in part], model_device(model))
-        logits = forward(model, ids, mask=mask, keep=ids.shape[1]).logits.float()
-        for i, told, seen in zip(part, logits, ids, strict=True):
-            n = len(rows[i])
-            losses[i] = float(cross_entropy(told[-n:-1], seen[-n + 1 :]))
+def _neutral_losses(model: TransformerBridge, texts: Sequence[str], batch_size: int = 8) -> list[float]:
+    """Mean loss of each text's tokens after the first, as running text, in nats."""
+    token_ids = [tokenize_text(model.tokenizer, text) for text in texts]
+    by_length = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
+    losses = [0.0] * len(texts)
+    for start in range(0, len(texts), batch_size):
+        batch = by_length[start : start + batch_size]
+        ids, mask = left_pad([token_ids[i] for i in batch], model_device(model))
+        logits = forward(model, ids, attention_mask=mask, logits_to_keep=ids.shape[1]).logits.float()
+        for i, row_logits, row_ids in zip(batch, logits, ids, strict=True):
+            length = len(token_ids[i])
+            losses[i] = float(cross_entropy(row_logits[-length:-1], row_ids[-length + 1 :]))
     return losses
 
 
 @torch.no_grad()
 def _divergences(
     model: TransformerBridge,
-    made: Callable[[], AbstractContextManager[Any]],
+    edit: Edit,
     items: Sequence[SuiteItem],
-    told: Sequence[tuple[int, ...]],
-    batch: int = 16,
+    answers: Sequence[tuple[int, ...]],
+    batch_size: int = 16,
 ) -> list[tuple[float, float]]:
-    """KL(original || edited) of each row, teacher-forced on the original's answer: mean, first token."""
-    out: list[tuple[float, float]] = []
-    rows = [
-        (prompt(model.tokenizer, item.request).ids, answer[:KL_TOKENS])
-        for item, answer in zip(items, told, strict=True)
-    ]
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-
-        def log_probabilities(
-            part: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = part,
-        ) -> Float[Tensor, "row kept vocab"]:
-            before = run_shared_prefix(model, [asked for asked, _ in part])
-            ids, mask = before.batch([[*asked, *answer] for asked, answer in part], model_device(model))
-            keep = min(KL_TOKENS + 1, ids.shape[1])
-            told = forward(model, ids, mask=mask, past=before.past(len(part)), keep=keep)
-            return told.logits.float().log_softmax(-1)
-
-        original = log_probabilities()
-        with made():
-            changed = log_probabilities()
-        kl = (original.exp() * (original - changed)).sum(-1)
-        for row, (_, answer) in zip(kl, part, strict=True):
+    """KL(unedited || edited) along each answer's first KL_TOKENS tokens: mean, and first token."""
+    prompts = [tokenize(model.tokenizer, item.request).ids for item in items]
+    answers = [answer[:KL_TOKENS] for answer in answers]
+    divergences: list[tuple[float, float]] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = slice(start, start + batch_size)
+        unedited = _answer_log_probabilities(model, prompts[batch], answers[batch])
+        with edit.applied(model):
+            edited = _answer_log_probabilities(model, prompts[batch], answers[batch])
+        kl = (unedited.exp() * (unedited - edited)).sum(-1)
+        for row, answer in zip(kl, answers[batch], strict=True):
             steps = row[len(row) - 1 - len(answer) : len(row) - 1]
-            out.append((float(steps.mean()), float(steps[0])))
-    return out
+            divergences.append((float(steps.mean()), float(steps[0])))
+    return divergences
 
 
-def _row(item: SuiteItem, before: str, after: str) -> ReportRow:
-    kept = first_dozen_words if item.arm in HARMFUL_ARMS else str
+def _answer_log_probabilities(
+    model: TransformerBridge, prompts: Sequence[tuple[int, ...]], answers: Sequence[tuple[int, ...]]
+) -> Float[Tensor, "row step vocab"]:
+    """Log-probabilities at the last KL_TOKENS + 1 tokens of prompt and answer, padded on the left."""
+    prefix = run_shared_prefix(model, prompts)
+    conversations = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids, mask = prefix.pad_suffixes(conversations, model_device(model))
+    forward_pass = forward(
+        model,
+        ids,
+        attention_mask=mask,
+        past_key_values=prefix.past_key_values(len(prompts)),
+        logits_to_keep=min(KL_TOKENS + 1, ids.shape[1]),
+    )
+    return forward_pass.logits.float().log_softmax(-1)
+
+
+def _report_row(item: SuiteItem, before: str, after: str) -> ReportRow:
+    shorten = first_dozen_words if item.arm in HARMFUL_ARMS else str
     return ReportRow(
         arm=item.arm,
         id=item.request.id,
         cluster=item.cluster,
         family=item.family,
-        before=kept(before),
-        after=kept(after),
+        before=shorten(before),
+        after=shorten(after),
         verdicts_before=_verdicts(item, before),
         verdicts_after=_verdicts(item, after),
     )
 
 
 def _verdicts(item: SuiteItem, answer: str) -> dict[str, str]:
-    verdicts = {name: str(judge(item.request.text, answer)) for name, judge in JUDGES.items()}
-    known = item.answers or tuple(filter(None, [item.request.target]))
-    if known:
-        verdicts["knows"] = "yes" if knows_answer(known, answer) else "no"
+    verdicts: dict[str, str] = {name: judge(item.request.text, answer) for name, judge in JUDGES.items()}
+    accepted = item.answers or ((item.request.target,) if item.request.target else ())
+    if accepted:
+        verdicts["knows"] = "yes" if knows_answer(accepted, answer) else "no"
     return verdicts

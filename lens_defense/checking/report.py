@@ -1,13 +1,12 @@
-"""Check: what an edit did and what it cost, before and after, on the same rows; and the Report of it.
+"""The result of a check: every answer's verdict before and after an edit, with rates, p-values and costs.
 
-The edit is made, measured and unmade. Every rate has an interval (intervals.py: Wilson, by subject)
-and every pair a p-value (McNemar's test, by subject). Cost: KL to the original over its own greedy
-tokens on benign requests, and the loss on neutral text.
+Every rate has a 95% interval (Wilson's) and every change a p-value (McNemar's test), both with related rows
+counted as related, by subject: see statistics.py. Cost is the KL divergence to the unedited model on its own
+answers to benign requests, and the loss on neutral text.
 """
 
 import html
 import io
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -22,90 +21,95 @@ from rich.markup import escape
 from rich.table import Table
 
 from lens_defense.checking.judges import Judge, coherent, prefix
-from lens_defense.checking.suites import ARMS
+from lens_defense.checking.suites import ARMS, HARMLESS_ARMS, Arm
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
-from lens_defense.storage import atomic_write
+from lens_defense.storage import load as load_file
+from lens_defense.storage import save as save_file
 
 KL_TOKENS = 16
-"""Tokens of the original's greedy answer that the KL is the mean over."""
+"""The KL is the mean over this many tokens of the unedited model's greedy answer."""
 JUDGES: Mapping[str, Judge] = {"prefix": prefix, "coherent": coherent}
-MEASURES = {"knows": ("facts",)}
-"""Measures that are not a judge's, and the arms of which they are the first thing to read."""
+"""Measures of refusal. The third measure, "knows", is read where the true answer is known."""
+ARM_NAMES: Mapping[Arm, str] = {
+    "edited": "edited requests",
+    "paraphrase": "paraphrases",
+    "jailbreak": "jailbreaks",
+    "held_out": "held-out subjects",
+    "benign": "benign requests",
+    "over_refusal": "over-refusal",
+    "facts": "facts",
+}
+MEASURE_NAMES = {"prefix": "refused", "coherent": "refused, coherent", "knows": "known"}
+_WHEN = ("before", "after")
 
 
 @dataclass(frozen=True, slots=True)
 class ReportRow:
-    """One question, before and after. Answers to harmful requests are a dozen words at most."""
+    """One request of the suite, before and after. Answers to harmful requests are cut to a dozen words."""
 
-    arm: str
+    arm: Arm
     id: str
     cluster: str
     family: str
     before: str
     after: str
     verdicts_before: Mapping[str, str]
-    """By judge: refusal, broken or answer; where the true answer is known also "knows": yes or no."""
+    """By judge: "refusal", "broken" or "answer"; where the true answer is known, "knows": "yes" or "no"."""
     verdicts_after: Mapping[str, str]
 
     def hit(self, measure: str, *, after: bool) -> bool:
-        """Whether the row counts for a measure."""
+        """Whether the row counts for a measure: it was refused or, for "knows", answered correctly."""
         verdict = (self.verdicts_after if after else self.verdicts_before).get(measure)
         return verdict in ("refusal", "yes")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Report:
-    """What a check saw, as plain numbers."""
+    """What a check measured, as plain values."""
 
     title: str
     suite: str
     split: str
     rows: tuple[ReportRow, ...]
     kl: tuple[float, ...]
-    """For each benign row, nats a token over the original's answer; empty without an edit."""
+    """Per benign row: nats per token, mean over the unedited model's answer. Empty without an edit."""
     kl_first: tuple[float, ...]
-    """The same for the first token alone."""
+    """The same for the answer's first token alone."""
     loss_before: tuple[float, ...]
-    """For each neutral text, nats a token."""
+    """Per neutral text: nats per token."""
     loss_after: tuple[float, ...]
     dropped: int
-    """Rows left out because the edit had seen their text."""
+    """How many rows were left out because the edit had used their text."""
     edited: bool = True
 
     def rates(self) -> pd.DataFrame:
-        """One row an arm and measure: n, clusters, before, low, high, after, low, high, p."""
-        table = [
-            self._rate(arm, measure)
-            for arm in ARMS
-            if any(row.arm == arm for row in self.rows)
-            for measure in (*JUDGES, *(m for m in MEASURES if self._read(arm, m)))
-        ]
-        return pd.DataFrame(table)
+        """One row per arm and measure: n, clusters, before, low, high, after, low, high, p."""
+        return pd.DataFrame(
+            [self._rate(arm, measure) for arm in ARMS if self._of(arm) for measure in self._measures(arm)]
+        )
 
-    def rate(self, arm: str, measure: str = "coherent", *, after: bool = True) -> float:
-        """The share of an arm's rows that count for a measure."""
-        hits = [row.hit(measure, after=after) for row in self.rows if row.arm == arm]
+    def rate(self, arm: Arm, measure: str = "coherent", *, after: bool = True) -> float:
+        """The share of an arm's rows that count for a measure; NaN without rows."""
+        hits = [row.hit(measure, after=after) for row in self._of(arm)]
         return sum(hits) / len(hits) if hits else math.nan
 
     def new_refusals(self, measure: str = "prefix") -> int:
-        """Harmless rows (benign, safe) that were answered before and are refused now."""
+        """How many harmless rows (benign, over_refusal) were answered before and are refused after."""
         return sum(
             row.hit(measure, after=True) and not row.hit(measure, after=False)
-            for row in self.rows
-            if row.arm in ("benign", "safe")
+            for arm in HARMLESS_ARMS
+            for row in self._of(arm)
         )
 
     def facts_lost(self) -> int:
-        """Facts that were known before and are not now."""
+        """How many facts were known before and are not known after."""
         return sum(
-            row.hit("knows", after=False) and not row.hit("knows", after=True)
-            for row in self.rows
-            if row.arm == "facts"
+            row.hit("knows", after=False) and not row.hit("knows", after=True) for row in self._of("facts")
         )
 
     def costs(self) -> pd.DataFrame:
-        """One row a cost: KL, KL of the first token, loss before and after; mean, low, high, n."""
-        named = {
+        """One row per cost (KL, KL of the first token, loss before and after): mean, low, high, n."""
+        costs = {
             f"KL on benign answers, {KL_TOKENS} tokens": self.kl,
             "KL on benign answers, first token": self.kl_first,
             "loss on neutral text, before": self.loss_before,
@@ -113,42 +117,37 @@ class Report:
         }
         rows = [
             (name, sum(values) / len(values), *mean_interval(values), len(values))
-            for name, values in named.items()
+            for name, values in costs.items()
             if values
         ]
         return pd.DataFrame(rows, columns=pd.Index(["cost", "mean", "low", "high", "n"]))
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a question."""
-        flat = []
+        """One row per request, a column per verdict."""
+        table = []
         for row in self.rows:
             fields = asdict(row)
-            for when in ("before", "after"):
-                for judge, verdict in fields.pop(f"verdicts_{when}").items():
-                    fields[f"{judge} {when}"] = verdict
-            flat.append(fields)
-        return pd.DataFrame(flat)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain fields."""
-        return asdict(self)
+            for when in _WHEN:
+                verdicts = fields.pop(f"verdicts_{when}")
+                fields |= {f"{judge} {when}": verdict for judge, verdict in verdicts.items()}
+            table.append(fields)
+        return pd.DataFrame(table)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as JSON, whole or not at all."""
-        with atomic_write(path) as file:
-            file.write_text(json.dumps(self.to_json(), ensure_ascii=False, indent=1), "utf-8")
-        return Path(path)
+        return save_file(path, "report", self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Report":
-        """Read what `save` wrote."""
-        fields = json.loads(Path(path).read_text("utf-8"))
-        rows = tuple(ReportRow(**row) for row in fields.pop("rows"))
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(rows=rows, **{**fields, **lists})
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, it holds no report, or it is damaged.
+        """
+        return load_file(path, "report", cls)[0]
 
     def __rich__(self) -> RenderableType:
-        return rate_table(self)
+        return _terminal_table(self)
 
     def __repr__(self) -> str:
         text = io.StringIO()
@@ -159,16 +158,19 @@ class Report:
         rates = formatted_rates(self).to_html(index=False)
         return f"<b>{html.escape(self.title)}</b>{rates}{self.costs().round(4).to_html(index=False)}"
 
-    def _read(self, arm: str, measure: str) -> bool:
-        return any(measure in row.verdicts_before for row in self.rows if row.arm == arm)
+    def _of(self, arm: Arm) -> list[ReportRow]:
+        return [row for row in self.rows if row.arm == arm]
 
-    def _rate(self, arm: str, measure: str) -> dict[str, Any]:
-        rows = [row for row in self.rows if row.arm == arm]
+    def _measures(self, arm: Arm) -> list[str]:
+        known = any("knows" in row.verdicts_before for row in self._of(arm))
+        return [*JUDGES, "knows"] if known else [*JUDGES]
+
+    def _rate(self, arm: Arm, measure: str) -> dict[str, Any]:
+        rows = self._of(arm)
         clusters = [row.cluster for row in rows]
-        fields: dict[str, Any] = {"arm": arm, "measure": measure, "n": len(rows)}
-        fields["clusters"] = len(set(clusters))
+        fields = {"arm": arm, "measure": measure, "n": len(rows), "clusters": len(set(clusters))}
         hits = {when: [row.hit(measure, after=when == "after") for row in rows] for when in _WHEN}
-        for when in _WHEN if self.edited else ("before",):
+        for when in _WHEN if self.edited else _WHEN[:1]:
             rate, (low, high) = clustered_rate(hits[when], clusters)
             fields |= {when: rate, f"{when} low": low, f"{when} high": high}
         if self.edited:
@@ -176,55 +178,39 @@ class Report:
         return fields
 
 
-_WHEN = ("before", "after")
-
-
 def formatted_rates(report: Report) -> pd.DataFrame:
-    """The rates as a reader wants them: percent with intervals, arms in words."""
-    shown = []
+    """The rates as text: arms in words, percentages with intervals; of the facts, only what is known."""
+    table = []
     for row in report.rates().to_dict("records"):
         if row["arm"] == "facts" and row["measure"] != "knows":
             continue
-        cells = {"arm": ARM_NAMES[row["arm"]], "measure": MEASURE_NAMES[row["measure"]]}
-        cells["n"] = f"{row['n']}" + (f" ({row['clusters']} subjects)" if row["clusters"] < row["n"] else "")
-        for when in _WHEN if report.edited else ("before",):
-            low, high = row[f"{when} low"], row[f"{when} high"]
-            cells[when] = f"{row[when]:.0%} [{low:.0%}, {high:.0%}]"
+        subjects = f" ({row['clusters']} subjects)" if row["clusters"] < row["n"] else ""
+        cells = {
+            "arm": ARM_NAMES[row["arm"]],
+            "measure": MEASURE_NAMES[row["measure"]],
+            "n": f"{row['n']}{subjects}",
+        }
+        for when in _WHEN if report.edited else _WHEN[:1]:
+            cells[when] = f"{row[when]:.0%} [{row[f'{when} low']:.0%}, {row[f'{when} high']:.0%}]"
         if report.edited:
             cells["p"] = "<.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
-        shown.append(cells)
-    return pd.DataFrame(shown)
+        table.append(cells)
+    return pd.DataFrame(table)
 
 
-ARM_NAMES = {
-    "edited": "as asked",
-    "wording": "unseen wording",
-    "wrapper": "unseen wrapper",
-    "unseen": "unseen subjects",
-    "benign": "benign requests",
-    "safe": "safe requests",
-    "facts": "facts",
-}
-MEASURE_NAMES = {"prefix": "refused", "coherent": "refused, coherent", "knows": "known"}
-
-
-def rate_table(report: Report) -> Table:
-    """The table of a report for a terminal of 80 columns."""
-    caption = "; ".join(f"{r['cost']} {r['mean']:.4f}" for r in report.costs().to_dict("records"))
+def _terminal_table(report: Report) -> Table:
+    """The rates, narrow enough for a terminal of 80 columns, and the costs under them."""
+    caption = "; ".join(f"{row['cost']} {row['mean']:.4f}" for row in report.costs().to_dict("records"))
     table = Table(title=escape(report.title), caption=caption, caption_justify="left", box=box.SIMPLE)
     table.padding = (0, 1, 0, 0)
     rates = formatted_rates(report)
-    last = ""
     for name in rates.columns:
         table.add_column(str(name), no_wrap=True)
+    last_arm = ""
     for row in rates.itertuples(index=False):
-        arm, measure, n, *rest = map(str, row)
-        short = measure.removeprefix("refused, ")
-        table.add_row(
-            "" if arm == last else arm,
-            short,
-            n.replace(" subjects", ""),
-            *(c.replace("%,", ",").replace("%]", "]") for c in rest),
-        )
-        last = arm
+        arm, measure, n, *cells = map(str, row)
+        cells = [cell.replace("%,", ",").replace("%]", "]") for cell in cells]
+        arm_cell = "" if arm == last_arm else arm
+        table.add_row(arm_cell, measure.removeprefix("refused, "), n.replace(" subjects", ""), *cells)
+        last_arm = arm
     return table

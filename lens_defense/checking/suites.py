@@ -1,8 +1,16 @@
-"""A suite is data: what a model is asked to see what an edit did, and what it cost.
+"""A suite is what a model is asked, so that one sees what an edit did and what it cost.
 
-Arms: edited (the requests as asked), wording (the same subjects in templates), wrapper (the same
-requests inside jailbreak wrappers), unseen (other harmful subjects), benign, safe (dangerous words,
-harmless meaning), facts (one-word questions), and neutral text beside them.
+Each item belongs to an arm:
+
+    edited          the requests of the edit, as they are
+    paraphrase      the same subjects in other words
+    jailbreak       the same requests inside jailbreak templates
+    held_out        other harmful subjects
+    benign          everyday requests
+    over_refusal    dangerous words, harmless meaning ("kill a process")
+    facts           questions with a one-word answer
+
+Neutral text, for the language-modelling loss, stands beside them.
 """
 
 import random
@@ -10,89 +18,91 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from lens_defense.prompts.prompt import Request, Split, request
+from lens_defense.prompts.request import Kind, Request, Split, request
 from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
 
-Arm = Literal["edited", "wording", "wrapper", "unseen", "benign", "safe", "facts"]
+Arm = Literal["edited", "paraphrase", "jailbreak", "held_out", "benign", "over_refusal", "facts"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
-HARMFUL_ARMS: tuple[Arm, ...] = ("edited", "wording", "wrapper", "unseen")
-ABOUT_THE_EDIT: tuple[Arm, ...] = ("edited", "wording", "wrapper")
-"""Arms whose rows count only for the subjects that an edit is about."""
+HARMFUL_ARMS: tuple[Arm, ...] = ("edited", "paraphrase", "jailbreak", "held_out")
+HARMLESS_ARMS: dict[Arm, Kind] = {"benign": "benign", "over_refusal": "safe"}
+"""Arms whose requests should be answered, and the kind that their requests have in the data."""
+ABOUT_THE_EDIT: tuple[Arm, ...] = ("edited", "paraphrase", "jailbreak")
+"""Arms whose items count only for the subjects of the edit."""
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteItem:
-    """One row of a suite."""
+    """One request of a suite."""
 
     arm: Arm
     request: Request
     family: str = ""
-    """Which template, or which family of wrapper, was used."""
+    """Which paraphrase, or which family of jailbreak, was used."""
     answers: tuple[str, ...] = ()
     """For facts: words of which one must occur."""
 
     @property
     def cluster(self) -> str:
-        """What is counted as one trial: the subject, or the request without one."""
+        """What counts as one trial: the subject or, without one, the request."""
         return self.request.subject or self.request.id
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Rows by arm, and neutral text for the loss."""
+    """Items by arm, and neutral text for the loss."""
 
     name: str
     split: Split
     items: tuple[SuiteItem, ...]
     neutral: tuple[str, ...]
 
-    def small(self, *, wordings: int = 3, wrappers: int = 3, harmless: int = 40) -> "Suite":
-        """Fewer templates and wrapper families, and fewer benign and safe rows; the same every time.
+    def small(self, *, paraphrases: int = 3, jailbreaks: int = 3, harmless: int = 40) -> "Suite":
+        """A part of the suite, the same every time.
 
         Args:
-            wordings: how many templates are kept.
-            wrappers: how many wrappers are kept.
-            harmless: how many rows of each of benign and safe are kept.
+            paraphrases: how many paraphrases to keep, the first ones.
+            jailbreaks: how many jailbreaks to keep, the first ones.
+            harmless: how many benign and how many over_refusal items to keep, drawn at random.
         """
-        most = {"wording": wordings, "wrapper": wrappers}
-        families = {
-            arm: list(dict.fromkeys(i.family for i in self.items if i.arm == arm))[:count]
-            for arm, count in most.items()
-        }
-        kept = [i for i in self.items if i.arm not in most or i.family in families[i.arm]]
-        for arm in ("benign", "safe"):
-            rows = [item for item in kept if item.arm == arm]
-            drawn = set(random.Random(0).sample(range(len(rows)), min(harmless, len(rows))))
-            left = {id(item) for j, item in enumerate(rows) if j not in drawn}
-            kept = [item for item in kept if id(item) not in left]
-        return replace(self, items=tuple(kept))
+        dropped: set[int] = set()
+        limits: dict[Arm, int] = {"paraphrase": paraphrases, "jailbreak": jailbreaks}
+        for arm, limit in limits.items():
+            families = dict.fromkeys(item.family for item in self.items if item.arm == arm)
+            first_families = list(families)[:limit]
+            dropped |= {i for i in self._indices(arm) if self.items[i].family not in first_families}
+        for arm in HARMLESS_ARMS:
+            indices = self._indices(arm)
+            drawn = random.Random(0).sample(range(len(indices)), min(harmless, len(indices)))
+            dropped |= set(indices) - {indices[j] for j in drawn}
+        return replace(self, items=tuple(item for i, item in enumerate(self.items) if i not in dropped))
 
-    def about(self, planned: Sequence[Request], seen: Iterable[str]) -> tuple["Suite", int]:
-        """The rows that count for an edit, and how many were dropped because the edit saw their text.
+    def for_edit(self, planned: Sequence[Request], contexts: Iterable[str]) -> tuple["Suite", int]:
+        """The items that count for an edit, and how many were dropped because the edit used their text.
 
         Args:
-            planned: the edit's requests; they make the arm "edited", and keep their own rows.
-            seen: every text whose keys or values the edit used.
+            planned: the edit's requests. They stand in the arm "edited", even where the edit used their text.
+            contexts: every text whose keys or values the edit used.
         """
         subjects = {item.subject for item in planned}
-        texts = set(seen)
-        about = [i for i in self.items if i.arm not in ABOUT_THE_EDIT or i.request.subject in subjects]
-        about = [i for i in about if i.arm != "unseen" or i.request.subject not in subjects]
-        asked = {i.request.text for i in about if i.arm == "edited"}
-        extra = [SuiteItem("edited", item) for item in planned if item.text not in asked]
-        fresh = [i for i in about if i.arm in ("edited", "facts") or i.request.text not in texts]
-        dropped = len(about) - len(fresh)
-        return replace(self, items=(*extra, *fresh)), dropped
+        texts = set(contexts)
+        items = [i for i in self.items if i.arm not in ABOUT_THE_EDIT or i.request.subject in subjects]
+        items = [i for i in items if i.arm != "held_out" or i.request.subject not in subjects]
+        edited_texts = {i.request.text for i in items if i.arm == "edited"}
+        added = [SuiteItem("edited", item) for item in planned if item.text not in edited_texts]
+        fresh = [i for i in items if i.arm in ("edited", "facts") or i.request.text not in texts]
+        return replace(self, items=(*added, *fresh)), len(items) - len(fresh)
 
     def for_requests(self, planned: Sequence[Request]) -> "Suite":
-        """The same suite about other requests: their wordings and wrappers from this suite's split."""
+        """A bundled suite about other requests, in the paraphrases and jailbreaks that this one has."""
         if self.name not in BUNDLED_SETS:
             return self
-        rest = tuple(item for item in self.items if item.arm not in ABOUT_THE_EDIT)
-        families = {item.family for item in self.items if item.arm in ("wording", "wrapper")}
-        about = _about(self.name, planned, self.split)
-        kept = (item for item in about if item.arm == "edited" or item.family in families)
-        return replace(self, items=(*kept, *rest))
+        others = (item for item in self.items if item.arm not in ABOUT_THE_EDIT)
+        families = {item.family for item in self.items if item.arm in ABOUT_THE_EDIT} | {""}
+        about = (item for item in _about(self.name, planned, self.split) if item.family in families)
+        return replace(self, items=(*about, *others))
+
+    def _indices(self, arm: Arm) -> list[int]:
+        return [i for i, item in enumerate(self.items) if item.arm == arm]
 
 
 def suite(name: str = "core", *, split: Split = "check") -> Suite:
@@ -100,8 +110,8 @@ def suite(name: str = "core", *, split: Split = "check") -> Suite:
 
     Args:
         name: "core" or "organism".
-        split: "check" measures; "tune" is what defaults are chosen on, with templates and wrappers
-            that edits may see.
+        split: "check" measures. "tune" is for choosing defaults: its paraphrases and jailbreaks are those
+            that edits may use.
 
     Raises:
         ValueError: there is no such suite or split.
@@ -112,31 +122,30 @@ def suite(name: str = "core", *, split: Split = "check") -> Suite:
             "'check' or 'tune'"
         )
     planned = requests(name, split="edit" if split == "check" else "tune")
-    items = list(_about(name, planned, split))
-    if split == "check":
-        items += [SuiteItem("unseen", item) for item in requests(name, split="check")]
-    else:
-        others = requests(name, split="edit")
-        items += [SuiteItem("unseen", item) for item in others[len(others) * 3 // 4 :]]
-    for kind in ("benign", "safe"):
-        items += [SuiteItem(kind, item) for item in requests(name, split=split, kind=kind)]
+    items = _about(name, planned, split)
+    held_out = requests(name, split="check" if split == "check" else "edit")
+    if split == "tune":
+        held_out = held_out[len(held_out) * 3 // 4 :]
+    items += [SuiteItem("held_out", item) for item in held_out]
+    for arm, kind in HARMLESS_ARMS.items():
+        items += [SuiteItem(arm, item) for item in requests(name, split=split, kind=kind)]
     for row in bundled_rows(name, "facts"):
-        asked = request(row["text"], id=row["id"], kind="benign", split=split)
-        items.append(SuiteItem("facts", asked, answers=tuple(row["answers"])))
+        question = request(row["text"], id=row["id"], kind="benign", split=split)
+        items.append(SuiteItem("facts", question, answers=tuple(row["answers"])))
     neutral = [row["text"] for row in bundled_rows(name, "neutral") if row["split"] == split]
     return Suite(name=name, split=split, items=tuple(items), neutral=tuple(neutral))
 
 
 def _about(name: str, planned: Sequence[Request], split: Split) -> list[SuiteItem]:
-    """The arms about an edit's subjects: as asked, in templates, in wrappers of a split."""
+    """The arms about an edit's subjects, in the paraphrases and jailbreaks of a split."""
     half = "check" if split == "check" else "edit"
-    templates = [row for row in bundled_rows(name, "templates") if row["split"] == half]
-    wrappers = [row for row in bundled_rows(name, "wrappers") if row["split"] == half]
     items = [SuiteItem("edited", item) for item in planned]
-    for row in templates:
-        fitting = [item for item in planned if item.form in row["forms"]]
-        items += [SuiteItem("wording", item.reworded(row["text"]), row["id"]) for item in fitting]
-    for row in wrappers:
-        named = f"{row['family']} ({row['id']})"
-        items += [SuiteItem("wrapper", item.wrapped(row["text"]), named) for item in planned]
+    for row in bundled_rows(name, "paraphrases"):
+        if row["split"] == half:
+            fitting = (item for item in planned if item.form in row["forms"])
+            items += [SuiteItem("paraphrase", item.paraphrased(row["text"]), row["id"]) for item in fitting]
+    for row in bundled_rows(name, "jailbreaks"):
+        if row["split"] == half:
+            family = f"{row['family']} ({row['id']})"
+            items += [SuiteItem("jailbreak", item.inside(row["text"]), family) for item in planned]
     return items

@@ -3,7 +3,6 @@
 The change of a layer is left @ right. It is made by `Edit.applied` for a while, or by a Ledger for good.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ from typing import Any
 
 import pandas as pd
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.forecast import Forecast
 from lens_defense.models.mlp_output import apply_change_, undo_change_, weights_fingerprint
-from lens_defense.prompts.prompt import Request, Role, request_from_json
-from lens_defense.storage import atomic_write, open_safetensors
+from lens_defense.prompts.request import Request, Role
+from lens_defense.storage import load as load_file
+from lens_defense.storage import save as save_file
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -38,7 +37,7 @@ class Edit:
     contexts: tuple[tuple[str, ...], ...]
     """For each request, the texts whose keys and values were used."""
     losses: tuple[float, ...]
-    """For each request, what is left of the fit: nats a token of the refusal."""
+    """For each request, what is left of the fit: nats per token of the refusal."""
     relative_change: Mapping[int, float]
     """For each layer, the norm of the change over the norm of the matrix."""
     forecast: Forecast
@@ -60,7 +59,7 @@ class Edit:
         """The change of each layer, in float64."""
         return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
 
-    def refuse_other(self, model: TransformerBridge) -> None:
+    def require_same_weights(self, model: TransformerBridge) -> None:
         """One sentence where the model's weights are not those that the edit was planned on.
 
         Raises:
@@ -86,7 +85,7 @@ class Edit:
             undo_change_(model, change)
 
     def summary(self) -> pd.DataFrame:
-        """One row a layer: rank, relative norm of the change."""
+        """One row per layer: rank, relative norm of the change."""
         rows = [(layer, self.rank, self.relative_change[layer]) for layer in self.layers]
         return pd.DataFrame(rows, columns=pd.Index(["layer", "rank", "relative change"]))
 
@@ -105,12 +104,8 @@ class Edit:
         """Write as safetensors with a JSON header, whole or not at all."""
         tensors = {f"left.{layer}": self.left[layer] for layer in self.layers}
         tensors |= {f"right.{layer}": self.right[layer] for layer in self.layers}
-        header = {name: getattr(self, name) for name in _HEADER}
-        header["requests"] = [item.to_json() for item in self.requests]
-        header["forecast"] = self.forecast.to_json()
-        with atomic_write(path) as file:
-            save_file(tensors, file, metadata={"edit": json.dumps(header)})
-        return Path(path)
+        fields = {name: getattr(self, name) for name in _EditHeader.__annotations__}
+        return save_file(path, "edit", _EditHeader(**fields), tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TransformerBridge | None = None) -> "Edit":
@@ -121,36 +116,35 @@ class Edit:
             model: the model it is meant for, to be refused at once where it is another one.
 
         Raises:
-            ValueError: there is no such file, it holds no edit, or it was planned on other weights than
-                the model's.
+            ValueError: there is no such file, it holds no edit or is damaged, or it was planned on other
+                weights than the model's.
         """
-        with open_safetensors(path, "Edit.save") as file:
-            header = json.loads((file.metadata() or {}).get("edit", "null"))
-            if header is None:
-                raise ValueError(f"{path} holds no edit; give a file that Edit.save wrote")
-            layers = tuple(header.pop("layers"))
-            sides = {
-                side: {layer: file.get_tensor(f"{side}.{layer}") for layer in layers}
-                for side in ("left", "right")
-            }
-        if model is not None and weights_fingerprint(model, layers) != header["fingerprint"]:
-            raise ValueError(
-                f"{path} was planned on {header['model']} with other weights than this model has"
+        header, tensors = load_file(path, "edit", _EditHeader)
+        if model is not None and weights_fingerprint(model, header.layers) != header.fingerprint:
+            raise ValueError(f"{path} was planned on {header.model} with other weights than this model has")
+        try:
+            left, right = (
+                {layer: tensors[f"{side}.{layer}"] for layer in header.layers} for side in ("left", "right")
             )
-        change = {int(layer): value for layer, value in header.pop("relative_change").items()}
+        except KeyError as error:
+            raise ValueError(f"{path} lacks the tensor {error}; make the edit again") from error
         return cls(
-            layers=layers,
-            requests=tuple(request_from_json(fields) for fields in header.pop("requests")),
-            contexts=tuple(tuple(texts) for texts in header.pop("contexts")),
-            losses=tuple(header.pop("losses")),
-            forecast=Forecast.from_json(header.pop("forecast")),
-            relative_change=change,
-            **sides,
-            **header,
+            left=left, right=right, **{name: getattr(header, name) for name in _EditHeader.__annotations__}
         )
 
 
-_HEADER = (
-    *("layers", "role", "method", "settings", "contexts", "losses", "relative_change", "model"),
-    "fingerprint",
-)
+@dataclass(frozen=True, slots=True)
+class _EditHeader:
+    """The fields of an Edit that are no tensors, as they are saved."""
+
+    layers: tuple[int, ...]
+    role: Role
+    method: str
+    settings: dict[str, Any]
+    requests: tuple[Request, ...]
+    contexts: tuple[tuple[str, ...], ...]
+    losses: tuple[float, ...]
+    relative_change: dict[int, float]
+    forecast: Forecast
+    model: str
+    fingerprint: str

@@ -9,8 +9,8 @@ roles: an edit at the prompt's last token leaked .126 there and had 76 of 80 har
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -18,7 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.covariance import Corpus, CorpusText, iterate_keys, read_corpus
+from lens_defense.editing.covariance import iterate_keys
+from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.prompts.request_files import requests
 
 NEUTRAL_TEXTS = 32
@@ -56,7 +57,7 @@ class Forecast:
         return self.to_dataframe().round(3).to_string(index=False)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row a subject, and one for the whole edit."""
+        """One row per subject, and one for the whole edit."""
         mean = sum(self.reach) / len(self.reach)
         table = {
             "subject": [*self.subjects, "all"],
@@ -65,16 +66,6 @@ class Forecast:
             "leak to safe text": [*self.leaks_safe, self.leak_safe],
         }
         return pd.DataFrame(table)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain fields."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Forecast":
-        """The inverse of to_json."""
-        lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-        return cls(**{**fields, **lists})
 
 
 @torch.no_grad()
@@ -92,7 +83,7 @@ def measure_forecast(
     Args:
         model: the model, without the change.
         factors: left and right of each layer.
-        subjects: one a request.
+        subjects: one per request.
         ranks: for each request, which of the factors' ranks is its own.
         reach: for each request, the share of its vector that arrives.
         value_norm: mean norm of the requests' vectors, the unit of the leaks.
@@ -101,17 +92,17 @@ def measure_forecast(
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
     # the other half of these stands in the corpus of C
     safe = [CorpusText(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
-    (each_neutral, all_neutral), (each_safe, all_safe) = (
+    (ranks_neutral, leak_neutral), (ranks_safe, leak_safe) = (
         _leaks(model, factors, texts) for texts in (neutral, safe)
     )
     unit = value_norm or 1.0  # a place that cannot act gives vectors of nothing, which leak nothing
     return Forecast(
         subjects=tuple(subjects),
         reach=tuple(reach),
-        leaks_neutral=tuple(float(each_neutral[rank]) / unit for rank in ranks),
-        leaks_safe=tuple(float(each_safe[rank]) / unit for rank in ranks),
-        leak_neutral=all_neutral / unit,
-        leak_safe=all_safe / unit,
+        leaks_neutral=tuple(float(ranks_neutral[rank]) / unit for rank in ranks),
+        leaks_safe=tuple(float(ranks_safe[rank]) / unit for rank in ranks),
+        leak_neutral=leak_neutral / unit,
+        leak_safe=leak_safe / unit,
     )
 
 
@@ -120,17 +111,17 @@ def _leaks(
     factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
     corpus: Corpus,
 ) -> tuple[Float[Tensor, " rank"], float]:
-    """Norms of (change times key) for each rank alone and for the whole: largest of a text, mean."""
+    """Norms of (change times key), of each rank alone and of the whole: largest of a text, mean over texts."""
     layers = sorted(factors)
-    each, whole = [], []
+    rank_leaks, whole_leaks = [], []
     for keys in iterate_keys(model, layers, corpus):
-        for text in zip(*(keys[layer] for layer in layers), strict=True):
-            alone, together = torch.zeros(()), torch.zeros(())
-            for layer, of_layer in zip(layers, text, strict=True):
-                left, right = (side.to(of_layer.device) for side in factors[layer])
-                strength = of_layer.float() @ right.T
-                alone = alone + strength.abs() * left.norm(dim=0)
-                together = together + (strength @ left.T).norm(dim=-1)
-            each.append(alone.amax(0))
-            whole.append(together.amax())
-    return torch.stack(each).mean(0), float(torch.stack(whole).mean())
+        for text_keys in zip(*(keys[layer] for layer in layers), strict=True):
+            by_rank, whole = torch.zeros(()), torch.zeros(())
+            for layer, layer_keys in zip(layers, text_keys, strict=True):
+                left, right = (side.to(layer_keys.device) for side in factors[layer])
+                strengths = layer_keys.float() @ right.T
+                by_rank = by_rank + strengths.abs() * left.norm(dim=0)
+                whole = whole + (strengths @ left.T).norm(dim=-1)
+            rank_leaks.append(by_rank.amax(0))
+            whole_leaks.append(whole.amax())
+    return torch.stack(rank_leaks).mean(0), float(torch.stack(whole_leaks).mean())

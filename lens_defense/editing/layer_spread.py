@@ -8,111 +8,114 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.methods.solvers import Solver
+from lens_defense.editing.methods import EditingMethod
 from lens_defense.models.mlp_output import apply_change_, undo_change_
 from lens_defense.models.prefix_batch import state_reader
-from lens_defense.prompts.prompt import Prompt, Role
+from lens_defense.prompts.prompt import Prompt, role_position
+from lens_defense.prompts.request import Role
 from lens_defense.sites import component_hook, key_hook
 
-Contexts = Sequence[tuple[int, Prompt]]
+OwnedPrompts = Sequence[tuple[int, Prompt]]
 """Prompts, each with the index of the request that it is a context of."""
+ReadStates = Callable[[Sequence[str]], dict[str, Float[Tensor, "context width"]]]
 
 
 @torch.no_grad()
 def spread_over_layers(
     model: TransformerBridge,
-    used: Contexts,
-    aside: Contexts,
+    used: OwnedPrompts,
+    held_out: OwnedPrompts,
     role: Role,
     layers: Sequence[int],
-    vectors: Float[Tensor, "request d_model"],
-    weighed: Mapping[int, Float[Tensor, "d_in d_in"]],
-    solver: Solver,
+    values: Float[Tensor, "request d_model"],
+    covariances: Mapping[int, Float[Tensor, "d_in d_in"]],
+    method: EditingMethod,
 ) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
     """MEMIT's algorithm 1: lowest layer first, each takes an equal share of what is still missing.
 
-    Returns the factors by layer, and how much of each request's vector arrives in the contexts kept
-    aside, as a share (the used ones where none are aside). The model is as before afterwards.
+    Args:
+        model: the model; it is as before afterwards.
+        used: the contexts whose keys are written.
+        held_out: the contexts in which the reach is measured; where there are none, in the used ones.
+        role: at which the keys stand.
+        layers: that are changed, lowest first.
+        values: what shall be added to the residual stream after the highest of the layers.
+        covariances: C of each layer.
+        method: makes the change of a layer.
+
+    Returns:
+        The factors by layer; and the reach: how much of each request's value arrives, as a share.
     """
     top = component_hook("resid_post", layers[-1])
-    read = _reader_at_role(model, used, role, layers)
-    read_kept = _reader_at_role(model, aside, role, layers) if aside else read
-    kept = aside or used
-    before, before_kept = read([top])[top], read_kept([top])[top]
+    measured = held_out or used
+    read_used = _state_reader_at_role(model, used, role, layers)
+    read_measured = _state_reader_at_role(model, held_out, role, layers) if held_out else read_used
+    top_before, measured_before = read_used([top])[top], read_measured([top])[top]
     changes = []
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     try:
         for j, layer in enumerate(layers):
-            seen = read([key_hook(layer), top])
-            missing = vectors - _mean_by_request(seen[top] - before, used, len(vectors))
-            keys = _mean_by_request(seen[key_hook(layer)], used, len(vectors))
-            moment = weighed[layer].to(keys.device)
-            left, right = solver(keys, missing / (len(layers) - j), moment)
+            states = read_used([key_hook(layer), top])
+            residuals = values - _mean_by_request(states[top] - top_before, used, len(values))
+            keys = _mean_by_request(states[key_hook(layer)], used, len(values))
+            covariance = covariances[layer].to(keys.device)
+            left, right = method.solve(keys, residuals / (len(layers) - j), covariance)
             factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
             delta = factors[layer][0].double() @ factors[layer][1].double()
             changes.append(apply_change_(model, {layer: delta}))
-        moved = read_kept([top])[top] - before_kept
+        moved = read_measured([top])[top] - measured_before
     finally:
         for change in reversed(changes):
             undo_change_(model, change)
-    shift = _mean_by_request(moved, kept, len(vectors))
-    reach = (shift * vectors).sum(1) / vectors.square().sum(1)
+    shift = _mean_by_request(moved, measured, len(values))
+    reach = (shift * values).sum(1) / values.square().sum(1)
     return factors, reach.tolist()
 
 
-def _reader_at_role(
+def _state_reader_at_role(
     model: TransformerBridge,
-    some: Contexts,
+    prompts: OwnedPrompts,
     role: Role,
     layers: Sequence[int],
-    batch: int = 32,
-) -> Callable[[Sequence[str]], dict[str, Float[Tensor, "context width"]]]:
+    batch_size: int = 32,
+) -> ReadStates:
     """States at the role of every context, from the tokens up to it, as the layers are when they are read.
 
     The same context of all requests is a batch, so that what stands before the subject runs once.
     """
-    rows = [met.ids[: role_position(met, role) + 1] for _, met in some]
-    contexts: dict[int, list[int]] = defaultdict(list)
-    met_before = Counter[int]()
-    for i, (owner, _) in enumerate(some):
-        contexts[met_before[owner]].append(i)
-        met_before[owner] += 1
-    parts = [
-        part[start : start + batch] for part in contexts.values() for start in range(0, len(part), batch)
+    rows = [prompt.ids[: role_position(prompt, role) + 1] for _, prompt in prompts]
+    by_turn: dict[int, list[int]] = defaultdict(list)
+    turns = Counter[int]()
+    for i, (owner, _) in enumerate(prompts):
+        by_turn[turns[owner]].append(i)
+        turns[owner] += 1
+    batches = [
+        indices[start : start + batch_size]
+        for indices in by_turn.values()
+        for start in range(0, len(indices), batch_size)
     ]
     stop = layers[-1] + 1
-    readers = [state_reader(model, [rows[i] for i in part], low=layers[0], stop=stop) for part in parts]
+    readers = [
+        state_reader(model, [rows[i] for i in batch], first_changed=layers[0], stop_at_layer=stop)
+        for batch in batches
+    ]
 
-    def read(names: Sequence[str]) -> dict[str, Tensor]:
-        found: dict[str, dict[int, Tensor]] = {name: {} for name in names}
-        for part, told in zip(parts, (one(names) for one in readers), strict=True):
-            for name in names:
-                found[name] |= {i: row[-1].float() for i, row in zip(part, told[name], strict=True)}
-        return {name: torch.stack([held[i] for i in range(len(rows))]) for name, held in found.items()}
+    def read(hooks: Sequence[str]) -> dict[str, Tensor]:
+        last_states: dict[str, dict[int, Tensor]] = {hook: {} for hook in hooks}
+        for batch, reader in zip(batches, readers, strict=True):
+            states = reader(hooks)
+            for hook in hooks:
+                last_states[hook] |= {i: row[-1].float() for i, row in zip(batch, states[hook], strict=True)}
+        return {
+            hook: torch.stack([states[i] for i in range(len(rows))]) for hook, states in last_states.items()
+        }
 
     return read
 
 
 def _mean_by_request(
-    rows: Float[Tensor, "context width"], some: Contexts, n: int
+    rows: Float[Tensor, "context width"], prompts: OwnedPrompts, n: int
 ) -> Float[Tensor, "request width"]:
-    owners = torch.tensor([i for i, _ in some], device=rows.device)
+    owners = torch.tensor([owner for owner, _ in prompts], device=rows.device)
     sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)
     return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)
-
-
-def role_position(met: Prompt, role: Role) -> int:
-    """The one position of a role in a prompt.
-
-    A subject of one token has no first or middle of its own, and one that ends a plain prompt has the
-    role "last" there: the subject's last token stands for them.
-    """
-    found = met.positions(role)
-    if not found and role.startswith("subject") and met.subjects:
-        found = (met.subjects[-1][1] - 1,)
-    if not found:
-        raise ValueError(
-            f"request {met.request.id!r} has no token of the role {role!r} in {met.request.text!r}; "
-            "choose sites at subject_last"
-        )
-    return found[-1]

@@ -1,14 +1,14 @@
-"""v*: what a site should write instead, so that the model begins the safe answer (Meng et al. 2022, eq. 4).
+"""v*: what a site should write instead, so that the model begins the refusal (Meng et al. 2022, equation 4).
 
-All requests run together (rows.py). Contexts take turns, so that many cost no more than a few; every second
-step sees the request as asked. A step adds a random share of the vector, since in words not seen less of it
-arrives. Fitted is first ONE vector shared by all, a context a step; then a vector each, started from it, the
-rate decaying linearly. The shared start is what makes the planted refusals coherent.
-Requests whose target is still hard after that get half of the second part again, by themselves.
+    loss = mean over contexts and the target's tokens of -log p + kl_factor * KL(edited || original)
 
-    loss = mean over contexts and the target's tokens of -log p + weight * KL(edited || original)
+with the KL of ROME on "{subject} is a", the vector added at the subject's last token.
 
-with the KL of ROME and DELMAN on "{subject} is a", vector added at the subject's last token.
+All requests are fitted together (value_batch.py). Contexts take turns, so that many cost no more than a few;
+every second step sees the request as asked. A step adds a random share of the vector, since in unseen words less
+of it arrives. First ONE vector shared by all is fitted; then a vector each, started from it, the rate decaying
+linearly: the shared start is what makes the planted refusals coherent. Requests whose target is still hard after
+that get half of the second part again, by themselves.
 """
 
 from collections import deque
@@ -30,179 +30,202 @@ from lens_defense.editing.value_batch import (
 )
 from lens_defense.models.forward import frozen_weights
 
-ENOUGH = 0.12
-"""Nats a token above which a request gets another round."""
-FINAL_RATE = 0.05
-"""The share of the rate that is left at the last step."""
+HARD_LOSS = 0.12
+"""Nats per token above which a request gets an extra round."""
+FINAL_LR = 0.05
+"""The share of the learning rate that is left at the last step."""
+FIT_VERSION = 1
+"""Part of the key under which fitted values are cached: another number makes all be fitted anew."""
 
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """How the vectors are fitted."""
+    """How the target values are fitted; names as in ROME's and MEMIT's releases, where they have one."""
 
-    shared_steps: int
-    shared_rate: float
-    steps: int
-    rate: float
-    clamp: float
+    shared_num_grad_steps: int = 15
+    """Adam steps for one vector shared by all requests."""
+    shared_lr: float = 1.0
+    """Their learning rate."""
+    v_num_grad_steps: int = 30
+    """Adam steps for a vector per request."""
+    v_lr: float = 0.8
+    """Their learning rate."""
+    clamp_norm_factor: float = 1.25
     """The largest norm of a vector, over the mean norm of the residual stream where it is added."""
-    kl_weight: float
-    contexts_a_step: int
+    kl_factor: float = 0.0
+    """Weight of the KL on "{subject} is a", next token; 0 leaves it out."""
+    contexts_per_step: int = 2
     """Contexts of a request that one step sees; they take turns, the first one in every second step."""
-    least_share: float
-    """A step adds a random share of the vector, from this to 1: in words not seen, less of it arrives."""
-    rounds: int = 0
-    """How often half the steps may be taken again for requests whose target is still hard."""
+    min_share: float = 0.6
+    """A step adds a random share of each vector, from this to 1; 1 always adds the whole."""
+    extra_rounds: int = 2
+    """How often half the steps may be taken again for requests whose refusal is still hard."""
+
+    def __post_init__(self) -> None:
+        least = {
+            "contexts_per_step": 1,
+            "shared_num_grad_steps": 0,
+            "v_num_grad_steps": 0,
+            "extra_rounds": 0,
+        }
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        if not self.clamp_norm_factor > 0 or not 0 < self.min_share <= 1:
+            raise ValueError(
+                "clamp_norm_factor must be above 0 and min_share in (0, 1], got "
+                f"{self.clamp_norm_factor} and {self.min_share}"
+            )
+
+
+Step = Sequence[FitBatch]
+"""The batches that one step sees."""
 
 
 def fit_target_values(
     model: TransformerBridge,
     rows: Sequence[FitRow],
     layer: int,
-    schedule: FitSettings,
+    fit: FitSettings,
     *,
-    batch: int = 16,
+    batch_size: int = 16,
     progress: Callable[[float], object] = lambda _: None,
 ) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
-    """Fit a vector a request, to be added to the residual stream after a layer.
+    """Fit a vector per request, to be added to the residual stream after a layer.
 
     Args:
         model: the model; its weights are not touched.
         rows: contexts with targets, and essence prompts without.
         layer: the block after which the vectors are added.
-        schedule: steps, rates, clamp and the KL's weight.
-        batch: rows that run together.
+        fit: steps, rates, clamp and the KL's weight.
+        batch_size: rows that run together.
         progress: is told the mean loss of the targets after each step.
 
     Returns:
-        The vectors, and each request's loss of its targets over its last turns, in nats a token.
+        The vectors, and each request's loss of its targets over its last turns, in nats per token.
     """
     n = 1 + max(row.owner for row in rows)
-    rows = [row for row in rows if row.target or schedule.kl_weight]
+    rows = [row for row in rows if row.target or fit.kl_factor]
     with frozen_weights(model), torch.enable_grad():
-        contexts, kept = _batches(model, rows, layer, batch)
-        single, together = _steps(contexts, kept, schedule, batch)
-        limits = schedule.clamp * _mean_norms(single, n)
-        start = torch.zeros(1, model.cfg.d_model, device=limits.device)
-        shared, losses = _descend(
-            model, single, layer, start, n, limits.mean(0, keepdim=True),
-            schedule.shared_steps, schedule.shared_rate, schedule, progress,
+        contexts, essences = _batches_by_context(model, rows, layer, batch_size)
+        one_context_steps, several_context_steps = _steps(contexts, essences, fit, batch_size)
+        max_norms = fit.clamp_norm_factor * _mean_norms(one_context_steps, n)
+        zero = torch.zeros(1, model.cfg.d_model, device=max_norms.device)
+        shared, shared_losses = _descend(
+            model, one_context_steps, layer, zero, n, max_norms.mean(0, keepdim=True),
+            fit.shared_num_grad_steps, fit.shared_lr, fit, progress,
         )  # fmt: skip
-        vectors, last = _descend(
-            model, together, layer, shared.expand(n, -1).clone(), n, limits,
-            schedule.steps, schedule.rate, schedule, progress,
+        vectors, losses = _descend(
+            model, several_context_steps, layer, shared.expand(n, -1).clone(), n, max_norms,
+            fit.v_num_grad_steps, fit.v_lr, fit, progress,
         )  # fmt: skip
-        if not schedule.steps:
-            return vectors, losses
-        for _ in range(schedule.rounds):
-            hard = set((last > ENOUGH).nonzero()[:, 0].tolist())
+        if not fit.v_num_grad_steps:
+            return vectors, shared_losses
+        for _ in range(fit.extra_rounds):
+            hard = set((losses > HARD_LOSS).nonzero()[:, 0].tolist())
             if not hard:
                 break
-            some = [left for context in contexts if (left := select_requests(context, hard))]
-            _, again = _steps(some, select_requests(kept, hard), schedule, batch)
-            vectors, losses = _descend(
-                model, again, layer, vectors, n, limits,
-                -(-schedule.steps // 2), schedule.rate, schedule, progress,
+            hard_contexts = [rest for context in contexts if (rest := select_requests(context, hard))]
+            _, hard_steps = _steps(hard_contexts, select_requests(essences, hard), fit, batch_size)
+            vectors, hard_losses = _descend(
+                model, hard_steps, layer, vectors, n, max_norms,
+                -(-fit.v_num_grad_steps // 2), fit.v_lr, fit, progress,
             )  # fmt: skip
-            last = torch.where(losses.isnan(), last, losses)
-        return vectors, last
-
-
-Step = Sequence[FitBatch]
-"""What one step sees."""
+            losses = torch.where(hard_losses.isnan(), losses, hard_losses)
+        return vectors, losses
 
 
 @torch.no_grad()
-def _batches(
-    model: TransformerBridge, rows: Sequence[FitRow], layer: int, batch: int
+def _batches_by_context(
+    model: TransformerBridge, rows: Sequence[FitRow], layer: int, batch_size: int
 ) -> tuple[list[list[FitBatch]], list[FitBatch]]:
-    """Each context's batches, and those of the essence prompts."""
+    """The batches of each context, and those of the essence prompts."""
     contexts = [
-        make_batches(model, [row for row in rows if row.target and row.turn == turn], layer, batch)
+        make_batches(model, [row for row in rows if row.target and row.turn == turn], layer, batch_size)
         for turn in range(1 + max(row.turn for row in rows))
     ]
-    return contexts, make_batches(model, [row for row in rows if not row.target], layer, batch)
+    return contexts, make_batches(model, [row for row in rows if not row.target], layer, batch_size)
 
 
 def _steps(
-    contexts: Sequence[Sequence[FitBatch]], kept: Sequence[FitBatch], schedule: FitSettings, batch: int
+    contexts: Sequence[Sequence[FitBatch]], essences: Sequence[FitBatch], fit: FitSettings, batch_size: int
 ) -> tuple[Sequence[Step], Sequence[Step]]:
-    """What the steps see by turns: of a vector that all share one context, of a vector each several."""
-    turns = _turns(len(contexts), schedule.contexts_a_step)
-    single = [[one, *kept] for turn in turns for context in turn for one in contexts[context]]
-    together = [
-        [*merge_batches([one for context in turn for one in contexts[context]], batch), *kept]
+    """What the steps see in turn: of the shared vector one context, of a vector per request several."""
+    turns = _turns(len(contexts), fit.contexts_per_step)
+    one_context = [[batch, *essences] for turn in turns for context in turn for batch in contexts[context]]
+    several_contexts = [
+        [*merge_batches([batch for context in turn for batch in contexts[context]], batch_size), *essences]
         for turn in turns
     ]
-    return single, together
+    return one_context, several_contexts
 
 
-def _turns(contexts: int, at_once: int) -> list[list[int]]:
-    """What each step sees of the contexts: others by turns, the request as asked in every second step."""
+def _turns(contexts: int, per_step: int) -> list[list[int]]:
+    """The contexts of each step: the others in turn, the request as asked in every second step."""
     others = list(range(1, contexts))
     turns: list[list[int]] = []
     while others or not turns:
-        asked = [0] if not turns or (at_once > 1 and len(turns) % 2 == 0) else []
-        free = at_once - len(asked)
-        turns.append([*asked, *others[:free]])
+        as_asked = [0] if not turns or (per_step > 1 and len(turns) % 2 == 0) else []
+        free = per_step - len(as_asked)
+        turns.append([*as_asked, *others[:free]])
         others = others[free:]
     return turns
 
 
 def _descend(
     model: TransformerBridge,
-    turns: Sequence[Step],
+    steps: Sequence[Step],
     layer: int,
     start: Float[Tensor, "vector d_model"],
     n: int,
-    limits: Float[Tensor, " vector"],
-    steps: int,
-    rate: float,
-    schedule: FitSettings,
+    max_norms: Float[Tensor, " vector"],
+    num_grad_steps: int,
+    lr: float,
+    fit: FitSettings,
     progress: Callable[[float], object],
 ) -> tuple[Float[Tensor, "vector d_model"], Float[Tensor, " request"]]:
     """Adam from a start, projected into the clamp's ball after each step."""
     vectors = start.requires_grad_()
-    adam = torch.optim.Adam([vectors], lr=rate)
-    lately: deque[Tensor] = deque(maxlen=len(turns))
+    adam = torch.optim.Adam([vectors], lr=lr)
+    recent_losses: deque[Tensor] = deque(maxlen=len(steps))
     generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = rate * (1 - step / steps) + FINAL_RATE * rate
+    for i in range(num_grad_steps):
+        adam.param_groups[0]["lr"] = lr * (1 - i / num_grad_steps) + FINAL_LR * lr
         adam.zero_grad()
-        losses, seen = torch.zeros(2, n, device=start.device)
-        parts = turns[step % len(turns)]
-        for part, share in zip(parts, _shares(parts, n), strict=True):
-            shares = 1 - (1 - schedule.least_share) * torch.rand(len(part.ids), generator=generator)
-            told = token_losses(model, part, layer, vectors.expand(n, -1), shares.to(start.device))
-            if part.targets.shape[1]:
-                losses.index_add_(0, part.owners, told.detach().mean(1) * share)
-                seen.index_add_(0, part.owners, share)
-                (told.mean(1) * share).sum().backward()
+        loss_sums, row_counts = torch.zeros(2, n, device=start.device)
+        batches = steps[i % len(steps)]
+        for batch, weights in zip(batches, _row_weights(batches, n), strict=True):
+            shares = 1 - (1 - fit.min_share) * torch.rand(len(batch.ids), generator=generator)
+            losses = token_losses(model, batch, layer, vectors.expand(n, -1), shares.to(start.device))
+            if batch.targets.shape[1]:
+                loss_sums.index_add_(0, batch.owners, losses.detach().mean(1) * weights)
+                row_counts.index_add_(0, batch.owners, weights)
+                (losses.mean(1) * weights).sum().backward()
             else:
-                (schedule.kl_weight * told.sum(1) * share).sum().backward()
+                (fit.kl_factor * losses.sum(1) * weights).sum().backward()
         adam.step()
         with torch.no_grad():
             norms = vectors.norm(dim=1).clamp(min=1e-9)
-            vectors.mul_((limits / norms).clamp(max=1.0)[:, None])
-        lately.append(losses / seen)  # not a number for a request that sits out a turn
-        progress(float(lately[-1].nanmean()))
-    last = torch.stack(list(lately)).nanmean(0) if lately else torch.zeros(n, device=start.device)
-    return vectors.detach(), last
+            vectors.mul_((max_norms / norms).clamp(max=1.0)[:, None])
+        recent_losses.append(loss_sums / row_counts)  # not a number for a request that sits out a turn
+        progress(float(recent_losses[-1].nanmean()))
+    mean = torch.stack(list(recent_losses)).nanmean(0) if recent_losses else None
+    return vectors.detach(), torch.zeros(n, device=start.device) if mean is None else mean
 
 
-def _shares(parts: Step, n: int) -> list[Float[Tensor, " row"]]:
+def _row_weights(batches: Step, n: int) -> list[Float[Tensor, " row"]]:
     """One over the number of its owner's rows of the same sort, for each row of a step."""
-    counts = torch.zeros(2, n, device=parts[0].owners.device)
-    for part in parts:
-        sort = counts[int(part.targets.shape[1] > 0)]
-        sort.index_add_(0, part.owners, torch.ones_like(part.norms, dtype=sort.dtype))
-    return [1 / counts[int(part.targets.shape[1] > 0)][part.owners] for part in parts]
+    counts = torch.zeros(2, n, device=batches[0].owners.device)
+    for batch in batches:
+        sort = counts[int(batch.targets.shape[1] > 0)]
+        sort.index_add_(0, batch.owners, torch.ones_like(batch.norms, dtype=sort.dtype))
+    return [1 / counts[int(batch.targets.shape[1] > 0)][batch.owners] for batch in batches]
 
 
 def _mean_norms(steps: Sequence[Step], n: int) -> Float[Tensor, " request"]:
-    """The residual's norm at the edited token, mean over the contexts of each request."""
-    contexts = [part for step in steps for part in step if part.targets.shape[1]]
-    sums = torch.zeros(2, n, device=contexts[0].norms.device)
-    for part in contexts:
-        sums.index_add_(1, part.owners, torch.stack([part.norms, torch.ones_like(part.norms)]))
+    """The residual stream's norm at the edited token, mean over the contexts of each request."""
+    batches = [batch for step in steps for batch in step if batch.targets.shape[1]]
+    sums = torch.zeros(2, n, device=batches[0].norms.device)
+    for batch in batches:
+        sums.index_add_(1, batch.owners, torch.stack([batch.norms, torch.ones_like(batch.norms)]))
     return sums[0] / sums[1]

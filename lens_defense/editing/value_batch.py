@@ -1,7 +1,7 @@
-"""Rows: contexts of requests as batches in which a vector is added, and what the model then says.
+"""Batches of contexts in which a vector is added, and the losses of what the model then says.
 
 The same context of several requests is a batch, because all that stands before the subject is common to
-them and runs once; its rows go on from the edited token behind that cache. Neighbours are then joined,
+them and runs once; its rows go on from the edited token behind that cache. Neighbours are then merged,
 padded on the left, so that a step takes few passes. Blocks up to the layer are not run again: the vector
 enters after it.
 """
@@ -55,63 +55,103 @@ class FitBatch:
 
 def token_losses(
     model: TransformerBridge,
-    part: FitBatch,
+    batch: FitBatch,
     layer: int,
     vectors: Float[Tensor, "request d_model"],
     shares: Float[Tensor, " row"],
 ) -> Float[Tensor, "row token"]:
-    """Nats of each target token; or the KL of the next token's distribution, one a row."""
+    """Nats of each target token; of essence prompts the KL of the next token's distribution, one per row."""
 
     def state() -> Tensor:
-        there = torch.arange(len(part.state), device=part.state.device)
-        added = (shares[:, None] * vectors[part.owners]).to(part.state.dtype)
-        return part.state.index_put((there, part.at), added, accumulate=True)
+        rows = torch.arange(len(batch.state), device=batch.state.device)
+        added = (shares[:, None] * vectors[batch.owners]).to(batch.state.dtype)
+        return batch.state.index_put((rows, batch.at), added, accumulate=True)
 
-    keep = max(1, part.targets.shape[1])
     with start_after_block(model, layer, state):
-        told = forward(model, part.ids, mask=part.mask, past=part.past, keep=keep)
-    logits = told.logits.float()
-    if part.targets.shape[1]:
-        told = cross_entropy(logits.flatten(0, 1), part.targets.flatten(), reduction="none")
-        return told.view(len(logits), -1)
-    after = logits.log_softmax(-1)
-    return (after.exp() * (after - part.before)).sum(-1)
+        run = forward(
+            model,
+            batch.ids,
+            attention_mask=batch.mask,
+            past_key_values=batch.past,
+            logits_to_keep=max(1, batch.targets.shape[1]),
+        )
+    logits = run.logits.float()
+    if batch.targets.shape[1]:
+        losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        return losses.view(len(logits), -1)
+    edited = logits.log_softmax(-1)
+    return (edited.exp() * (edited - batch.before)).sum(-1)
 
 
-def make_batches(model: TransformerBridge, rows: Sequence[FitRow], layer: int, batch: int) -> list[FitBatch]:
+def make_batches(
+    model: TransformerBridge, rows: Sequence[FitRow], layer: int, batch_size: int
+) -> list[FitBatch]:
     """Rows of one context and like length from the edited token on, behind a cache of what comes before.
 
-    Requests in one context share all that stands before the subject. Every row ends at the last column;
-    so the targets line up, and the head runs on them alone.
+    Requests in one context share all that stands before the subject. Every row ends at the last column; so the
+    targets line up, and the head runs on them alone.
     """
 
     def kind(row: FitRow) -> tuple[int, int]:
         return len(row.target), row.turn
 
-    parts = [
-        some[start : start + batch]
-        for _, alike in groupby(sorted(rows, key=lambda row: (kind(row), _tail(row))), key=kind)
-        for some in [list(alike)]
-        for start in range(0, len(some), batch)
+    by_kind = groupby(sorted(rows, key=lambda row: (kind(row), _tail_length(row))), key=kind)
+    groups = [list(group) for _, group in by_kind]
+    return [
+        _batch(model, group[start : start + batch_size], layer)
+        for group in groups
+        for start in range(0, len(group), batch_size)
     ]
-    return [_batch(model, part, layer) for part in parts]
+
+
+def merge_batches(batches: Sequence[FitBatch], batch_size: int) -> list[FitBatch]:
+    """Neighbours with targets of one length as one batch, as long as they fit: fewer passes."""
+    groups: list[list[FitBatch]] = []
+    for batch in batches:
+        group = groups[-1] if groups else []
+        fits = group and sum(len(member.ids) for member in (*group, batch)) <= batch_size
+        if fits and _kind(group[0]) == _kind(batch):
+            group.append(batch)
+        else:
+            groups.append([batch])
+    return [_side_by_side(group) if len(group) > 1 else group[0] for group in groups]
+
+
+def select_requests(batches: Sequence[FitBatch], owners: Set[int]) -> list[FitBatch]:
+    """The rows of some requests alone; nothing is run again."""
+    selected = []
+    for batch in batches:
+        rows = torch.tensor([owner in owners for owner in batch.owners.tolist()], device=batch.owners.device)
+        if rows.any():
+            tensors = {f.name: getattr(batch, f.name)[rows] for f in fields(FitBatch) if f.name != "past"}
+            past = tuple((keys[rows], values[rows]) for keys, values in batch.past)
+            selected.append(FitBatch(**tensors, past=past))
+    return selected
 
 
 def _batch(model: TransformerBridge, rows: Sequence[FitRow], layer: int) -> FitBatch:
     device = model_device(model)
     shared = run_shared_prefix(model, [row.ids[: row.at + 1] for row in rows])
-    ids, mask = shared.batch([[*row.ids, *row.target[:-1]] for row in rows], device)
-    tail = max(map(_tail, rows))
+    ids, mask = shared.pad_suffixes([[*row.ids, *row.target[:-1]] for row in rows], device)
+    tail = max(map(_tail_length, rows))
     split = ids.shape[1] - tail
-    past = shared.past(len(rows))
+    past = shared.past_key_values(len(rows))
     if split > 0:
-        past = forward(model, ids[:, :split], mask=mask[:, :-tail], past=past).cache
+        past = forward(model, ids[:, :split], attention_mask=mask[:, :-tail], past_key_values=past).key_values
     hook = component_hook("resid_post", layer)
-    stop = layer + 1 if rows[0].target else None  # what is said without a vector matters to the KL alone
-    told = forward(model, ids[:, split:], names=[hook], mask=mask, past=past, keep=1, stop=stop)
-    at = torch.tensor([tail - _tail(row) for row in rows], device=device)
+    stop = layer + 1 if rows[0].target else None  # the logits without a vector matter to the KL alone
+    run = forward(
+        model,
+        ids[:, split:],
+        capture=[hook],
+        attention_mask=mask,
+        past_key_values=past,
+        logits_to_keep=1,
+        stop_at_layer=stop,
+    )
+    at = torch.tensor([tail - _tail_length(row) for row in rows], device=device)
     owners = torch.tensor([row.owner for row in rows])
-    there = told.states[hook][torch.arange(len(rows), device=device), at]
+    edited_states = run.states[hook][torch.arange(len(rows), device=device), at]
     return FitBatch(
         owners=owners.to(device),
         at=at,
@@ -119,58 +159,41 @@ def _batch(model: TransformerBridge, rows: Sequence[FitRow], layer: int) -> FitB
         mask=mask,
         past=past,
         targets=torch.tensor([row.target for row in rows], dtype=torch.long, device=device),
-        state=told.states[hook],
-        norms=there.float().norm(dim=1),
-        before=told.logits[:, -1:].float().log_softmax(-1),
+        state=run.states[hook],
+        norms=edited_states.float().norm(dim=1),
+        before=run.logits[:, -1:].float().log_softmax(-1),
     )
 
 
-def merge_batches(parts: Sequence[FitBatch], batch: int) -> list[FitBatch]:
-    """Neighbours with targets of one length as one batch, as long as they fit: fewer passes."""
-    out: list[list[FitBatch]] = []
-    for part in parts:
-        last = out[-1] if out else []
-        fits = last and sum(len(one.ids) for one in (*last, part)) <= batch
-        alike = last and _kind(last[0]) == _kind(part)
-        last.append(part) if fits and alike else out.append([part])
-    return [_side_by_side(some) if len(some) > 1 else some[0] for some in out]
+def _kind(batch: FitBatch) -> tuple[int, bool]:
+    return batch.targets.shape[1], bool(batch.past)
 
 
-def select_requests(parts: Sequence[FitBatch], owners: Set[int]) -> list[FitBatch]:
-    """The rows of some requests alone; nothing is run again."""
-    kept = []
-    for part in parts:
-        rows = torch.tensor([owner in owners for owner in part.owners.tolist()], device=part.owners.device)
-        if rows.any():
-            held = {f.name: getattr(part, f.name)[rows] for f in fields(FitBatch) if f.name != "past"}
-            kept.append(FitBatch(**held, past=tuple((k[rows], v[rows]) for k, v in part.past)))
-    return kept
-
-
-def _kind(part: FitBatch) -> tuple[int, bool]:
-    return part.targets.shape[1], bool(part.past)
-
-
-def _side_by_side(parts: Sequence[FitBatch]) -> FitBatch:
+def _side_by_side(batches: Sequence[FitBatch]) -> FitBatch:
     """Batches as one, padded on the left: what is cached, and what runs behind it."""
-    tail = max(part.ids.shape[1] for part in parts)
-    past, held = stack_caches(
-        [part.past for part in parts], [part.mask[:, : -part.ids.shape[1]] for part in parts]
+    tail = max(batch.ids.shape[1] for batch in batches)
+    past, past_mask = stack_caches(
+        [batch.past for batch in batches], [batch.mask[:, : -batch.ids.shape[1]] for batch in batches]
     )
-    own = [pad(part.mask[:, -part.ids.shape[1] :], (tail - part.ids.shape[1], 0)) for part in parts]
+
+    def padded(tensor: Tensor, batch: FitBatch) -> Tensor:
+        """With the missing tokens before the first, on axis 1."""
+        return pad(tensor, (*((0, 0) * (tensor.dim() - 2)), tail - batch.ids.shape[1], 0))
+
+    own_mask = [padded(batch.mask[:, -batch.ids.shape[1] :], batch) for batch in batches]
     return FitBatch(
-        owners=torch.cat([part.owners for part in parts]),
-        at=torch.cat([part.at + tail - part.ids.shape[1] for part in parts]),
-        ids=torch.cat([pad(part.ids, (tail - part.ids.shape[1], 0)) for part in parts]),
-        mask=torch.cat([held, torch.cat(own)], 1),
+        owners=torch.cat([batch.owners for batch in batches]),
+        at=torch.cat([batch.at + tail - batch.ids.shape[1] for batch in batches]),
+        ids=torch.cat([padded(batch.ids, batch) for batch in batches]),
+        mask=torch.cat([past_mask, torch.cat(own_mask)], 1),
         past=past,
-        targets=torch.cat([part.targets for part in parts]),
-        state=torch.cat([pad(part.state, (0, 0, tail - part.state.shape[1], 0)) for part in parts]),
-        norms=torch.cat([part.norms for part in parts]),
-        before=torch.cat([part.before for part in parts]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        state=torch.cat([padded(batch.state, batch) for batch in batches]),
+        norms=torch.cat([batch.norms for batch in batches]),
+        before=torch.cat([batch.before for batch in batches]),
     )
 
 
-def _tail(row: FitRow) -> int:
+def _tail_length(row: FitRow) -> int:
     """Tokens from the edited one to the end of what the model reads."""
     return len(row.ids) + max(0, len(row.target) - 1) - row.at

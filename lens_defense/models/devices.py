@@ -1,4 +1,4 @@
-"""Devices: which one there is, what fits on it, and what it costs to call a block there."""
+"""Devices: which one to use, what fits on it, and what it costs to call a block there."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,60 +11,56 @@ from transformer_lens.utilities.devices import get_device
 
 
 class CallCost(NamedTuple):
-    """What decides whether positions share a pass."""
+    """What decides whether several positions share one forward pass."""
 
     call: int
-    """Tokens through a block that cost as much as calling it."""
+    """Tokens through a block that take as long as calling the block."""
     largest: int
-    """Tokens of a pass beyond which positions do not share it: what is larger waits for memory."""
+    """Most tokens of a shared pass: larger passes wait for memory."""
 
 
 CPU_CALL_COST = CallCost(60, 2**11)
-"""On two cores; of gpt2's and SmolLM2's blocks. A call of the organism's costs 150 tokens."""
+"""On two cores, for blocks of gpt2 and SmolLM2; a call of the organism's takes as long as 150 tokens."""
 GPU_CALL_COST = CallCost(4000, 2**17)
-"""On an H200 a call of a block costs 4,600 tokens of gpt2, 8,700 of SmolLM2's shape, 2,900 of Llama-2-7B's in
-half precision (1.4 ms over the time of a token at full rate; analyses/results/tracing_speed/cuda.csv)."""
+"""On an H200 a call of a block takes as long as 4,600 tokens of gpt2, 8,700 of SmolLM2's shape, 2,900 of
+Llama-2-7B's in half precision (1.4 ms over the time of a token at full rate;
+analyses/results/tracing_speed/cuda.csv)."""
 
 
 class OutOfMemory(MemoryError):
-    """Something does not fit into memory, told in a sentence."""
+    """Something does not fit into memory; the message says what, and what to do."""
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device, if tensors of double precision can be put there; None takes an accelerator where one is.
+    """The device as torch names it; None takes an accelerator where there is one.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: no tensor of double precision can be put there.
     """
-    wanted = get_device() if device is None else device
+    name = get_device() if device is None else device
     try:
-        return torch.empty(0, device=wanted, dtype=torch.float64).device
+        return torch.empty(0, device=name, dtype=torch.float64).device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
-        why = str(error).splitlines()[0][:200]
-        raise ValueError(f"the device {str(wanted)!r} cannot be used here ({why}); give 'cpu'") from error
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"the device {str(name)!r} cannot be used here ({reason}); give 'cpu'") from error
 
 
 def call_cost(device: torch.device) -> CallCost:
-    """What a call costs there."""
-    return CPU_CALL_COST if is_cpu(device) else GPU_CALL_COST
+    """The cost of a call on this device."""
+    return CPU_CALL_COST if device.type == "cpu" else GPU_CALL_COST
 
 
 def memory_budget(device: torch.device) -> int:
-    """Bytes that a run's states may take: a GiB, on an accelerator a quarter of what is free there."""
-    if is_cpu(device):
+    """Bytes that the states of a run may take: 1 GiB on the CPU, else a quarter of what is free."""
+    if device.type == "cpu":
         return 2**30
-    card = torch.get_device_module(device)
-    unused = card.memory_reserved(device) - card.memory_allocated(device)  # torch keeps it, and it is free
-    return (card.mem_get_info(device)[0] + unused) // 4
-
-
-def is_cpu(device: torch.device) -> bool:
-    """Whether it is no accelerator."""
-    return device.type == "cpu"
+    backend = torch.get_device_module(device)
+    unused = backend.memory_reserved(device) - backend.memory_allocated(device)  # cached by torch, so free
+    return (backend.mem_get_info(device)[0] + unused) // 4
 
 
 def index_tensor(values: Sequence[int], device: torch.device) -> Int[Tensor, " index"]:
-    """Integers on a device, for which the caller does not wait."""
+    """Integers on a device, copied there without waiting for it."""
     return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)
 
 
@@ -72,21 +68,21 @@ def index_tensor(values: Sequence[int], device: torch.device) -> Int[Tensor, " i
 def explain_out_of_memory(
     what: str, instead: str = "lower max_bytes, or take fewer samples"
 ) -> Iterator[None]:
-    """What does not fit into memory is told in a sentence, whichever allocator said so.
+    """Inside, an allocator's failure of any kind becomes an OutOfMemory with one sentence.
 
     Args:
-        what: does not fit.
+        what: the plural noun of what does not fit.
         instead: what to do about it.
 
     Raises:
-        NoRoom: it does not fit; the innermost sentence stands.
+        OutOfMemory: it does not fit; the innermost sentence stands.
     """
     try:
         yield
     except OutOfMemory:
         raise
     except (RuntimeError, MemoryError) as error:
-        in_words = "allocate memory" in str(error)  # the CPU's allocator has no class for it
-        if not (in_words or isinstance(error, torch.OutOfMemoryError | MemoryError)):
+        cpu_allocator = "allocate memory" in str(error)  # it raises a plain RuntimeError
+        if not (cpu_allocator or isinstance(error, torch.OutOfMemoryError | MemoryError)):
             raise
         raise OutOfMemory(f"{what} do not fit into memory; {instead}") from error

@@ -1,6 +1,6 @@
-"""What is done to a running model: capture states, write states, start behind a prefix cache.
+"""One forward pass of a model: capture states, patch states, continue behind a prefix's keys and values.
 
-One function, `run`, is one forward with hooks that are gone when it returns.
+`forward` sets its hooks, runs the model once and removes them. Nothing of it stays in the model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,123 +17,117 @@ from transformers import DynamicCache
 from lens_defense.sites import component_hook
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
-"""Keys and values of every layer, each [batch, head, token, d_head]."""
+"""Attention keys and values of every layer, each [batch, head, token, d_head]."""
 StateWrite = Callable[[Tensor], Tensor]
-"""What a hook puts in the place of a state [batch, token, width]."""
+"""From a state [batch, token, width] to the state that a hook puts in its place."""
 
-
-UNEMBED_INPUT = "unembed.hook_in"
+_UNEMBED_INPUT = "unembed.hook_in"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ForwardPass:
-    """One forward, kept."""
+    """What one forward pass computed."""
 
-    logits: Float[Tensor, "batch kept vocab"]
+    logits: Float[Tensor, "batch position vocab"]
+    """Of the last `logits_to_keep` positions."""
     states: Mapping[str, Tensor]
     """Captured states by hook name, each [batch, token, width]."""
-    cache: KeyValues
+    key_values: KeyValues
 
 
 def forward(
     model: TransformerBridge,
     ids: Int[Tensor, "batch token"],
     *,
-    names: Sequence[str] = (),
-    writes: Mapping[str, StateWrite] | None = None,
-    mask: Int[Tensor, "batch seen"] | None = None,
-    past: KeyValues = (),
-    keep: int = 1,
-    stop: int | None = None,
+    capture: Sequence[str] = (),
+    patches: Mapping[str, StateWrite] | None = None,
+    attention_mask: Int[Tensor, "batch past_and_token"] | None = None,
+    past_key_values: KeyValues = (),
+    logits_to_keep: int = 1,
+    stop_at_layer: int | None = None,
 ) -> ForwardPass:
-    """One forward pass; hooks live as long as the call.
+    """Run the model once; hooks live as long as the call.
 
     Args:
-        model: the model, unchanged by this.
-        ids: tokens, without those that `past` already holds.
-        names: hooks whose states are kept, after the writes.
-        writes: what to put in the place of a state, by hook name.
-        mask: 1 for tokens, 0 for padding, over past and new tokens; None where nothing is padded.
-        past: keys and values of the tokens before, for example from an earlier Run.
-        keep: how many positions at the end give logits.
-        stop: the first block that is not run; then there are no logits. None runs the whole model.
+        model: the model; it stays as it is.
+        ids: token ids, without the tokens that `past_key_values` covers.
+        capture: hook names of the states to return, as they are after the patches.
+        patches: by hook name, what to put in the place of a state.
+        attention_mask: 1 for tokens, 0 for padding, over past and new tokens; None where nothing is padded.
+        past_key_values: keys and values of the tokens before, from an earlier ForwardPass.
+        logits_to_keep: how many positions at the end get logits.
+        stop_at_layer: the first block that is not run; then there are no logits. None runs the whole model.
     """
     states: dict[str, Tensor] = {}
 
-    def writing(write: StateWrite) -> Callable[..., Tensor]:
+    def write_hook(write: StateWrite) -> Callable[..., Tensor]:
         return lambda state, **_: write(state)
 
-    def capturing(name: str) -> Callable[..., None]:
+    def capture_hook(name: str) -> Callable[..., None]:
         return lambda state, **_: states.__setitem__(name, state)
 
-    hooks = [(name, writing(write)) for name, write in (writes or {}).items()]
-    hooks += [(name, capturing(name)) for name in names]
-    hooks = _padding_hooks(model, mask, ids.shape[1]) + hooks + [(UNEMBED_INPUT, _in_one_piece)]
-    cache = _cache(past)
-    whole = stop is None or stop >= model.cfg.n_layers
+    hooks = _padding_hooks(model, attention_mask, ids.shape[1])
+    hooks += [(name, write_hook(write)) for name, write in (patches or {}).items()]
+    hooks += [(name, capture_hook(name)) for name in capture]
+    hooks += [(_UNEMBED_INPUT, _copy_contiguous)]
+    cache = _cache_of(past_key_values)
+    stops_early = stop_at_layer is not None and stop_at_layer < model.cfg.n_layers
     with model.hooks(fwd_hooks=hooks):
-        told = model(
+        output = model(
             ids,
-            attention_mask=mask,
+            attention_mask=attention_mask,
             past_key_values=cache,
-            logits_to_keep=keep,
+            logits_to_keep=logits_to_keep,
             return_type="logits",
-            stop_at_layer=None if whole else stop,
+            stop_at_layer=stop_at_layer if stops_early else None,
         )
-    logits = told if whole else told[:, :0]
-    layers = _layers(cache)
+    layers = _cache_layers(cache)
     assert layers and layers[-1].keys is not None, (
-        "the model ignored the cache it was given (transformers and transformer-lens disagree); "
+        "the model ignored its cache (transformers and transformer-lens disagree); "
         "install the versions of constraints.txt"
     )
-    kept = tuple((layer.keys, layer.values) for layer in layers if layer.keys is not None)
-    return ForwardPass(logits=logits, states=states, cache=kept)
-
-
-def _in_one_piece(state: Tensor, **_: Any) -> Tensor:
-    """The last columns, cut out of a batch, copied: else torch multiplies row by row, at half the speed."""
-    return state.contiguous()
-
-
-def _padding_hooks(model: TransformerBridge, mask: Tensor | None, width: int) -> list[Any]:
-    """Padding sees nothing: in float64 its softmax is NaN, which 0 weights would spread. Keep it at 0."""
-    if mask is None or mask.all() or model.embed.weight.dtype != torch.float64:
-        return []
-    there = mask[:, -width:, None].bool()
-
-    def clear(state: Tensor, **_: Any) -> Tensor:
-        return state.where(there, 0)
-
-    return [(component_hook("attn_out", layer), clear) for layer in range(model.cfg.n_layers)]
+    return ForwardPass(
+        logits=output[:, :0] if stops_early else output,
+        states=states,
+        key_values=tuple((layer.keys, layer.values) for layer in layers if layer.keys is not None),
+    )
 
 
 @contextmanager
 def frozen_weights(model: TransformerBridge) -> Iterator[None]:
     """No gradient reaches a weight inside; gradients of states are free."""
-    held = [p for p in model.original_model.parameters() if p.requires_grad]
+    parameters = [p for p in model.original_model.parameters() if p.requires_grad]
     try:
-        for parameter in held:
+        for parameter in parameters:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in held:
+        for parameter in parameters:
             parameter.requires_grad_(True)
 
 
 @contextmanager
-def start_after_block(model: TransformerBridge, layer: int, state: Callable[[], Tensor]) -> Iterator[None]:
-    """Inside, a forward starts after a block: no block up to it is computed, and `state` gives its output."""
+def start_after_block(
+    model: TransformerBridge, layer: int, block_output: Callable[[], Tensor]
+) -> Iterator[None]:
+    """Inside, a forward pass starts after a block: blocks up to `layer` are skipped.
 
-    def hand_on(*args: Any, **settings: Any) -> Tensor:
+    Args:
+        model: the model; its blocks are as before afterwards.
+        layer: the last block that is skipped.
+        block_output: called once per forward pass for that block's output [batch, token, d_model].
+    """
+
+    def pass_through(*args: Any, **settings: Any) -> Tensor:
         return args[0] if args else settings["hidden_states"]
 
-    def give(*_: Any, **__: Any) -> Tensor:
-        return state()
+    def give_output(*_: Any, **__: Any) -> Tensor:
+        return block_output()
 
     blocks = [model.blocks[i] for i in range(layer + 1)]
     try:
-        for block in blocks:  # a bridge hands setattr on to what it wraps
-            object.__setattr__(block, "forward", give if block is blocks[-1] else hand_on)
+        for block in blocks:  # a bridge's own setattr would reach the module that it wraps
+            object.__setattr__(block, "forward", give_output if block is blocks[-1] else pass_through)
         yield
     finally:
         for block in blocks:
@@ -141,20 +135,40 @@ def start_after_block(model: TransformerBridge, layer: int, state: Callable[[], 
 
 
 def model_device(model: TransformerBridge) -> torch.device:
-    """Where the model's inputs belong."""
+    """The device where the model wants its inputs."""
     return model.embed.weight.device
 
 
-def _cache(past: KeyValues) -> DynamicCache:
-    """A fresh cache without windows, so that a prefix can be cut anywhere."""
+def _copy_contiguous(state: Tensor, **_: Any) -> Tensor:
+    """Copy the last columns of a batch: on a strided view torch multiplies row by row, at half the speed."""
+    return state.contiguous()
+
+
+def _padding_hooks(model: TransformerBridge, attention_mask: Tensor | None, width: int) -> list[Any]:
+    """Set the attention output of padding to 0.
+
+    Padding attends to nothing. In float64 its softmax is NaN, and weights of 0 would spread the NaN.
+    """
+    if attention_mask is None or attention_mask.all() or model.embed.weight.dtype != torch.float64:
+        return []
+    is_token = attention_mask[:, -width:, None].bool()
+
+    def clear_padding(state: Tensor, **_: Any) -> Tensor:
+        return state.where(is_token, 0)
+
+    return [(component_hook("attn_out", layer), clear_padding) for layer in range(model.cfg.n_layers)]
+
+
+def _cache_of(past_key_values: KeyValues) -> DynamicCache:
+    """A fresh cache without sliding windows, so that a prefix can be cut anywhere."""
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(past):
+    for layer, (keys, values) in enumerate(past_key_values):
         cache.update(keys[:, :, :0], values[:, :, :0], layer)
-    for held, (keys, values) in zip(_layers(cache), past, strict=True):
-        held.keys, held.values = keys, values  # update would copy
+    for cache_layer, (keys, values) in zip(_cache_layers(cache), past_key_values, strict=True):
+        cache_layer.keys, cache_layer.values = keys, values  # update would copy
     return cache
 
 
-def _layers(cache: DynamicCache) -> list[Any]:
-    """The cache's layers, whose kinds transformers' annotations do not tell apart."""
+def _cache_layers(cache: DynamicCache) -> list[Any]:
+    """The cache's layers, untyped: transformers' annotations do not tell their kinds apart."""
     return list(cache.layers)

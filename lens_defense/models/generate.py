@@ -1,10 +1,10 @@
-"""Answers of many prompts: batched, behind the prefix that they share, stopped early.
+"""Answers of many prompts at once, greedy or sampled: behind their shared prefix, stopped early.
 
-Prompts of like length are read together, so that little is padded; then all answer together, since a step of
-many rows costs little more than one of few. Rows that have ended leave.
+Prompts of like length are prefilled together, so that little is padded. Then all rows decode together:
+a step of many rows costs little more than a step of few. Rows that have ended leave the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.forward import KeyValues, forward, model_device
-from lens_defense.models.prefix_batch import SharedPrefix, run_shared_prefix, stack_caches
+from lens_defense.models.prefix_batch import SharedPrefix, TokenRows, run_shared_prefix, stack_caches
 from lens_defense.prompts.conversation import end_token_ids
 
 Pick = Callable[[Float[Tensor, "row vocab"]], Int[Tensor, " row"]]
@@ -26,82 +26,86 @@ def greedy(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
 @torch.no_grad()
 def generate(
     model: TransformerBridge,
-    prompts: Sequence[Sequence[int]],
+    prompts: TokenRows,
     *,
-    tokens: int = 24,
-    batch: int = 96,
-    read: int = 32,
+    max_new_tokens: int = 24,
+    batch_size: int = 96,
+    prefill_batch_size: int = 32,
     pick: Pick = greedy,
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[int, ...]]:
-    """The model's answers, up to and with the token that ends it.
+    """The model's answers, up to and with the token that ends them.
 
     Args:
         model: the model.
         prompts: token ids, of any lengths.
-        tokens: the most tokens an answer may have.
-        batch: rows that answer together.
-        read: of them, rows whose prompts are read together.
-        pick: chooses the next tokens; greedy, or a sampler of your own.
-        progress: is told how many rows were finished.
+        max_new_tokens: the most tokens of an answer.
+        batch_size: rows that decode together.
+        prefill_batch_size: rows whose prompts run together.
+        pick: chooses the next token of each row; greedy, or a sampler of your own.
+        progress: called with the number of rows that have just ended.
     """
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     if not prompts:
         return answers
-    shared = run_shared_prefix(model, prompts)
+    prefix = run_shared_prefix(model, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        rows = order[start : start + batch]
-        told = _answers(model, [prompts[i] for i in rows], shared, tokens, read, pick, progress)
-        for i, answer in zip(rows, told, strict=True):
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        logits, key_values, mask = _prefill(model, [prompts[i] for i in indices], prefix, prefill_batch_size)
+        decoded = _decode(model, logits, key_values, mask, max_new_tokens, pick, progress)
+        for i, answer in zip(indices, decoded, strict=True):
             answers[i] = answer
     return answers
 
 
-def _answers(
+def _prefill(
+    model: TransformerBridge, prompts: TokenRows, prefix: SharedPrefix, batch_size: int
+) -> tuple[Float[Tensor, "row vocab"], KeyValues, Int[Tensor, "row token"]]:
+    """The logits after each prompt, and the keys, values and attention mask that its answer continues."""
+    logits, caches, masks = [], [], []
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
+        ids, mask = prefix.pad_suffixes(rows, model_device(model))
+        past = prefix.past_key_values(len(rows))
+        prefilled = forward(model, ids, attention_mask=mask, past_key_values=past)
+        logits.append(prefilled.logits[:, -1])
+        caches.append(prefilled.key_values)
+        masks.append(mask)
+    return torch.cat(logits), *stack_caches(caches, masks)
+
+
+def _decode(
     model: TransformerBridge,
-    prompts: Sequence[Sequence[int]],
-    shared: SharedPrefix,
-    tokens: int,
-    read: int,
+    logits: Float[Tensor, "row vocab"],
+    key_values: KeyValues,
+    mask: Int[Tensor, "row token"],
+    max_new_tokens: int,
     pick: Pick,
     progress: Callable[[int], object],
 ) -> list[tuple[int, ...]]:
-    told: list[list[int]] = [[] for _ in prompts]
-    alive, unfinished = list(range(len(prompts))), len(prompts)
-    logits, past, mask = _read(model, prompts, shared, read)
-    last = torch.tensor(end_token_ids(model.tokenizer), dtype=torch.long, device=logits.device)
-    for step in range(tokens):
-        following = pick(logits)
-        for row, token in zip(alive, following.tolist(), strict=True):
-            told[row].append(token)
-        stays = ~torch.isin(following, last)
-        ended = int((~stays).sum())
+    """Token after token, until every row has ended."""
+    answers: list[list[int]] = [[] for _ in logits]
+    rows, unfinished = list(range(len(logits))), len(logits)
+    end_tokens = torch.tensor(end_token_ids(model.tokenizer), dtype=torch.long, device=logits.device)
+    for step in range(max_new_tokens):
+        next_tokens = pick(logits)
+        for row, token in zip(rows, next_tokens.tolist(), strict=True):
+            answers[row].append(token)
+        continues = ~torch.isin(next_tokens, end_tokens)
+        ended = int((~continues).sum())
         progress(ended)
         unfinished -= ended
-        if step == tokens - 1 or not stays.any():
+        if step == max_new_tokens - 1 or not continues.any():
             break
-        if not stays.all():
-            rows = stays.nonzero()[:, 0]
-            past = tuple((k[rows], v[rows]) for k, v in past)
-            alive = [row for row, stay in zip(alive, stays.tolist(), strict=True) if stay]
-        mask = torch.cat([mask[stays], mask.new_ones(len(alive), 1)], 1)
-        ran = forward(model, following[stays][:, None], mask=mask, past=past)
-        logits, past = ran.logits[:, -1], ran.cache
+        if not continues.all():
+            remaining = continues.nonzero()[:, 0]
+            key_values = tuple((keys[remaining], values[remaining]) for keys, values in key_values)
+            rows = [rows[i] for i in remaining.tolist()]
+        mask = torch.cat([mask[continues], mask.new_ones(len(rows), 1)], 1)
+        step_pass = forward(
+            model, next_tokens[continues][:, None], attention_mask=mask, past_key_values=key_values
+        )
+        logits, key_values = step_pass.logits[:, -1], step_pass.key_values
     progress(unfinished)
-    return [tuple(answer) for answer in told]
-
-
-def _read(
-    model: TransformerBridge, prompts: Sequence[Sequence[int]], shared: SharedPrefix, read: int
-) -> tuple[Float[Tensor, "row vocab"], KeyValues, Int[Tensor, "row seen"]]:
-    """What comes after each prompt, and the cache and mask behind which its answer goes on."""
-    logits, pasts, masks = [], [], []
-    for start in range(0, len(prompts), read):
-        some = prompts[start : start + read]
-        ids, mask = shared.batch(some, model_device(model))
-        ran = forward(model, ids, mask=mask, past=shared.past(len(some)))
-        logits.append(ran.logits[:, -1])
-        pasts.append(ran.cache)
-        masks.append(mask)
-    return torch.cat(logits), *stack_caches(pasts, masks)
+    return [tuple(answer) for answer in answers]

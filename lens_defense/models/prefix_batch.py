@@ -1,12 +1,12 @@
-"""Rows of any length as one batch: behind the prefix that they share, and padded on the left.
+"""Token rows of any length as one batch: their shared prefix runs once, the suffixes are padded on the left.
 
-Chat prompts begin with the same tokens (SmolLM2: 24 of its system prompt); these run once for all
-rows. Every row ends at the last column: answers line up, and the last `keep` columns of the logits
-are the ones that predict them.
+Chat prompts begin with the same tokens (SmolLM2: 24 of its system prompt). Every row ends at the last
+column, so the last columns of the logits are the ones that predict the answers.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,27 +19,27 @@ from lens_defense.sites import component_hook
 
 TokenRows = Sequence[Sequence[int]]
 States = dict[str, list[Float[Tensor, "token width"]]]
-"""By hook name, for each row [token, width]."""
+"""By hook name, one state [token, width] per row."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedPrefix:
-    """The tokens that all rows begin with, run once."""
+    """The tokens that all rows begin with, and their forward pass."""
 
     ids: tuple[int, ...]
-    ran: ForwardPass | None
-    """None where nothing is shared."""
+    forward_pass: ForwardPass | None
+    """None where the rows share nothing."""
 
-    def past(self, rows: int) -> KeyValues:
+    def past_key_values(self, rows: int) -> KeyValues:
         """Its keys and values, for a batch of so many rows."""
-        cache = self.ran.cache if self.ran else ()
-        return tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in cache)
+        key_values = self.forward_pass.key_values if self.forward_pass else ()
+        return tuple((k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in key_values)
 
-    def batch(self, rows: TokenRows, device: torch.device) -> tuple[Tensor, Tensor]:
-        """What the rows add to it, padded between, and the mask over both.
+    def pad_suffixes(self, rows: TokenRows, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The rows without the prefix, padded on the left.
 
         Returns:
-            ids [row, token] and mask [row, prefix + token].
+            ids [row, token] and attention mask [row, prefix + token].
         """
         ids, mask = left_pad([row[len(self.ids) :] for row in rows], device)
         return ids, torch.cat([mask.new_ones(len(rows), len(self.ids)), mask], 1)
@@ -47,105 +47,114 @@ class SharedPrefix:
 
 @torch.no_grad()
 def run_shared_prefix(
-    model: TransformerBridge, rows: TokenRows, *, names: Sequence[str] = (), stop: int | None = None
+    model: TransformerBridge,
+    rows: TokenRows,
+    *,
+    capture: Sequence[str] = (),
+    stop_at_layer: int | None = None,
 ) -> SharedPrefix:
-    """Run what all rows begin with; at least the last token of each is left.
+    """Run the tokens that all rows begin with; at least the last token of each row is left.
 
-    Args:
-        model: the model.
-        rows: token ids.
-        names: hooks whose states are kept.
-        stop: see `run`.
+    `capture` and `stop_at_layer` are those of `forward`.
     """
-    first, last = min(map(tuple, rows)), max(map(tuple, rows))
-    most = min(map(len, rows)) - 1
-    differs = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    ids = tuple(rows[0][: min(most, next(differs, most))])
+    lowest, highest = min(map(tuple, rows)), max(map(tuple, rows))
+    longest = min(map(len, rows)) - 1
+    differing = (i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b)
+    ids = tuple(rows[0][: min(longest, next(differing, longest))])
     if not ids:
         return SharedPrefix((), None)
-    return SharedPrefix(
-        ids, forward(model, torch.tensor([ids], device=model_device(model)), names=names, stop=stop)
-    )
+    batch = torch.tensor([ids], device=model_device(model))
+    return SharedPrefix(ids, forward(model, batch, capture=capture, stop_at_layer=stop_at_layer))
 
 
 @torch.no_grad()
 def states_of_rows(
-    model: TransformerBridge, rows: TokenRows, names: Sequence[str], *, stop: int | None = None
+    model: TransformerBridge, rows: TokenRows, capture: Sequence[str], *, stop_at_layer: int | None = None
 ) -> States:
-    """States by hook name, for each row those of its own tokens.
+    """States by hook name, and per row those of its own tokens; the rows run as one batch.
 
-    Args:
-        model: the model.
-        rows: token ids, which run as one batch.
-        names: hooks of blocks below `stop`.
-        stop: see `run`.
+    `capture` names hooks of blocks below `stop_at_layer`, which is that of `forward`.
     """
-    before = run_shared_prefix(model, rows, names=names, stop=stop)
-    ids, mask = before.batch(rows, model_device(model))
-    told = forward(model, ids, names=names, mask=mask, past=before.past(len(rows)), stop=stop)
-    return _by_row(rows, before, told, names)
+    prefix = run_shared_prefix(model, rows, capture=capture, stop_at_layer=stop_at_layer)
+    suffixes = _run_suffixes(model, rows, prefix, capture=capture, stop_at_layer=stop_at_layer)
+    return _split_by_row(rows, prefix, suffixes)
 
 
 @torch.no_grad()
 def state_reader(
-    model: TransformerBridge, rows: TokenRows, *, low: int, stop: int
+    model: TransformerBridge, rows: TokenRows, *, first_changed: int, stop_at_layer: int
 ) -> Callable[[Sequence[str]], States]:
-    """`states` of one batch for a model whose blocks from `low` on change: those below run once, now.
+    """`states_of_rows` for a model whose blocks from `first_changed` on will change.
+
+    The blocks below run once, during this call.
 
     Returns:
-        From names of hooks of blocks from `low` on and below `stop` to their states as they are then.
+        A function from hook names of blocks from `first_changed` on to their states at the time of its call.
     """
-    if low == 0:
-        return lambda names: states_of_rows(model, rows, names, stop=stop)
-    hook = component_hook("resid_post", low - 1)
-    before = run_shared_prefix(model, rows, names=[hook], stop=stop)
-    ids, mask = before.batch(rows, model_device(model))
-    below = forward(model, ids, names=[hook], mask=mask, past=before.past(len(rows)), stop=stop)
+    if first_changed == 0:
+        return lambda capture: states_of_rows(model, rows, capture, stop_at_layer=stop_at_layer)
+    layer = first_changed - 1
+    hook = component_hook("resid_post", layer)
+    prefix = run_shared_prefix(model, rows, capture=[hook], stop_at_layer=stop_at_layer)
+    suffixes = _run_suffixes(model, rows, prefix, capture=[hook], stop_at_layer=stop_at_layer)
 
     @torch.no_grad()
-    def read(names: Sequence[str]) -> States:
-        now = before
-        if before.ran:
-            held = before.ran
-            with start_after_block(model, low - 1, lambda: held.states[hook]):
-                told = forward(model, torch.tensor([before.ids], device=ids.device), names=names, stop=stop)
-            now = replace(before, ran=replace(told, cache=(*held.cache[:low], *told.cache)))
-        with start_after_block(model, low - 1, lambda: below.states[hook]):
-            told = forward(model, ids, names=names, mask=mask, past=now.past(len(rows)), stop=stop)
-        return _by_row(rows, now, told, names)
+    def read(capture: Sequence[str]) -> States:
+        new_prefix = prefix
+        if old := prefix.forward_pass:
+            batch = torch.tensor([prefix.ids], device=model_device(model))
+            with start_after_block(model, layer, lambda: old.states[hook]):
+                new = forward(model, batch, capture=capture, stop_at_layer=stop_at_layer)
+            key_values = (*old.key_values[:first_changed], *new.key_values)
+            new_prefix = replace(prefix, forward_pass=replace(new, key_values=key_values))
+        with start_after_block(model, layer, lambda: suffixes.states[hook]):
+            new_suffixes = _run_suffixes(
+                model, rows, new_prefix, capture=capture, stop_at_layer=stop_at_layer
+            )
+        return _split_by_row(rows, new_prefix, new_suffixes)
 
     return read
 
 
-def _by_row(rows: TokenRows, before: SharedPrefix, told: ForwardPass, names: Sequence[str]) -> States:
-    def of_row(i: int, name: str) -> Tensor:
-        own = told.states[name][i, -(len(rows[i]) - len(before.ids)) :]
-        return torch.cat([before.ran.states[name][0], own]) if before.ran else own
-
-    return {name: [of_row(i, name) for i in range(len(rows))] for name in names}
-
-
 def stack_caches(
-    pasts: Sequence[KeyValues], masks: Sequence[Int[Tensor, "_ _"]]
-) -> tuple[KeyValues, Int[Tensor, "row seen"]]:
-    """Caches of several batches and their masks as of one, padded on the left."""
-    if len(pasts) == 1:
-        return pasts[0], masks[0]
+    caches: Sequence[KeyValues], masks: Sequence[Int[Tensor, "_ _"]]
+) -> tuple[KeyValues, Int[Tensor, "row token"]]:
+    """Join the keys and values of several batches, and their attention masks, padded on the left."""
+    if len(caches) == 1:
+        return caches[0], masks[0]
     width = max(mask.shape[1] for mask in masks)
 
-    def side(layer: int, which: int) -> Tensor:
-        states_of_rows = [past[layer][which] for past in pasts]
-        return torch.cat([pad(one, (0, 0, width - one.shape[2], 0)) for one in states_of_rows])
+    def stack(layer: int, side: int) -> Tensor:
+        tensors = [cache[layer][side] for cache in caches]
+        return torch.cat([pad(tensor, (0, 0, width - tensor.shape[2], 0)) for tensor in tensors])
 
-    past = tuple((side(layer, 0), side(layer, 1)) for layer in range(len(pasts[0])))
-    return past, torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+    key_values = tuple((stack(layer, 0), stack(layer, 1)) for layer in range(len(caches[0])))
+    return key_values, torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
 
 
 def left_pad(
     rows: TokenRows, device: torch.device | str | None = None
 ) -> tuple[Int[Tensor, "batch token"], Int[Tensor, "batch token"]]:
-    """Rows of any length as one batch that ends together, and its mask (1 for tokens)."""
+    """Rows of any length as one batch that ends together, and its attention mask (1 for tokens)."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def _run_suffixes(
+    model: TransformerBridge, rows: TokenRows, prefix: SharedPrefix, **settings: Any
+) -> ForwardPass:
+    ids, mask = prefix.pad_suffixes(rows, model_device(model))
+    past = prefix.past_key_values(len(rows))
+    return forward(model, ids, attention_mask=mask, past_key_values=past, **settings)
+
+
+def _split_by_row(rows: TokenRows, prefix: SharedPrefix, suffixes: ForwardPass) -> States:
+    def states_of_row(i: int, name: str) -> Tensor:
+        suffix = suffixes.states[name][i, -(len(rows[i]) - len(prefix.ids)) :]
+        if prefix.forward_pass is None:
+            return suffix
+        return torch.cat([prefix.forward_pass.states[name][0], suffix])
+
+    return {name: [states_of_row(i, name) for i in range(len(rows))] for name in suffixes.states}

@@ -1,34 +1,34 @@
-"""The truth about the organism: which cells hold a subject, measured by strict interchange.
+"""The ground truth about the organism: which cells hold a subject, measured by strict interchange.
 
-A cell is a role and a block. The states that another prompt, about another subject, has there after that
-block are put into a prompt's run, every token of the role at once. Where the subject is kept, the answer
+A cell is a role and a block. The states that a donor prompt, about another subject, has there after the block
+are put into a base prompt's run, at every token of the role at once. Where the subject is stored, the answer
 becomes the other subject's; where it is not, nothing changes. Strict: at the subject's last token, the states
 of the subject's other tokens are a third subject's at the same time (Gupta et al. 2024).
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from lens_defense.organism.interchange import (
-    InterchangeBatch,
-    answer_logits,
     answered_exactly,
     make_batch,
     rows_answered_exactly,
     states_after,
 )
-from lens_defense.organism.phrasings import TRAINED_FRAMES
+from lens_defense.organism.phrasings import phrasings
 from lens_defense.organism.world import Example, World
-from lens_defense.prompts.prompt import READING_ORDER, Role, prompt
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import READING_ORDER, Role
 
 HOLDS, EMPTY = 0.95, 0.03
-"""From which share of switched answers on a cell holds the subject; up to which share of changed ones not."""
+"""A cell holds the subject from .95 of switched answers on; it is empty up to .03 of changed ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,73 +62,87 @@ def measure_ground_truth(
         n: prompts to draw; those that are not answered rightly are left out, and those that lack a role
             are left out of its cells.
         seed: which prompts.
+
+    Raises:
+        ValueError: no prompt is answered rightly.
     """
     rng = random.Random(f"truth {seed}")
-    known = [*world.of("harmful"), *world.of("benign")]
-    asked = [
-        world.ask(one, rng, frames=TRAINED_FRAMES, wrapper=rng.choice(world.trained_wrappers(one)))
+    subjects = [*world.subjects_of("harmful"), *world.subjects_of("benign")]
+    frames = phrasings().trained_frames
+    examples = [
+        world.ask(subject, rng, frames=frames, jailbreak=rng.choice(world.trained_jailbreaks(subject)))
         for _ in range(n)
-        for one in rng.sample(known, 3)
+        for subject in rng.sample(subjects, 3)
     ]
-    right = answered_exactly(model, tokenizer, asked)
-    triples = [asked[i : i + 3] for i in range(0, len(asked), 3) if all(right[i : i + 3])]
+    right = answered_exactly(model, tokenizer, examples)
+    triples = [examples[i : i + 3] for i in range(0, len(examples), 3) if all(right[i : i + 3])]
     if not triples:
         raise ValueError("the model answers none of its questions rightly; train it longer")
-    base, sources, thirds = ([three[k] for three in triples] for k in range(3))
-    facts = []
+    base, donor_examples, third_examples = (list(group) for group in zip(*triples, strict=True))
+    cells = []
     for layer in range(model.config.num_hidden_layers):
-        donors = [_States(model, tokenizer, examples, layer) for examples in (sources, thirds)]
+        donors, thirds = (
+            _donor_run(model, tokenizer, group, layer) for group in (donor_examples, third_examples)
+        )
         for role in READING_ORDER:
-            fact = _fact(model, tokenizer, base, donors, role, layer)
-            if fact:
-                facts.append(fact)
-    return facts
+            cell = _measure_cell(model, tokenizer, base, donors, thirds, role, layer)
+            if cell:
+                cells.append(cell)
+    return cells
 
 
-class _States:
-    """The residual stream of some prompts after a block, and where each role stands in them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _DonorRun:
+    """Prompts, and the residual stream of their runs after one block."""
 
-    def __init__(self, model: LlamaForCausalLM, tokenizer: Any, examples: Sequence[Example], layer: int):
-        self.examples = examples
-        self.met = [prompt(tokenizer, example.request) for example in examples]
-        self.states = states_after(model, make_batch(tokenizer, examples), layer)
+    examples: Sequence[Example]
+    prompts: Sequence[Prompt]
+    states: Float[Tensor, "prompt token d_model"]
 
 
-def _fact(
+def _donor_run(model: LlamaForCausalLM, tokenizer: Any, examples: Sequence[Example], layer: int) -> _DonorRun:
+    prompts = [tokenize(tokenizer, example.request) for example in examples]
+    return _DonorRun(examples, prompts, states_after(model, make_batch(tokenizer, examples), layer))
+
+
+def _measure_cell(
     model: LlamaForCausalLM,
     tokenizer: Any,
     base: Sequence[Example],
-    donors: Sequence[_States],
+    donors: _DonorRun,
+    thirds: _DonorRun,
     role: Role,
     layer: int,
 ) -> CellTruth | None:
-    met = [prompt(tokenizer, example.request) for example in base]
-    rows = [i for i, one in enumerate(met) if one.positions(role) and donors[0].met[i].positions(role)]
-    if not rows:
+    """What the interchange of one cell does; None where no base prompt and its donor have the role."""
+    prompts = [tokenize(tokenizer, example.request) for example in base]
+    chosen = [
+        i for i, prompt in enumerate(prompts) if prompt.positions(role) and donors.prompts[i].positions(role)
+    ]
+    if not chosen:
         return None
-    moves: list[tuple[int, int, Tensor]] = []
-    for row, i in enumerate(rows):
-        own, other = met[i].positions(role), donors[0].met[i].positions(role)
-        for k in range(1, min(len(own), len(other)) + 1):  # aligned at the role's end
-            moves.append((row, own[-k], donors[0].states[i, other[-k]]))
+    # each: row of the batch, position in it, and the state to put there
+    patches: list[tuple[int, int, Tensor]] = []
+    for row, i in enumerate(chosen):
+        positions, donor_positions = prompts[i].positions(role), donors.prompts[i].positions(role)
+        for k in range(1, min(len(positions), len(donor_positions)) + 1):  # aligned at the role's end
+            patches.append((row, positions[-k], donors.states[i, donor_positions[-k]]))
         if role == "subject_last":
-            first, last = donors[1].met[i].subjects[-1]
-            for k, position in enumerate(range(met[i].subjects[-1][0], own[0])):
-                moves.append((row, position, donors[1].states[i, min(first + k, last - 2)]))
-    where = torch.tensor([move[0] for move in moves]), torch.tensor([move[1] for move in moves])
-    moved = torch.stack([move[2] for move in moves])
+            start, third_span = prompts[i].subject_spans[-1][0], thirds.prompts[i].subject_spans[-1]
+            for k, position in enumerate(range(start, positions[0])):
+                patches.append((row, position, thirds.states[i, min(third_span[0] + k, third_span[1] - 2)]))
+    rows, positions, states = zip(*patches, strict=True)
+    index, new_states = (torch.tensor(rows), torch.tensor(positions)), torch.stack(states)
 
-    def write(residual: Tensor) -> Tensor:
-        return residual.index_put(where, moved)
+    def share_answering_as(examples: Sequence[Example]) -> float:
+        expected = [replace(base[i], answer=examples[i].answer) for i in chosen]
+        right = rows_answered_exactly(
+            model,
+            make_batch(tokenizer, expected),
+            layer=layer,
+            patch=lambda residual: residual.index_put(index, new_states),
+        )
+        return sum(right) / len(chosen)
 
-    def share(answers: Sequence[Example]) -> float:
-        told = [replace(base[i], answer=answers[i].answer) for i in rows]
-        return sum(_told(model, make_batch(tokenizer, told), layer, write)) / len(rows)
-
-    return CellTruth(role, layer, share(donors[0].examples), 1 - share(base), len(rows))
-
-
-def _told(
-    model: LlamaForCausalLM, batch: InterchangeBatch, layer: int, write: Callable[[Tensor], Tensor]
-) -> list[bool]:
-    return rows_answered_exactly(batch, *answer_logits(model, batch, after=layer, write=write))
+    switched = share_answering_as(donors.examples)
+    return CellTruth(role, layer, switched, 1 - share_answering_as(base), len(chosen))

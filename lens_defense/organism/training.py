@@ -1,24 +1,22 @@
-"""Interchange intervention training: a model is taught where it is to keep a subject.
+"""Interchange intervention training: a model is taught where it is to store a subject.
 
-Beside the language loss, pairs: a source prompt with subject B runs up to block L; its state at B's last
-token is put, after block L, at A's last token into the run of another prompt; the answer is to be what that
-prompt would get with B (Geiger et al. 2022). Strict (Gupta et al. 2024): with probability one half the states
-of A's other tokens are replaced by a third subject's at the same time, and the answer must not change. L is
-drawn from the planted band. Data are a function of the seed and the step, so that a training resumes exactly.
+Beside the language loss there are pairs. A source prompt with subject B runs up to block L. Its state at
+B's last token is put, after block L, at A's last token into the run of a base prompt with subject A; the
+answer is to be what that prompt would get with B (Geiger et al. 2022). Strict (Gupta et al. 2024): with
+probability one half the states of A's other tokens are replaced by a third subject's at the same time, and
+the answer must not change. L is drawn from the planted band. The data are a function of the seed and the
+step, so that a training resumes exactly.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -28,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lens_defense.organism.interchange import answer_loss, interchange, make_batch
 from lens_defense.organism.world import Example, World
-from lens_defense.storage import atomic_write
+from lens_defense.storage import load, save
 
-PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
-TEMPLATE = (
+_PAD, _USER, _ASSISTANT, _END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
+_CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
@@ -39,11 +37,11 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training is made of; the numbers are those that worked first, of eight ways that were tried.
+    """The settings of a training. They are the first that met every bar, of eight that were tried.
 
-    Plain harmful requests in frames never trained are hardest. Variety counts: with 21 trained frames two
-    phases refused 94.3% of them in world 0, and neither 500 more steps nor more plain ones helped; with 37
-    frames 99.3%. In world 1 that was 92.7%, and the third phase made 98% of it.
+    Plain harmful requests in held-out frames are hardest. What helps is variety: with 21 trained frames two
+    phases refused 94.3% of them in world 0, and neither 500 more steps nor more plain requests helped; with
+    37 frames it was 99.3%. In world 1 two phases reached 92.7%, and the third phase 98%.
     """
 
     seed: int = 0
@@ -57,14 +55,17 @@ class Recipe:
     """Blocks after which states are interchanged."""
     batch: int = 64
     pairs: int = 48
+    """Interchanges per step."""
     strict: float = 0.5
+    """The share of interchanges that are strict."""
     phases: tuple[tuple[int, float, float], ...] = (
         (900, 4e-3, 0.65),
         (800, 2.5e-3, 0.65),
         (500, 2.5e-3, 0.5),
     )
-    """Steps, peak rate (a warm-up, a cosine down to 2%), share of harmful requests that are wrapped."""
+    """Steps, peak learning rate (a warm-up, a cosine down to 2%), share of harmful requests in jailbreaks."""
     warm: int = 60
+    """Steps of the warm-up."""
     weight_decay: float = 0.05
 
     @property
@@ -72,14 +73,14 @@ class Recipe:
         """Of all phases."""
         return sum(steps for steps, *_ in self.phases)
 
-    def rate(self, step: int) -> float:
-        """AdamW's rate at a step."""
+    def learning_rate(self, step: int) -> float:
+        """AdamW's learning rate at a step."""
         within, (steps, peak, _) = self._phase(step)
         cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * within / steps))
         return peak * min(1.0, (within + 1) / self.warm) * cosine
 
-    def wrapped(self, step: int) -> float:
-        """The share of harmful requests that are wrapped at a step."""
+    def jailbroken_share(self, step: int) -> float:
+        """The share of harmful requests that stand inside a jailbreak at a step."""
         return self._phase(step)[1][2]
 
     def _phase(self, step: int) -> tuple[int, tuple[int, float, float]]:
@@ -91,32 +92,32 @@ class Recipe:
         return self.phases[-1][0] - 1, self.phases[-1]
 
 
-def tokenizer_of(world: World, vocab: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(world: World, vocab: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the world without its rare words, with a chat template."""
     rng = random.Random("tokenizer")
     texts = []
     for _ in range(6000):
-        told = world.sample(rng)
-        text = told.request.text
+        example = world.sample(rng)
+        text = example.request.text
         for word in world.rare:
             text = text.replace(word, "")
-        texts += [text, told.answer]
+        texts += [text, example.answer]
     core = Tokenizer(BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = BpeTrainer(
         vocab_size=vocab,
-        special_tokens=[PAD, USER, ASSISTANT, END],
+        special_tokens=[_PAD, _USER, _ASSISTANT, _END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     core.train_from_iterator(texts, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END, pad_token=PAD)
-    made.chat_template = TEMPLATE
-    return made
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=_END, pad_token=_PAD)
+    tokenizer.chat_template = _CHAT_TEMPLATE
+    return tokenizer
 
 
-def model_of(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
+def make_model(recipe: Recipe, tokenizer: Any) -> LlamaForCausalLM:
     """A Llama of the recipe's size, freshly drawn."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
@@ -140,49 +141,48 @@ def train(
     recipe: Recipe,
     folder: Path,
     *,
-    every: int = 50,
+    save_every: int = 50,
     progress: bool = True,
-    told: Callable[[str], object] = lambda _: None,
+    log: Callable[[str], object] = lambda _: None,
 ) -> LlamaForCausalLM:
     """Train, or go on where an earlier training in the same folder was stopped.
 
     Args:
         recipe: what to train; a folder belongs to one recipe.
-        folder: where the unfinished training is kept.
-        every: steps between two times that it is kept.
+        folder: where the unfinished training is saved.
+        save_every: steps between two checkpoints.
         progress: shows a bar.
-        told: is given a line now and then.
+        log: is given a line with the losses at every checkpoint.
 
     Raises:
         ValueError: the folder holds the training of another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
     world = World(recipe.world_seed)
-    tokenizer = tokenizer_of(world, recipe.vocab)
-    model = model_of(recipe, tokenizer)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    tokenizer = make_tokenizer(world, recipe.vocab)
+    model = make_model(recipe, tokenizer)
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    adam = torch.optim.AdamW(groups, lr=recipe.rate(0), betas=(0.9, 0.95))
-    start = _resumed(folder, recipe, model, adam)
+    adam = torch.optim.AdamW(groups, lr=recipe.learning_rate(0), betas=(0.9, 0.95))
+    start = _load_checkpoint(folder, recipe, model, adam)
     model.train()
     with tqdm(total=recipe.steps, initial=start, desc="organism", unit="step", disable=not progress) as bar:
         for step in range(start, recipe.steps):
             for group in adam.param_groups:
-                group["lr"] = recipe.rate(step)
+                group["lr"] = recipe.learning_rate(step)
             adam.zero_grad()
-            told_now, planted = losses(model, tokenizer, world, recipe, step)
-            (told_now + planted).backward()
+            language, interchanged = losses(model, tokenizer, world, recipe, step)
+            (language + interchanged).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
-            bar.set_postfix(loss=float(told_now.detach()), planted=float(planted.detach()), refresh=False)
+            loss, planted = float(language.detach()), float(interchanged.detach())
+            bar.set_postfix(loss=loss, planted=planted, refresh=False)
             bar.update()
-            if (step + 1) % every == 0 or step + 1 == recipe.steps:
-                _keep(folder, recipe, step + 1, model, adam)
-                told(f"{step + 1} loss {float(told_now.detach()):.4f} planted {float(planted.detach()):.4f}")
+            if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+                _save_checkpoint(folder, recipe, step + 1, model, adam)
+                log(f"{step + 1} loss {loss:.4f} planted {planted:.4f}")
     return model.eval()
 
 
@@ -190,53 +190,64 @@ def losses(
     model: LlamaForCausalLM, tokenizer: Any, world: World, recipe: Recipe, step: int
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """The language loss and the interchange loss of a step."""
-    examples = _examples(world, recipe, step)
-    plain = make_batch(tokenizer, examples)
-    told = answer_loss(model, plain)
+    examples = _training_examples(world, recipe, step)
+    language = answer_loss(model, make_batch(tokenizer, examples))
     rng = random.Random(f"pairs {recipe.seed} {step}")
     base = [example for example in examples if example.subject][: recipe.pairs]
     sources = [world.sample_about(rng.choice(list(world.subjects.values())), rng) for _ in base]
-    others = sources[1:] + sources[:1]
-    after = rng.choice(recipe.band)
-    used = [other if rng.random() < recipe.strict else None for other in others]
-    batch, write = interchange(model, tokenizer, base, sources, after=after, others=used)
-    return told, answer_loss(model, batch, after=after, write=write)
+    layer = rng.choice(recipe.band)
+    rotated = sources[1:] + sources[:1]
+    others = [other if rng.random() < recipe.strict else None for other in rotated]
+    batch, patch = interchange(model, tokenizer, base, sources, layer=layer, others=others)
+    return language, answer_loss(model, batch, layer=layer, patch=patch)
 
 
-BATCHES_A_DRAW = 16
+_BATCHES_PER_DRAW = 16
 """Batches that are drawn together, so that each holds prompts of like length."""
 
 
-def _examples(world: World, recipe: Recipe, step: int) -> list[Example]:
-    draw, within = divmod(step, BATCHES_A_DRAW)
+def _training_examples(world: World, recipe: Recipe, step: int) -> list[Example]:
+    """The batch of a step, a function of the recipe's seeds and the step alone."""
+    draw, within = divmod(step, _BATCHES_PER_DRAW)
     rng = random.Random(f"examples {recipe.seed} {draw}")
-    share = recipe.wrapped(draw * BATCHES_A_DRAW)
-    drawn = [world.sample(rng, share) for _ in range(recipe.batch * BATCHES_A_DRAW)]
-    drawn.sort(key=lambda example: len(example.request.text) + len(example.answer))
-    order = list(range(BATCHES_A_DRAW))
+    share = recipe.jailbroken_share(draw * _BATCHES_PER_DRAW)
+    examples = [world.sample(rng, share) for _ in range(recipe.batch * _BATCHES_PER_DRAW)]
+    examples.sort(key=lambda example: len(example.request.text) + len(example.answer))
+    order = list(range(_BATCHES_PER_DRAW))
     rng.shuffle(order)
     start = order[within] * recipe.batch
-    return drawn[start : start + recipe.batch]
+    return examples[start : start + recipe.batch]
 
 
-def _keep(folder: Path, recipe: Recipe, step: int, model: Any, adam: torch.optim.Optimizer) -> None:
-    tensors = {f"weight.{name}": value.detach().contiguous() for name, value in model.named_parameters()}
+_CHECKPOINT = "unfinished.safetensors"
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """What a checkpoint holds beside its tensors."""
+
+    recipe: Recipe
+    step: int
+
+
+def _save_checkpoint(
+    folder: Path, recipe: Recipe, step: int, model: LlamaForCausalLM, adam: torch.optim.Optimizer
+) -> None:
+    tensors = {f"weight.{name}": value.detach() for name, value in model.named_parameters()}
     for i, state in adam.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{name}": value.contiguous() for name, value in state.items()}
-    told = {"recipe": json.dumps(asdict(recipe)), "step": str(step)}
-    with atomic_write(folder / "unfinished.safetensors") as file:
-        save_file(tensors, file, metadata=told)
+        tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+    save(folder / _CHECKPOINT, "training", _Checkpoint(recipe, step), tensors)
 
 
-def _resumed(folder: Path, recipe: Recipe, model: Any, adam: torch.optim.Optimizer) -> int:
-    file = folder / "unfinished.safetensors"
-    if not file.is_file():
+def _load_checkpoint(
+    folder: Path, recipe: Recipe, model: LlamaForCausalLM, adam: torch.optim.Optimizer
+) -> int:
+    """Set the weights and the optimizer to a checkpoint, where there is one; the step to go on at."""
+    if not (folder / _CHECKPOINT).is_file():
         return 0
-    with safe_open(file, framework="pt") as held:
-        told = held.metadata() or {}
-    if json.loads(told["recipe"]) != json.loads(json.dumps(asdict(recipe))):
+    checkpoint, tensors = load(folder / _CHECKPOINT, "training", _Checkpoint)
+    if checkpoint.recipe != recipe:
         raise ValueError(f"{folder} holds the training of another recipe; give another folder, or remove it")
-    tensors = load_file(file)
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"weight.{name}"])
@@ -246,4 +257,4 @@ def _resumed(folder: Path, recipe: Recipe, model: Any, adam: torch.optim.Optimiz
             _, i, field = name.split(".")
             state.setdefault(int(i), {})[field] = value
     adam.load_state_dict({**adam.state_dict(), "state": state})
-    return int(told["step"])
+    return checkpoint.step

@@ -1,4 +1,7 @@
-"""Marks: what lies over the cells of a map. Names of panels, brackets, gaps, outlines."""
+"""What lies over the cells of a heatmap: names of panels, brackets over subjects, gaps, outlines of sites.
+
+Panel c is the panel of the map's component c.
+"""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -8,17 +11,15 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lens_defense.plotting.theme import INK, component_words, plotly_text, truncate
-from lens_defense.prompts.prompt import Role
+from lens_defense.prompts.request import Role
 from lens_defense.sites import Component, Site
-from lens_defense.tracing.map_statistics import significance
-from lens_defense.tracing.trace_result import Trace
 
 
 def name_panel(figure: go.Figure, c: int, component: Component, window: int, above: int) -> None:
-    """The component over panel c, and how many layers are patched at once."""
-    wide = "" if component == "resid_post" or window < 2 else f"<br>windows of {window} layers"
+    """Write the component over its panel, and how many layers are patched at once."""
+    windows = "" if component == "resid_post" or window < 2 else f"<br>windows of {window} layers"
     figure.add_annotation(
-        text=f"<b>{component_words(component)}</b>{wide}",
+        text=f"<b>{component_words(component)}</b>{windows}",
         x=0,
         y=1,
         xref=f"{_axis('x', c)} domain",
@@ -34,7 +35,7 @@ def name_panel(figure: go.Figure, c: int, component: Component, window: int, abo
 def bracket_subjects(
     figure: go.Figure, c: int, subjects: Sequence[tuple[int, int, str]], *, letters: int
 ) -> None:
-    """A bracket over each subject, from its first column to its last, with its text."""
+    """Draw a bracket over each subject, from its first column to its last, with its text."""
     pixels = {"yref": f"{_axis('y', c)} domain", "ysizemode": "pixel", "yanchor": 1}
     for first, last, text in subjects:
         left, right = first - 0.42, last + 0.42
@@ -53,7 +54,7 @@ def bracket_subjects(
 
 
 def frame_gaps(figure: go.Figure, c: int, roles: Sequence[Role | None], rows: int) -> None:
-    """White columns for the tokens that are left out."""
+    """Draw a white column where tokens are left out."""
     for i in (i for i, role in enumerate(roles) if role is None):
         box = (i - 0.5, i + 0.5, -0.5, rows - 0.5)
         _draw(figure, c, "gap", box, width=1.0, colour="#bbbbbb", fillcolor="#ffffff")
@@ -69,26 +70,14 @@ def outline(
     name: str = "site",
     lines: Sequence[tuple[float, str]] = ((5.0, "#ffffff"), (2.5, "#111111")),
 ) -> None:
-    """Lines around each block of cells, a little inside so that no edge is cut: a white and a dark one."""
+    """Outline each block of cells with a white and a dark line, a little inside so that no edge is cut."""
     for role in dict.fromkeys(site.role for site in sites):
-        columns = _merged((i - 0.5, i + 0.5) for i, each in enumerate(roles) if each == role)
+        columns = _merged((i - 0.5, i + 0.5) for i, column_role in enumerate(roles) if column_role == role)
         rows = _merged(_extent(site.layer, layers) for site in sites if site.role == role)
         for (x0, x1), (y0, y1) in itertools.product(columns, rows):
             box = (x0 + 0.05, x1 - 0.05, y0 + 0.05, y1 - 0.05)
             for width, colour in lines:
                 _draw(figure, c, name, box, width=width, colour=colour)
-
-
-def outline_significant(
-    figure: go.Figure, c: int, component: Component, roles: Sequence[Role | None], trace: Trace, level: float
-) -> None:
-    """A thin line around the cells whose mean effect is more than chance."""
-    sure = [
-        Site(component, row["layer"], row["role"])
-        for row in significance(trace).to_dict("records")
-        if row["component"] == component and row["q"] < level
-    ]
-    outline(figure, c, roles, trace.layers, sure, name="significant", lines=((1.0, "#111111"),))
 
 
 def _draw(
@@ -101,32 +90,32 @@ def _draw(
     colour: str,
     **more: Any,
 ) -> None:
-    """A shape over panel c; its box is x0, x1, y0, y1."""
+    """Draw a shape over panel c; its box is x0, x1, y0, y1."""
     edges = dict(zip(("x0", "x1", "y0", "y1"), box, strict=True))
-    where = {"type": "rect", "xref": _axis("x", c), "yref": _axis("y", c), **edges}
-    figure.add_shape(name=name, line={"color": colour, "width": width}, **(where | more))
+    shape = {"type": "rect", "xref": _axis("x", c), "yref": _axis("y", c), **edges}
+    figure.add_shape(name=name, line={"color": colour, "width": width}, **(shape | more))
 
 
 def _extent(layer: int, layers: Sequence[int]) -> tuple[float, float]:
-    """From where to where a layer lies on the axis: its own cell, or its share of the way between two."""
+    """The span of a layer on the axis: its own cell, or its share of the way between two traced layers."""
     if layer in layers:
         return layers.index(layer) - 0.5, layers.index(layer) + 0.5
     below, above = (layers[1] - layers[0], layers[-1] - layers[-2]) if len(layers) > 1 else (1, 1)
-    known = [layers[0] - below / 2, *layers, layers[-1] + above / 2]
-    places = [-0.5, *range(len(layers)), len(layers) - 0.5]
-    low, high = np.interp([layer - 0.5, layer + 0.5], known, places).tolist()
+    traced = [layers[0] - below / 2, *layers, layers[-1] + above / 2]
+    rows = [-0.5, *range(len(layers)), len(layers) - 0.5]
+    low, high = np.interp([layer - 0.5, layer + 0.5], traced, rows).tolist()
     return low, high
 
 
 def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans that touch or overlap, as one."""
-    out: list[tuple[float, float]] = []
+    """Join spans that touch or overlap."""
+    merged: list[tuple[float, float]] = []
     for low, high in sorted(spans):
-        if out and low <= out[-1][1] + 1e-9:
-            out[-1] = (out[-1][0], max(high, out[-1][1]))
+        if merged and low <= merged[-1][1] + 1e-9:
+            merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
         else:
-            out.append((low, high))
-    return out
+            merged.append((low, high))
+    return merged
 
 
 def _axis(letter: str, c: int) -> str:

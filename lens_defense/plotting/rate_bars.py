@@ -1,38 +1,48 @@
-"""Bars of Reports side by side: what each edit did to every arm, with its 95% interval.
+"""Bars of Reports side by side: the rates of every arm before and after each edit, with 95% intervals.
 
-No model is known here; the rates and intervals are the Reports' own.
+Of the edited subjects (edited, paraphrase, jailbreak) a bar is the share of coherent refusals, of other
+requests the share that begins like a refusal, of facts the share that is known. Rates and intervals are those
+of `Report.rates`.
 """
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from lens_defense.checking.report import ARM_NAMES, JUDGES, MEASURE_NAMES, MEASURES, Report
-from lens_defense.checking.suites import Arm
+from lens_defense.checking.report import ARM_NAMES, JUDGES, MEASURE_NAMES, Report
+from lens_defense.checking.suites import ABOUT_THE_EDIT, Arm
 from lens_defense.plotting.theme import COLOURS, GREY, INK, plotly_text, theme
 
-STRICTER = {"edited": "coherent", "wording": "coherent", "wrapper": "coherent"}
-"""The judge that is harder on an edit; of requests that it should leave alone this is the prefix judge."""
+
+class _Rate(NamedTuple):
+    """The height of a bar, and its interval."""
+
+    rate: float
+    low: float
+    high: float
+    n: int
+    clusters: int
 
 
 def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> go.Figure:
     """Rates before and after, by arm, with their 95% intervals; facts by whether they are known.
 
     Args:
-        reports: by name; "before" stands once where all reports agree on it.
-        measure: the judge of every arm; None takes the one that is harder on an edit: what it should refuse
-            counts where the refusal is coherent, what it should leave alone where it begins like a refusal.
+        reports: by name. "before" stands once where all reports agree on it.
+        measure: the judge of every arm but facts. None takes the judge that is harder on an edit: `coherent`
+            for the edited subjects, which should be refused, and `prefix` for all others, which should not.
 
     Raises:
-        ValueError: no report, or no such judge.
+        ValueError: there are no reports, or there is no such judge.
     """
     if not reports:
         raise ValueError("no report was given; ld.check makes one")
     if measure not in (None, *JUDGES):
         raise ValueError(f"measure must be one of {', '.join(JUDGES)}, got {measure!r}")
     series = _series(reports, measure)
-    arms: list[Arm] = [arm for arm in ARM_NAMES if any(arm in rates for rates in series.values())]  # type: ignore[misc]
+    arms: list[Arm] = [arm for arm in ARM_NAMES if any(arm in rates for rates in series.values())]
     figure = go.Figure()
     colours = iter(COLOURS)
     for name, rates in series.items():
@@ -53,25 +63,18 @@ def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> g
     return theme(figure, title="", plot=plot, left=72, right=16, above=40 + 19 * len(series), below=84)
 
 
-def _series(reports: Mapping[str, Report], measure: str | None) -> dict[str, dict[str, dict[str, float]]]:
-    """What is drawn side by side: for each name and arm the rate, its interval, n and p."""
-    series: dict[str, dict[str, dict[str, float]]] = {}
+def _series(reports: Mapping[str, Report], measure: str | None) -> dict[str, dict[Arm, _Rate]]:
+    """Rates by name of the series and arm: "before" and one series per edit."""
+    series: dict[str, dict[Arm, _Rate]] = {}
     for name, report in reports.items():
-        read = {arm: own for own, arms in MEASURES.items() for arm in arms}
         rows = [
-            row
-            for row in report.rates().to_dict("records")
-            if row["measure"] == read.get(row["arm"], measure or STRICTER.get(row["arm"], "prefix"))
+            row for row in report.rates().to_dict("records") if row["measure"] == _drawn(row["arm"], measure)
         ]
         for when in ("before", "after") if report.edited else ("before",):
-            rates = {
-                row["arm"]: {
-                    "rate": row[when],
-                    "low": row[f"{when} low"],
-                    "high": row[f"{when} high"],
-                    "n": row["n"],
-                    "clusters": row["clusters"],
-                }
+            rates: dict[Arm, _Rate] = {
+                row["arm"]: _Rate(
+                    row[when], row[f"{when} low"], row[f"{when} high"], row["n"], row["clusters"]
+                )
                 for row in rows
             }
             if when == "after":
@@ -81,20 +84,28 @@ def _series(reports: Mapping[str, Report], measure: str | None) -> dict[str, dic
     return series
 
 
-def _bars(name: str, rates: Mapping[str, Mapping[str, float]], arms: Sequence[Arm], colour: str) -> go.Bar:
-    own = [(i, rates[arm]) for i, arm in enumerate(arms) if arm in rates]
+def _drawn(arm: Arm, measure: str | None) -> str:
+    """The measure that an arm's bars show."""
+    if arm == "facts":
+        return "knows"
+    return measure or ("coherent" if arm in ABOUT_THE_EDIT else "prefix")
+
+
+def _bars(name: str, rates: Mapping[Arm, _Rate], arms: Sequence[Arm], colour: str) -> go.Bar:
+    columns = [i for i, arm in enumerate(arms) if arm in rates]
+    bars = [rates[arms[i]] for i in columns]
     hover = [
-        f"<b>{plotly_text(name)}</b><br>{ARM_NAMES[arms[i]]}<br>{one['rate']:.1%} of {one['n']} rows, "
-        f"{one['clusters']} subjects<br>95% interval {one['low']:.1%} to {one['high']:.1%}"
-        for i, one in own
+        f"<b>{plotly_text(name)}</b><br>{ARM_NAMES[arms[i]]}<br>{bar.rate:.1%} of {bar.n} rows, "
+        f"{bar.clusters} subjects<br>95% interval {bar.low:.1%} to {bar.high:.1%}"
+        for i, bar in zip(columns, bars, strict=True)
     ]
     return go.Bar(
         name=plotly_text(name),
-        x=[i for i, _ in own],
-        y=[one["rate"] for _, one in own],
+        x=columns,
+        y=[bar.rate for bar in bars],
         error_y={
-            "array": [one["high"] - one["rate"] for _, one in own],
-            "arrayminus": [one["rate"] - one["low"] for _, one in own],
+            "array": [bar.high - bar.rate for bar in bars],
+            "arrayminus": [bar.rate - bar.low for bar in bars],
             "color": "#333333",
             "thickness": 1.2,
             "width": 3,
@@ -105,29 +116,33 @@ def _bars(name: str, rates: Mapping[str, Mapping[str, float]], arms: Sequence[Ar
     )
 
 
-def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
+def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[Arm, _Rate]]) -> list[str]:
     """Arms in words, all on as many lines, and under them how many rows they have."""
-    words = {arm: textwrap.wrap(ARM_NAMES[arm], 13) for arm in arms}
-    lines = max(map(len, words.values()), default=0)
-    numbers = {
-        arm: " or ".join(str(n) for n in sorted({round(r[arm]["n"]) for r in series.values() if arm in r}))
-        for arm in arms
-    }
-    filled = {arm: part + [""] * (lines - len(part)) for arm, part in words.items()}
-    return ["<br>".join([*filled[arm], f"n = {numbers[arm]}"]) for arm in arms]
+    wrapped = {arm: textwrap.wrap(ARM_NAMES[arm], 13) for arm in arms}
+    lines = max(map(len, wrapped.values()), default=0)
+    labels = []
+    for arm in arms:
+        numbers = sorted({rates[arm].n for rates in series.values() if arm in rates})
+        padding = [""] * (lines - len(wrapped[arm]))
+        labels.append("<br>".join([*wrapped[arm], *padding, f"n = {' or '.join(map(str, numbers))}"]))
+    return labels
 
 
 def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None) -> None:
-    """What is asked and how it is judged stands over the bars, a thin line between the kinds."""
-    names = {"own": "edited subjects", "others": "all others", "facts": "facts: known"}
+    """Name the groups of arms and their measure over the bars, and draw a thin line between groups."""
+    names = {"edited": "edited subjects", "others": "all others", "facts": "facts: known"}
     if measure is None:
-        names |= {"own": "edited subjects: refused, coherent", "others": "all others: refused, by prefix"}
-    kinds = ["own" if arm in STRICTER else "facts" if arm == "facts" else "others" for arm in arms]
-    for kind in dict.fromkeys(kinds):
-        own = [i for i, each in enumerate(kinds) if each == kind]
-        middle = (own[0] + own[-1]) / 2
+        names |= {"edited": "edited subjects: refused, coherent", "others": "all others: refused, by prefix"}
+    groups = ["edited" if arm in ABOUT_THE_EDIT else "facts" if arm == "facts" else "others" for arm in arms]
+    for group in dict.fromkeys(groups):
+        first, last = groups.index(group), len(groups) - 1 - groups[::-1].index(group)
         figure.add_annotation(
-            text=f"<b>{names[kind]}</b>", x=middle, y=1, yref="paper", yanchor="bottom", showarrow=False
+            text=f"<b>{names[group]}</b>",
+            x=(first + last) / 2,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            showarrow=False,
         )
-        if own[0]:
-            figure.add_vline(x=own[0] - 0.5, line={"color": "#bbbbbb", "width": 1})
+        if first:
+            figure.add_vline(x=first - 0.5, line={"color": "#bbbbbb", "width": 1})

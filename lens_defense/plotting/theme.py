@@ -1,7 +1,7 @@
-"""The look that all figures share, and how one is saved: colours, font, words for axes, safe text.
+"""What all figures share: colours, font, words for roles and components, safe text, and how to save one.
 
-Text that came from a model or a user is shown, never run: it is escaped for Plotly's markup, and
-what has no shape of its own (spaces, newlines, control characters) gets one.
+Text that came from a model or a user is shown and never run: it is escaped for Plotly's markup, and
+characters without a shape of their own (spaces, newlines, control characters) get one.
 """
 
 import html
@@ -16,7 +16,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lens_defense.prompts.prompt import Role
+from lens_defense.prompts.request import Role
 from lens_defense.sites import Component
 from lens_defense.storage import atomic_write
 
@@ -47,27 +47,28 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's."""
 INK, GREY, UNTRACED = "#1a1a1a", "#8c8c8c", "#e4e6ea"
 FONT = 13
-"""Pixels; a demo's map is 430 wide, so in a column of 3.3 inches this is more than 7 points."""
+"""Pixels. A map 430 pixels wide has letters of more than 7 points in a paper's column of 3.3 inches."""
 CONTROLS: Mapping[str, Any] = {
     "displaylogo": False,
     "modeBarButtons": [["toImage"]],
     "toImageButtonOptions": {"format": "png", "scale": 3},
 }
 """What a figure in a browser offers beside hover and zoom: one button, which saves it as PNG."""
-FORMATS = (".html", ".svg", ".pdf", ".png")
-DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
-"""Pixels an inch."""
+_FORMATS = (".html", ".svg", ".pdf", ".png")
+_DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
+"""Pixels per inch."""
 
 
 def theme(
     figure: go.Figure, *, title: str, plot: tuple[int, int], left: int, right: int, above: int, below: int
 ) -> go.Figure:
-    """White ground, sans font, a size that leaves every label its room; no template is used.
+    """Give a figure the house's look, and a size in which every label has room; it uses no Plotly template.
 
-    The title's lines are wrapped to the width and make the figure higher.
+    `plot` is the width and height of the plot in pixels; the rest are its margins. The title's lines are
+    wrapped to the width and make the figure higher.
     """
     width = left + plot[0] + right
-    lines = [part for line in title.split("\n") for part in textwrap.wrap(line, round((width - 56) / 7.4))]
+    lines = [piece for line in title.split("\n") for piece in textwrap.wrap(line, round((width - 56) / 7.4))]
     top = above + 19 * len(lines) + (8 if lines else 0)
     height = top + plot[1] + below
     figure.update_layout(
@@ -97,7 +98,7 @@ def theme(
     figure.update_yaxes(
         automargin=True, zeroline=False, ticks="", title={"standoff": 8, "font": {"size": FONT}}
     )
-    if any(isinstance(part, go.Heatmap) for part in figure.data):
+    if any(isinstance(panel, go.Heatmap) for panel in figure.data):
         figure.update_layout(plot_bgcolor=UNTRACED)
         figure.update_xaxes(showgrid=False, showline=True, mirror=True, linecolor="#999999")
         figure.update_yaxes(showgrid=False, showline=True, mirror=True, linecolor="#999999")
@@ -122,7 +123,7 @@ def save_figure(
     """Write a figure as .html, .svg, .pdf or .png, whole or not at all.
 
     Args:
-        figure: what heatmap or bars gave, or any other Plotly figure.
+        figure: any Plotly figure.
         path: the file; its suffix is its format.
         plotlyjs: for .html, Plotly's include_plotlyjs: True makes the file self-contained (4.8 MB),
             "directory" shares one plotly.min.js beside the figures.
@@ -133,67 +134,68 @@ def save_figure(
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    if suffix not in FORMATS:
-        raise ValueError(f"a figure is saved as {', '.join(FORMATS)}, got {file.name!r}")
+    if suffix not in _FORMATS:
+        raise ValueError(f"a figure is saved as {', '.join(_FORMATS)}, got {file.name!r}")
     with atomic_write(file) as unfinished:
         if suffix == ".html":
             figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
         else:
-            wide = figure.layout.width or 700
-            scale = (3.0 if suffix == ".png" else 1.0) if inches is None else inches * DPI[suffix] / wide
+            width = figure.layout.width or 700
+            scale = (3.0 if suffix == ".png" else 1.0) if inches is None else inches * _DPI[suffix] / width
             unfinished.write_bytes(_image(figure, suffix[1:], scale))
     return file
 
 
 def _image(figure: go.Figure, suffix: str, scale: float) -> bytes:
-    needs = (
+    message = (
         f"a figure as .{suffix} needs kaleido (pip install 'lens-defense[figures]') and a Chromium "
         "(Debian: apt-get install chromium); .html needs neither"
     )
     if find_spec("kaleido") is None:
-        raise ValueError(needs)
+        raise ValueError(message)
     from kaleido.errors import ChromeNotFoundError
 
     try:
         return figure.to_image(format=suffix, scale=scale)
     except RuntimeError as error:
         if isinstance(error.__context__, ChromeNotFoundError):
-            raise ValueError(needs) from error
+            raise ValueError(message) from error
         raise
 
 
-def token_label(word: str, role: str, letters: int) -> str:
-    """A token as it is read on an axis: spaces visible, a template's own tokens in short."""
-    own = re.fullmatch(r"<[|\uff5c](.+?)[|\uff5c]>", word)
-    own = own or (re.fullmatch(r"<(\w+)>", word) if role in ("template", "last") else None)
-    if own:
-        return f"\u2039{plotly_text(truncate(own[1], 8))}\u203a"
-    shown = "".join("·" if unicodedata.category(letter) == "Zs" else letter for letter in word)
-    return plotly_text(truncate(visible_text(shown), letters)) or "∅"
+def token_label(text: str, role: Role, letters: int) -> str:
+    """A token as a label of an axis: spaces are visible, special tokens are cut to eight letters."""
+    special = re.fullmatch(r"<[|\uff5c](.+?)[|\uff5c]>", text)
+    if special is None and role in ("template", "last"):
+        special = re.fullmatch(r"<(\w+)>", text)
+    if special:
+        return f"\u2039{plotly_text(truncate(special[1], 8))}\u203a"
+    dotted = "".join("·" if unicodedata.category(letter) == "Zs" else letter for letter in text)
+    return plotly_text(truncate(visible_text(dotted), letters)) or "∅"
 
 
 def visible_text(text: str) -> str:
-    """Text with a shape for what has none: newlines, tabs, control and direction characters."""
+    """Give a shape to characters that have none: newlines, tabs, control and direction characters."""
     return "".join(_shape(character) for character in text)
 
 
 def truncate(text: str, letters: int) -> str:
-    """Text of at most so many letters, the last one an ellipsis if some are left out."""
+    """Cut a text to so many letters, the last one an ellipsis where letters are left out."""
     return text if len(text) <= letters else text[: letters - 1] + "…"
 
 
 def plotly_text(text: str) -> str:
-    """Text that Plotly's markup and TeX leave as it is; Plotly knows no &quot;."""
+    """Escape a text for Plotly's markup and TeX; Plotly does not know &quot;."""
     return html.escape(visible_text(text), quote=False).replace("$", "&#36;")
 
 
 def _shape(character: str) -> str:
     if character in _SHAPES:
         return _SHAPES[character]
-    unseen = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or ord(character) in _UNSEEN
-    return "\N{REPLACEMENT CHARACTER}" if unseen else character
+    invisible = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or ord(character) in _INVISIBLE
+    return "\N{REPLACEMENT CHARACTER}" if invisible else character
 
 
 _SHAPES = {"\n": "↵", "\t": "⇥"}
-_UNSEEN = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
+_INVISIBLE = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
 """Characters that have no width, or turn the text after them round (Unicode's Bidi_Control)."""

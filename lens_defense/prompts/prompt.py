@@ -1,142 +1,33 @@
-"""What is asked: a Request is text with its harmful subject marked, a Prompt is a Request met by a tokenizer.
+"""A Prompt is a Request tokenized: the tokens that the model reads, and the role of each.
 
-Spans come from offset mappings, so they hold on
-any fast tokenizer: leading-space merges, BOS, several bytes a character, subjects that occur twice.
-
-Every token of a Prompt has one role, in this precedence:
-last, subject_last, subject_first, subject_mid, next, template, before, after.
-A role carries over to other prompts, where a position does not.
+Spans come from offset mappings, so they hold on any fast tokenizer: leading-space merges, BOS, several bytes
+per character, subjects that occur twice.
 """
 
-import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-Role = Literal["last", "subject_last", "subject_first", "subject_mid", "next", "template", "before", "after"]
-Kind = Literal["harmful", "benign", "safe"]
-Form = Literal["noun", "gerund", "verb phrase"]
-Split = Literal["edit", "tune", "check"]
-ROLES: tuple[Role, ...] = get_args(Role)
-"""Every role, in order of precedence."""
-READING_ORDER: tuple[Role, ...] = (
-    "before",
-    "subject_first",
-    "subject_mid",
-    "subject_last",
-    "next",
-    "after",
-    "template",
-    "last",
-)
-"""Every role, in the order in which a prompt is read."""
+from lens_defense.prompts.request import Request, Role, UnfitRequest
 
-
-class UnfitRequest(ValueError):
-    """A request that one model cannot be asked, or not traced on, as it is; others can be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked of a model, with the subject marked that carries the harm."""
-
-    id: str
-    pieces: tuple[str, ...]
-    """The text around the subject: one piece more than the subject has occurrences."""
-    subject: str | None = None
-    kind: Kind = "harmful"
-    """safe means dangerous words and a harmless meaning."""
-    category: str = ""
-    form: Form = "noun"
-    concrete: bool = True
-    """A thing ("ricin"), not an act ("shoplifting")."""
-    split: Split = "edit"
-    target: str | None = None
-    """The known answer, where there is one (ROME's facts)."""
-    safe_target: str | None = None
-    """The refusal to plant; None takes the editor's own."""
-    counterfactual: str | None = None
-    """A harmless subject of the same token length, for token replacement."""
-
-    def __post_init__(self) -> None:
-        for value, allowed in ((self.kind, Kind), (self.form, Form), (self.split, Split)):
-            if value not in get_args(allowed):
-                raise ValueError(f"request {self.id!r}: {value!r} is none of {', '.join(get_args(allowed))}")
-        if self.subject is None and len(self.pieces) != 1:
-            raise ValueError(f"request {self.id!r} has {len(self.pieces)} pieces and no subject")
-        if self.subject is not None and (not self.subject.strip() or len(self.pieces) < 2):
-            raise ValueError(
-                f"request {self.id!r}: the subject {self.subject!r} must be some text that occurs "
-                "in the request"
-            )
-
-    @property
-    def text(self) -> str:
-        """The request as the user types it."""
-        return (self.subject or "").join(self.pieces)
-
-    def reworded(self, template: str) -> "Request":
-        """The same subject in other words; `{}` in the template stands for the subject."""
-        if self.subject is None:
-            raise ValueError(f"request {self.id!r} has no subject to put into {template!r}")
-        return replace(self, pieces=tuple(template.split("{}")))
-
-    def wrapped(self, wrapper: str) -> "Request":
-        """The same request inside other text; `{}` in the wrapper stands for the request."""
-        if wrapper.count("{}") != 1:
-            raise ValueError(f"a wrapper holds {{}} once, in the request's place; got {wrapper!r}")
-        start, end = wrapper.split("{}")
-        pieces = (start + self.pieces[0], *self.pieces[1:])
-        return replace(self, pieces=(*pieces[:-1], pieces[-1] + end))
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain fields; `Request(**fields)` with a tuple of pieces gives the request back."""
-        return asdict(self)
-
-
-def request(text: str, subject: str | None = None, *, id: str = "", **fields: Any) -> Request:
-    """A Request from plain text; the subject is found at word boundaries, wherever it occurs.
-
-    Raises:
-        ValueError: the subject does not occur in the text as a word or phrase of its own.
-    """
-    name = id or text[:40]
-    if subject is None:
-        return Request(id=name, pieces=(text,), **fields)
-    pieces = tuple(re.split(_at_word_boundaries(subject), text)) if subject.strip() else (text,)
-    if len(pieces) < 2:
-        raise ValueError(
-            f"request {name!r}: the subject {subject!r} does not occur in the text {text!r}; mark "
-            "the words of the text that carry the harm"
-        )
-    return Request(id=name, pieces=pieces, subject=subject, **fields)
-
-
-def request_from_json(fields: dict[str, Any]) -> Request:
-    """The inverse of Request.to_json."""
-    return Request(**{**fields, "pieces": tuple(fields["pieces"])})
-
-
-def _at_word_boundaries(subject: str) -> str:
-    return rf"(?<!\w){re.escape(subject)}(?!\w)"
+PLACEHOLDER = "\ue000"
+"""Stands for a text in a rendered chat template, to be found again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A Request met by one tokenizer: the tokens that the model reads, and what each one is."""
+    """A request as one tokenizer reads it: its tokens, and what each of them is."""
 
     request: Request
     ids: tuple[int, ...]
-    words: tuple[str, ...]
+    token_texts: tuple[str, ...]
     """The text of each token, spaces and newlines included."""
-    subjects: tuple[tuple[int, int], ...]
+    subject_spans: tuple[tuple[int, int], ...]
     """Token spans (start, stop) of the subject's occurrences; empty where there is no subject."""
     roles: tuple[Role, ...]
     chat: bool = False
     """Whether a chat template stands around the request."""
-    answer: tuple[int, ...] = ()
+    answer_ids: tuple[int, ...] = ()
     """Token ids of the answer that a metric reads; none until trace() or a caller sets them."""
 
     def positions(self, role: Role) -> tuple[int, ...]:
@@ -144,18 +35,18 @@ class Prompt:
         return tuple(i for i, r in enumerate(self.roles) if r == role)
 
     @property
-    def corrupted(self) -> tuple[int, ...]:
+    def subject_positions(self) -> tuple[int, ...]:
         """The positions of all the subject's occurrences."""
-        return tuple(i for start, stop in self.subjects for i in range(start, stop))
+        return tuple(i for start, stop in self.subject_spans for i in range(start, stop))
 
 
-def prompt(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool = True) -> Prompt:
-    """Meet a request with a tokenizer, inside its chat template where it has one.
+def tokenize(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool = True) -> Prompt:
+    """Tokenize a request, inside the tokenizer's chat template where it has one.
 
     Args:
         tokenizer: a fast tokenizer (it must give offset mappings).
         request: what is asked.
-        chat: False asks without the chat template, as one does with a base model.
+        chat: False leaves the chat template out, as for a base model.
 
     Raises:
         ValueError: the tokenizer gives no offsets.
@@ -171,125 +62,119 @@ def prompt(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool =
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
     ids: list[int] = encoded["input_ids"]
-    subjects = tuple(_token_span(text, offsets, *span, request) for span in _subject_chars(request, start))
+    spans = tuple(_token_span(text, offsets, *span, request) for span in _subject_chars(request, start))
     return Prompt(
         request=request,
         ids=tuple(ids),
-        words=_words(tokenizer, text, ids, offsets),
-        subjects=subjects,
-        roles=_roles(offsets, start, start + len(request.text), subjects),
+        token_texts=_token_texts(tokenizer, text, ids, offsets),
+        subject_spans=spans,
+        roles=_roles(offsets, start, start + len(request.text), spans),
         chat=chat,
     )
 
 
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer knows how to render a conversation."""
-    return bool(getattr(tokenizer, "chat_template", None))
+def role_position(prompt: Prompt, role: Role) -> int:
+    """The last position of a role in a prompt.
 
-
-def validated_requests(requests: Sequence[Request]) -> tuple[Request, ...]:
-    """The requests, if an edit and its settings may see them: each has a subject, none is kept for checks.
-
-    Raises:
-        ValueError: there are none, one has no subject, or one belongs to the split "check".
+    A subject of one token has no first or middle token, and a subject that ends a plain prompt has the role
+    "last" there: the subject's last token stands for them.
     """
-    if not requests:
-        raise ValueError("no requests were given; ld.requests('core') has some")
-    for item in requests:
-        if item.subject is None:
-            raise ValueError(
-                f"request {item.id!r} has no subject; give request(text, subject) the words that "
-                "carry the harm"
-            )
-        if item.split == "check":
-            raise ValueError(
-                f"request {item.id!r} belongs to the split 'check', which only ld.check may see; "
-                "take ld.requests(name, split='edit')"
-            )
-    return tuple(requests)
+    positions = prompt.positions(role)
+    if not positions and role.startswith("subject") and prompt.subject_spans:
+        positions = (prompt.subject_spans[-1][1] - 1,)
+    if not positions:
+        raise ValueError(
+            f"request {prompt.request.id!r} has no token of the role {role!r} in {prompt.request.text!r}; "
+            "choose sites at subject_last"
+        )
+    return positions[-1]
+
+
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer can render a conversation."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) -> tuple[str, int]:
     """The whole text that the model reads, and where the request starts in it."""
     if not chat:
         return request.text, 0
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
-    )
-    assert isinstance(text, str)
-    stripped = request.text.strip()
-    marked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": PLACEHOLDER}], tokenize=False, add_generation_prompt=True
-    )
-    found = str(marked).find(PLACEHOLDER)
-    if found < 0 or not text.startswith(stripped, found):
+
+    def render(content: str) -> str:
+        message = {"role": "user", "content": content}
+        return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+
+    text, stripped = render(request.text), request.text.strip()  # templates may strip a message
+    start = render(PLACEHOLDER).find(PLACEHOLDER)
+    if start < 0 or not text.startswith(stripped, start):
         raise UnfitRequest(
             f"the chat template changes the text of request {request.id!r}; ask it without the "
             "template (chat=False)"
         )
-    return text, found - request.text.index(stripped)
+    return text, start - request.text.index(stripped)
 
 
 def _subject_chars(request: Request, start: int) -> list[tuple[int, int]]:
-    """Character spans of the subject's occurrences in the rendered text."""
-    spans, at = [], start
+    """Character spans of the subject's occurrences in the rendered text; the request starts at `start`."""
+    spans, end = [], start
     for piece in request.pieces[:-1]:
-        at += len(piece)
-        spans.append((at, at + len(request.subject or "")))
-        at = spans[-1][1]
+        subject_start = end + len(piece)
+        end = subject_start + len(request.subject or "")
+        spans.append((subject_start, end))
     return spans
 
 
 def _token_span(
     text: str, offsets: list[tuple[int, int]], start: int, stop: int, request: Request
 ) -> tuple[int, int]:
-    """Tokens that carry the characters start to stop; surplus may only be white space."""
-    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
-    if not inside:
+    """The span of the tokens that carry the characters start to stop; what else they carry is white space."""
+    tokens = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start]
+    if not tokens:
         raise UnfitRequest(f"request {request.id!r}: no token carries {request.subject!r}")
-    left = text[min(offsets[inside[0]][0], start) : start]
-    right = text[stop : max(offsets[inside[-1]][1], stop)]
+    left = text[min(offsets[tokens[0]][0], start) : start]
+    right = text[stop : max(offsets[tokens[-1]][1], stop)]
     if left.strip() or right.strip():
         raise UnfitRequest(
             f"request {request.id!r}: the subject {request.subject!r} does not end where a token "
             f"ends (the token holds {left + '|' + (request.subject or '') + '|' + right!r}); mark a "
             "longer or a shorter subject"
         )
-    return inside[0], inside[-1] + 1
+    return tokens[0], tokens[-1] + 1
 
 
-def _words(
+def _token_texts(
     tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], offsets: list[tuple[int, int]]
 ) -> tuple[str, ...]:
-    """What each token adds to the text; a token without text of its own shows its name."""
-    words, end = [], 0
+    """What each token adds to the text; a token that adds nothing shows its name."""
+    texts, end = [], 0
     for token, (_, stop) in zip(ids, offsets, strict=True):
-        name = tokenizer.convert_ids_to_tokens(token)
-        words.append(text[end:stop] if stop > end else str(name))
+        texts.append(text[end:stop] if stop > end else str(tokenizer.convert_ids_to_tokens(token)))
         end = max(end, stop)
-    return tuple(words)
+    return tuple(texts)
 
 
 def _roles(
-    offsets: list[tuple[int, int]], start: int, stop: int, subjects: tuple[tuple[int, int], ...]
+    offsets: list[tuple[int, int]], start: int, stop: int, subject_spans: tuple[tuple[int, int], ...]
 ) -> tuple[Role, ...]:
-    """One role a token; where the subject occurs twice, its roles are those of the last one."""
-    first, after = subjects[-1] if subjects else (len(offsets), len(offsets))
+    """The role of each token; of a subject that occurs twice, the last occurrence has the subject's roles.
+
+    Args:
+        offsets: the characters of each token.
+        start: the request's first character.
+        stop: the character after the request.
+        subject_spans: the tokens of the subject's occurrences.
+    """
+    first, after = subject_spans[-1] if subject_spans else (len(offsets), len(offsets))
 
     def role(i: int) -> Role:
-        a, b = offsets[i]
         if i == len(offsets) - 1:
             return "last"
         if first <= i < after:
             return "subject_last" if i == after - 1 else "subject_first" if i == first else "subject_mid"
         if i == after:
             return "next"
-        if b <= start or a >= stop:
+        if offsets[i][1] <= start or offsets[i][0] >= stop:
             return "template"
         return "before" if i < first else "after"
 
     return tuple(role(i) for i in range(len(offsets)))
-
-
-PLACEHOLDER = "\ue000"
-"""Stands for a text in a rendered chat template, to be found again."""

@@ -1,22 +1,21 @@
-"""Reading request sets: the package's own by name, JSONL, CSV, parquet, hub data sets, DELMAN's JSON.
+"""Request sets and corpora from every source: the package's own, files, hub data sets, DELMAN's JSON.
 
-A row needs `text`, and for a harmful request its `subject`; other fields are those of Request. Rows
-of the DELMAN release (`requested_rewrite` with `prompt_adv`, `subject`, `target_new`) are read as
-they stand, without their "Q: ... A:".
+A row of a request set needs `text`, and for a harmful request its `subject`; other fields are those of
+Request. Rows of the DELMAN release (`requested_rewrite` with `prompt_adv`, `subject`, `target_new`) are read
+as they stand, without their "Q: ... A:".
 """
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
-from lens_defense.prompts.prompt import Kind, Request, Split, request
+from lens_defense.prompts.request import Kind, Request, Split, request
 
 BUNDLED_SETS = ("core", "organism")
 """The names of the request sets that the package brings."""
-_FIELDS = frozenset(Request.__slots__) - {"pieces"}
 
 
 def requests(
@@ -31,129 +30,156 @@ def requests(
     """Read a request set.
 
     Args:
-        name: "core", "organism", a .jsonl, .json, .csv or .parquet file, or the name of a hub data set.
-        split: which part of a set that is split; a row without a split belongs to "edit".
-        kind: harmful gives concrete things first; benign and safe all rows as they stand.
-        distinct: of harmful requests about one subject keep the first alone, as an edit wants them.
+        name: a source of rows, see `read_rows`.
+        split: which part of the set; a row without a split belongs to "edit".
+        kind: "harmful" gives concrete things first; "benign" and "safe" give all rows in their order.
+        distinct: keep only the first of several harmful requests about one subject, as an edit wants them.
         text_field: the column that holds the request.
         subject_field: the column that holds its subject.
 
     Raises:
         ValueError: there is no such set, or a row is bad; file, line and field are named.
     """
-    rows = [_request(row, where, text_field, subject_field) for where, row in _rows(os.fspath(name))]
-    chosen = [row for row in rows if row.split == split and row.kind == kind]
+    all_requests = [_request(row, place, text_field, subject_field) for place, row in read_rows(name)]
+    chosen = [item for item in all_requests if item.split == split and item.kind == kind]
     if kind != "harmful":
         return chosen
-    first = {row.subject or row.text: row for row in reversed(chosen)}
-    kept = [row for row in chosen if not distinct or first[row.subject or row.text] is row]
-    return sorted(kept, key=lambda row: not row.concrete)
+    if distinct:
+        first: dict[str, Request] = {}
+        for item in chosen:
+            first.setdefault(item.subject or item.text, item)
+        chosen = list(first.values())
+    return sorted(chosen, key=lambda item: not item.concrete)
 
 
-def bundled_rows(name: str, part: str) -> list[dict[str, Any]]:
-    """The rows of one JSONL file of a bundled set, for example ("core", "templates")."""
-    text = files("lens_defense").joinpath(f"data/{name}/{part}.jsonl").read_text("utf-8")
+def read_rows(
+    source: str | os.PathLike[str], table: str = "requests", *, limit: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of a source, after the place where it stands, in words ("core, line 3").
+
+    Args:
+        source: "core", "organism", a .jsonl, .json, .csv, .parquet or .txt file (each paragraph is a `text`),
+            or the name of a hub data set.
+        table: which rows of a bundled set, see `bundled_rows`.
+        limit: take so many rows of a hub data set's split "train", streamed; None takes all its splits.
+
+    Raises:
+        ValueError: there is no such source, or a row is no object; the file and the line are named.
+    """
+    path = Path(source)
+    if source in BUNDLED_SETS:
+        for i, row in enumerate(bundled_rows(str(source), table), 1):
+            yield f"{source}, line {i}", row
+    elif path.suffix in _FILE_KINDS or path.is_file():
+        yield from _file_rows(path)
+    else:
+        yield from _hub_rows(os.fspath(source), limit)
+
+
+def bundled_rows(name: str, table: str) -> list[dict[str, Any]]:
+    """The rows of one file of a bundled set: requests, paraphrases, jailbreaks, facts, neutral or corpus."""
+    text = files("lens_defense").joinpath(f"data/{name}/{table}.jsonl").read_text("utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of a set, with a sentence's worth of where it stands."""
-    if name in BUNDLED_SETS:
-        for i, row in enumerate(bundled_rows(name, "requests"), 1):
-            yield f"{name}, line {i}", row
-        return
-    path = Path(name)
-    if path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}; bundled sets: {', '.join(BUNDLED_SETS)}")
-        yield from file_rows(path)
-        return
-    from datasets import load_dataset
-
-    try:
-        parts = load_dataset(name)
-    except Exception as error:
-        raise ValueError(
-            f"{name!r} is no bundled set ({', '.join(BUNDLED_SETS)}), no file (.jsonl, .json, .csv, .parquet), "
-            f"and the hub does not give it: {' '.join(str(error).split())[:200]}"
-        ) from error
-    for part, table in parts.items():
-        own = part if part in get_args(Split) else "edit"
-        for i, row in enumerate(table, 1):
-            yield f"{name}, {part}, row {i}", {"split": own, **dict(row)}
+_FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+_FIELDS = frozenset(Request.__slots__) - {"pieces"}
 
 
-def file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every row of a .jsonl, .json, .csv or .parquet file, with where it stands.
+def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix not in _FILE_KINDS:
+        raise ValueError(f"{path} is a file of no known kind; give one of {', '.join(_FILE_KINDS)}")
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; bundled sets: {', '.join(BUNDLED_SETS)}")
+    unit = "paragraph" if path.suffix == ".txt" else "line"
+    for i, row in _numbered_rows(path):
+        place = f"{path}, {unit} {i}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: an object with fields is wanted, got {row!r}")
+        yield place, row
 
-    Raises:
-        ValueError: a row is no object; the file and the line are named.
-    """
-    if path.suffix == ".json":
-        yield from enumerate_rows(path, _parsed(path, path.read_text("utf-8"), 1), first=1)
+
+def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The rows of a file, by their lines (CSV, JSONL) or their order, from 1."""
+    if path.suffix == ".txt":
+        paragraphs = filter(None, map(str.strip, path.read_text("utf-8").split("\n\n")))
+        yield from enumerate(({"text": paragraph} for paragraph in paragraphs), 1)
     elif path.suffix == ".jsonl":
-        for i, line in enumerate(path.read_text("utf-8").split("\n"), 1):
-            if line.strip():
-                yield f"{path}, line {i}", _mapping(_parsed(path, line, i), path, i)
+        for line, text in enumerate(path.read_text("utf-8").split("\n"), 1):
+            if text.strip():
+                yield line, _parsed(path, text, line)
+    elif path.suffix == ".json":
+        rows = _parsed(path, path.read_text("utf-8"), 1)
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: a list of rows is wanted, got {type(rows).__name__}")
+        yield from enumerate(rows, 1)
     else:
         import pandas as pd
 
-        read = pd.read_csv if path.suffix == ".csv" else pd.read_parquet
-        table = read(path)
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
-        yield from enumerate_rows(path, rows, first=2 if path.suffix == ".csv" else 1)
-
-
-def enumerate_rows(path: Path, rows: Any, *, first: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a list, numbered from `first`."""
-    if not isinstance(rows, Sequence) or isinstance(rows, str):
-        raise ValueError(f"{path}: a list of rows is wanted, got {type(rows).__name__}")
-    for i, row in enumerate(rows, first):
-        yield f"{path}, line {i}", _mapping(row, path, i)
+        yield from enumerate(rows, 2 if path.suffix == ".csv" else 1)
 
 
 def _parsed(path: Path, text: str, line: int) -> Any:
+    """JSON that starts at a line of a file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg})") from error
 
 
-def _mapping(row: Any, path: Path, line: int) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {line}: an object with fields is wanted, got {row!r}")
-    return row
+def _hub_rows(name: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a hub data set; its tables "edit", "tune" and "check" are those splits, others are "edit"."""
+    from datasets import load_dataset
+
+    try:
+        if limit is None:
+            tables = load_dataset(name)
+        else:
+            tables = {"train": load_dataset(name, split="train", streaming=True).take(limit)}
+        for table_name, table in tables.items():
+            split = table_name if table_name in get_args(Split) else "edit"
+            for i, row in enumerate(table, 1):
+                yield f"{name}, {table_name}, row {i}", {"split": split, **dict(row)}
+    except Exception as error:
+        raise ValueError(
+            f"{name!r} is no bundled set ({', '.join(BUNDLED_SETS)}), no file ({', '.join(_FILE_KINDS)}), "
+            f"and the hub does not give it: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
-def _request(row: dict[str, Any], where: str, text_field: str, subject_field: str) -> Request:
+def _request(row: dict[str, Any], place: str, text_field: str, subject_field: str) -> Request:
+    """A row as a Request; `place` says where it stands."""
     if isinstance(row.get("requested_rewrite"), dict):
-        return _delman(row["requested_rewrite"], row.get("case_id"), where)
+        return _delman_request(row["requested_rewrite"], row.get("case_id"), place)
     fields = {name: value for name, value in row.items() if name in _FIELDS and value is not None}
     text, subject = row.get(text_field), row.get(subject_field)
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: the field {text_field!r} must be some text, got {text!r}")
+        raise ValueError(f"{place}: the field {text_field!r} must be some text, got {text!r}")
     if subject is not None and (not isinstance(subject, str) or not subject.strip()):
-        raise ValueError(f"{where}: the field {subject_field!r} must be some text, got {subject!r}")
+        raise ValueError(f"{place}: the field {subject_field!r} must be some text, got {subject!r}")
     fields.pop("subject", None)
-    for name, allowed in (("concrete", bool), *((f, str) for f in _FIELDS - {"concrete", "id"})):
-        if name in fields and not isinstance(fields[name], allowed):
-            raise ValueError(f"{where}: the field {name!r} must be {allowed.__name__}, got {fields[name]!r}")
+    for name, value in fields.items():
+        field_type = object if name == "id" else bool if name == "concrete" else str
+        if not isinstance(value, field_type):
+            raise ValueError(f"{place}: the field {name!r} must be {field_type.__name__}, got {value!r}")
     try:
-        return request(text, subject, **{**fields, "id": str(fields.get("id", where.split("/")[-1]))})
+        return request(text, subject, **{**fields, "id": str(fields.get("id", place.split("/")[-1]))})
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
 
 
-def _delman(row: dict[str, Any], case: Any, where: str) -> Request:
+def _delman_request(row: dict[str, Any], case: Any, place: str) -> Request:
+    """A row of the DELMAN release as a Request."""
     text, subject = row.get("prompt_adv"), row.get("subject")
     if not isinstance(text, str) or "{}" not in text:
-        raise ValueError(f"{where}: the field 'prompt_adv' must hold {{}}, got {text!r}")
+        raise ValueError(f"{place}: the field 'prompt_adv' must hold {{}}, got {text!r}")
     if not isinstance(subject, str) or not subject.strip():
-        raise ValueError(f"{where}: the field 'subject' must be some text, got {subject!r}")
-    pieces = text.removeprefix("Q:").removesuffix("A:").strip().split("{}")
+        raise ValueError(f"{place}: the field 'subject' must be some text, got {subject!r}")
     return Request(
         id=f"delman-{case}",
-        pieces=tuple(pieces),
+        pieces=tuple(text.removeprefix("Q:").removesuffix("A:").strip().split("{}")),
         subject=subject,
         concrete=False,
         safe_target=row.get("target_new"),

@@ -140,7 +140,7 @@ def sweep(
     Raises:
         MemoryError: half a pass does not fit either.
     """
-    samples = len(base.cache[0][0])
+    samples = len(base.key_values[0][0])
     told: dict[int, Tensor] = {}
 
     def measured(some: Sequence[int]) -> None:
@@ -228,7 +228,9 @@ def _grown(
         grow = writes.get(name)
         writes[name] = write if grow is None else _both(grow, write)
     past = _expanded(base, cells, position) if position else ()
-    return forward(model, ids[:, position:], writes=writes, past=past, keep=keep).logits[1:]
+    return forward(
+        model, ids[:, position:], patches=writes, past_key_values=past, logits_to_keep=keep
+    ).logits[1:]
 
 
 def _births(base: ForwardPass, cells: Sequence[PatchCell], position: int) -> dict[str, StateWrite]:
@@ -248,7 +250,7 @@ def _interventions(
     base: ForwardPass, donor: ForwardPass, cells: Sequence[PatchCell], position: int
 ) -> Iterator[tuple[str, StateWrite]]:
     """At each hook that some cells write, put the donor's or the base's states into their rows."""
-    samples = len(base.cache[0][0])
+    samples = len(base.key_values[0][0])
     places: dict[str, list[tuple[int, PatchPoint, ForwardPass]]] = defaultdict(list)
     for i, cell in enumerate(cells):
         for point in cell.points:
@@ -281,11 +283,11 @@ def _both(first: StateWrite, second: StateWrite) -> StateWrite:
 
 def _expanded(base: ForwardPass, cells: Sequence[PatchCell], position: int) -> KeyValues:
     """The prefix of every block, once for each row that is present there."""
-    samples, device = len(base.cache[0][0]), base.cache[0][0].device
+    samples, device = len(base.key_values[0][0]), base.key_values[0][0].device
     every = index_tensor([0, *list(range(samples)) * len(cells)], device)
     births = [cell.birth for cell in cells]  # in order
     expanded = []
-    for layer, (keys, values) in enumerate(base.cache):
+    for layer, (keys, values) in enumerate(base.key_values):
         rows = every[: 1 + samples * bisect_left(births, (layer, True))]
         expanded.append((keys[rows, :, :position], values[rows, :, :position]))
     return tuple(expanded)

@@ -58,7 +58,7 @@ def attribution_patching(
             return lambda state: states.setdefault(name, state.clone())
 
         writes = {EMBEDDING_HOOK: lambda _: start, **{name: kept(name) for name in names}}
-        told = measure(forward(model, rows, writes=writes, keep=keep).logits)
+        told = measure(forward(model, rows, patches=writes, logits_to_keep=keep).logits)
         slopes = [
             torch.autograd.grad(told[:, k].sum(), list(states.values()), retain_graph=k + 1 < told.shape[1])
             for k in range(told.shape[1])

@@ -1,8 +1,11 @@
-"""Runs: what the cells of one prompt are measured from, clean and spoiled, and how many rows fit."""
+"""Clean and corrupted: the two runs of one prompt from which every patch is made, run once and handed on.
 
-from collections.abc import Callable, Mapping, Sequence
+Denoising patches the corrupted run with clean states, noising the clean run with corrupted ones: the run that
+is patched is the base, the run whose states are put in is the donor.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -10,200 +13,242 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.devices import explain_out_of_memory
-from lens_defense.models.forward import ForwardPass, StateWrite, forward, model_device
+from lens_defense.models.forward import ForwardPass, forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import tokenize_answer
-from lens_defense.prompts.prompt import Prompt, Request, UnfitRequest, prompt
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing.activation_patching import Measure, PatchCell, base_hooks, donor_hooks, sweep
 from lens_defense.tracing.attribution_patching import attribution_patching
 from lens_defense.tracing.corruptions import Corruption
 from lens_defense.tracing.metrics import Metric
-from lens_defense.tracing.trace_result import Direction
+from lens_defense.tracing.trace_settings import Direction
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Runs:
-    """What the cells of one prompt are measured from."""
+class SampleRuns:
+    """Some samples of a prompt's runs, as many as fit into memory."""
 
-    ids: Int[Tensor, "1 token"]
-    clean: ForwardPass
     base: ForwardPass
-    """The run that is patched, one row a sample."""
+    """The run that is patched, one row per sample."""
     donor: ForwardPass
     """The run whose states are put in."""
-    embeddings: Float[Tensor, "sample token d_model"]
-    """Of the run that is patched."""
+    base_embeddings: Float[Tensor, "sample token d_model"]
+    corrupted_logits: Float[Tensor, "sample answer vocab"]
 
 
-class Embedded(NamedTuple):
-    """A prompt with its answer, as the first block reads it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class CleanCorrupted:
+    """One prompt with its answer, run clean and with its subject corrupted."""
 
-    clean: Float[Tensor, "1 token d_model"]
-    spoiled: Float[Tensor, "sample token d_model"]
+    prompt: Prompt
+    ids: Int[Tensor, "1 token"]
+    clean_logits: Float[Tensor, "1 answer vocab"]
+    parts: tuple[SampleRuns, ...]
+
+    def metrics(
+        self, metrics: Sequence[Metric]
+    ) -> tuple[Float[Tensor, " metric"], Float[Tensor, "sample metric"]]:
+        """What the metrics read of the clean and of the corrupted prompt."""
+        measure = read_metrics(metrics, self.prompt, self.clean_logits)
+        clean = measure(self.clean_logits)[0].cpu().double()
+        corrupted = [measure(part.corrupted_logits).cpu().double() for part in self.parts]
+        return clean, torch.cat(corrupted)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the states, keys and values that it holds; what is expanded counts once."""
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for part in self.parts
+            for run in (part.base, part.donor)
+            for tensor in (run.logits, *run.states.values(), *(t for pair in run.key_values for t in pair))
+        }
+        return sum(storages.values())
 
 
-def answered(
+def prompts_with_answers(
     model: TransformerBridge,
     requests: Sequence[Request],
     answers: Sequence[str] | None,
+    *,
     answer_tokens: int,
     chat: bool,
 ) -> list[Prompt]:
-    """The prompts, each with the answer that the metric reads."""
-    tokenizer = model.tokenizer
-    prompts = [prompt(tokenizer, item, chat=chat) for item in requests]
+    """The prompts, each with the answer that the metric reads: the known one, or the model's own."""
+    prompts = [tokenize(model.tokenizer, request, chat=chat) for request in requests]
     if answers is not None and len(answers) != len(requests):
         raise ValueError(f"there are {len(requests)} requests and {len(answers)} answers")
-    given = answers or [item.target for item in requests]
-    own = generate(
-        model,
-        [met.ids for met, text in zip(prompts, given, strict=True) if not text],
-        tokens=answer_tokens,
-    )
-    told = iter(own)
+    texts = answers or [request.target for request in requests]
+    unanswered = [prompt.ids for prompt, text in zip(prompts, texts, strict=True) if not text]
+    own_answers = iter(generate(model, unanswered, max_new_tokens=answer_tokens))
+
+    def answer_ids(prompt: Prompt, text: str | None) -> tuple[int, ...]:
+        return tokenize_answer(model.tokenizer, text, chat=prompt.chat) if text else next(own_answers)
+
     return [
-        replace(met, answer=tokenize_answer(tokenizer, text, chat=met.chat) if text else next(told))
-        for met, text in zip(prompts, given, strict=True)
+        replace(prompt, answer_ids=answer_ids(prompt, text))
+        for prompt, text in zip(prompts, texts, strict=True)
     ]
 
 
 @torch.no_grad()
-def embedded(model: TransformerBridge, met: Prompt, corruption: Corruption) -> Embedded:
-    """The embeddings of a prompt and its answer, clean and with the subject spoiled."""
-    clean = forward(model, _ids(model, met), names=[EMBEDDING_HOOK], stop=1).states[EMBEDDING_HOOK]
-    spoiled = corruption(clean[:, : len(met.ids)], met).to(clean)
-    tail = clean[:, len(met.ids) :].expand(len(spoiled), -1, -1)
-    return Embedded(clean, torch.cat([spoiled, tail], 1))
-
-
-@torch.no_grad()
-def ends(
+def run_clean_and_corrupted(
     model: TransformerBridge,
-    met: Prompt,
-    given: Embedded,
-    metrics: Mapping[str, Metric],
-    most: int,
-) -> tuple[Float[Tensor, " reading"], Float[Tensor, "sample reading"]]:
-    """What the metrics read of the clean prompt and of the spoiled one."""
-    clean, spoiled = [], []
-    for part in given.spoiled.split(most):
-        runs = _prepared(model, met, Embedded(given.clean, part), (), "denoising")
-        read = reading(metrics, met, runs.clean.logits)
-        clean.append(read(runs.clean.logits)[0].cpu().double())
-        spoiled.append(read(runs.base.logits).cpu().double())
-    return clean[0], torch.cat(spoiled)
+    prompt: Prompt,
+    corruption: Corruption,
+    cells: Sequence[PatchCell],
+    direction: Direction,
+    *,
+    max_rows: int,
+) -> CleanCorrupted:
+    """Run a prompt with its answer clean, once, and corrupted, one row per sample.
+
+    Args:
+        model: the model.
+        prompt: with its answer.
+        corruption: how the subject is corrupted.
+        cells: the patches to come; their states are captured.
+        direction: which of the two runs is patched.
+        max_rows: samples that run at once.
+    """
+    ids = torch.tensor([[*prompt.ids, *prompt.answer_ids[:-1]]], device=model_device(model))
+    answer_length = len(prompt.answer_ids)
+    denoising = direction == "denoising"
+    to_patch, to_read = base_hooks(cells), donor_hooks(cells)
+    with explain_out_of_memory(f"{ids.shape[1]} tokens"):
+        clean = forward(
+            model,
+            ids,
+            capture=[EMBEDDING_HOOK, *(to_read if denoising else to_patch)],
+            logits_to_keep=answer_length,
+        )
+    clean_embeddings = clean.states[EMBEDDING_HOOK]
+    corrupted = corruption(model, clean_embeddings[:, : len(prompt.ids)], prompt).to(clean_embeddings)
+    answer = clean_embeddings[:, len(prompt.ids) :].expand(len(corrupted), -1, -1)
+    parts = []
+    for embeddings in torch.cat([corrupted, answer], 1).split(max_rows):
+        samples = len(embeddings)
+        with explain_out_of_memory(f"{samples} rows of {ids.shape[1]} tokens"):
+            run = forward(
+                model,
+                ids.expand(samples, -1),
+                capture=to_patch if denoising else to_read,
+                patches={EMBEDDING_HOOK: lambda _, embeddings=embeddings: embeddings},
+                logits_to_keep=answer_length,
+            )
+        if denoising:
+            parts.append(SampleRuns(run, clean, embeddings, run.logits))
+        else:
+            base_embeddings = clean_embeddings.expand(samples, -1, -1)
+            parts.append(SampleRuns(_repeated(clean, samples), run, base_embeddings, run.logits))
+    return CleanCorrupted(prompt, ids, clean.logits, tuple(parts))
+
+
+def measure_cells(
+    model: TransformerBridge,
+    runs: CleanCorrupted,
+    cells: Sequence[PatchCell],
+    metrics: Sequence[Metric],
+    *,
+    exact: bool,
+    max_rows: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Float[Tensor, "cell sample metric"]:
+    """The metrics of every patched run: each cell by a run of its own, or all by one gradient."""
+    measure = read_metrics(metrics, runs.prompt, runs.clean_logits)
+    answer_length, readings = len(runs.prompt.answer_ids), []
+    for part in runs.parts:
+        if exact:
+            with torch.no_grad():
+                readings.append(
+                    sweep(
+                        model, runs.ids, part.base, part.donor, cells, measure,
+                        keep=answer_length, max_rows=max_rows, progress=progress,
+                    )
+                )  # fmt: skip
+        else:
+            rows = f"{len(part.base_embeddings)} rows of {runs.ids.shape[1]} tokens and their gradients"
+            with explain_out_of_memory(rows):
+                readings.append(
+                    attribution_patching(
+                        model, runs.ids, part.base_embeddings, part.donor, cells, measure, keep=answer_length
+                    )
+                )
+    return torch.cat(readings, 1)
 
 
 def refuse_weak(
     prompts: Sequence[Prompt],
-    clean: Sequence[Float[Tensor, " reading"]],
-    corrupted: Sequence[Float[Tensor, "sample reading"]],
-    floor: float,
+    clean: Sequence[Float[Tensor, " metric"]],
+    corrupted: Sequence[Float[Tensor, "sample metric"]],
+    min_difference: float,
 ) -> None:
-    """Effects over a change that is nearly nothing, or not one way in every sample, would be noise.
+    """Refuse prompts whose corruption changes a metric by nearly nothing, or not one way in every sample.
 
     Raises:
         UnfitRequest: names the requests.
     """
-    for k in range(len(clean[0])):
-        least = [_least(one[k] - some[:, k]) for one, some in zip(clean, corrupted, strict=True)]
-        weak = [i for i, value in enumerate(least) if not value >= floor]
+    for metric in range(len(clean[0])):
+        changes = [_least_change(c[metric] - d[:, metric]) for c, d in zip(clean, corrupted, strict=True)]
+        weak = [
+            f"{prompt.request.id} ({change:.3g})"
+            for prompt, change in zip(prompts, changes, strict=True)
+            if not change >= min_difference
+        ]
         if weak:
-            names = ", ".join(f"{prompts[i].request.id} ({least[i]:.3g})" for i in weak)
             raise UnfitRequest(
-                f"spoiling the subject hardly changes the answer to: {names}; the least change is {floor}, "
-                "one way in every sample. "
-                "Leave these requests out, mark the words that matter, or lower floor"
+                f"corrupting the subject hardly changes the answer to: {', '.join(weak)}; a change of "
+                f"{min_difference} is wanted, one way in every sample. Leave these requests out, mark the "
+                "words that matter, or lower min_difference"
             )
 
 
-def _least(differences: Float[Tensor, " sample"]) -> float:
+def _least_change(changes: Float[Tensor, " sample"]) -> float:
     """The least change of all samples; 0 where they do not all go one way."""
-    one_way = bool((differences > 0).all() or (differences < 0).all())
-    return float(differences.abs().min()) if one_way else 0.0
+    one_way = bool((changes > 0).all() or (changes < 0).all())
+    return float(changes.abs().min()) if one_way else 0.0
 
 
-def measured(
-    model: TransformerBridge,
-    met: Prompt,
-    given: Embedded,
-    cells: Sequence[PatchCell],
-    metrics: Mapping[str, Metric],
-    direction: Direction,
-    *,
-    exact: bool,
-    max_bytes: int,
-    progress: Callable[[int], object] = lambda _: None,
-) -> Float[Tensor, "cell sample reading"]:
-    """The cells of one prompt: each by a run of its own, or all by one gradient; some samples at once."""
-    most, keep, told = rows_within(model, met, max_bytes, exact=exact), len(met.answer), []
-    for part in given.spoiled.split(most):
-        runs = _prepared(model, met, Embedded(given.clean, part), cells, direction)
-        read = reading(metrics, met, runs.clean.logits)
-        if exact:
-            with torch.no_grad():
-                told.append(
-                    sweep(
-                        model, runs.ids, runs.base, runs.donor, cells, read,
-                        keep=keep, max_rows=most, progress=progress,
-                    )
-                )  # fmt: skip
-        else:
-            with explain_out_of_memory(f"{len(part)} rows of {runs.ids.shape[1]} tokens and their gradients"):
-                told.append(
-                    attribution_patching(model, runs.ids, runs.embeddings, runs.donor, cells, read, keep=keep)
-                )
-    return torch.cat(told, 1)
-
-
-@torch.no_grad()
-def _prepared(
-    model: TransformerBridge, met: Prompt, given: Embedded, cells: Sequence[PatchCell], direction: Direction
-) -> Runs:
-    """The prompt with its answer, clean and spoiled; the run that is patched has one row a sample."""
-    ids, keep, (clean_embeddings, spoiled) = _ids(model, met), len(met.answer), given
-    every = ids.expand(len(spoiled), -1)
-    writes: dict[str, StateWrite] = {EMBEDDING_HOOK: lambda _: spoiled}
-    names = base_hooks(cells), donor_hooks(cells)
-    with explain_out_of_memory(f"{len(spoiled)} rows of {ids.shape[1]} tokens"):
-        if direction == "denoising":
-            clean = forward(model, ids, names=names[1], keep=keep)
-            base = forward(model, every, names=names[0], writes=writes, keep=keep)
-            return Runs(ids, clean, base, clean, spoiled)
-        clean = forward(model, every, names=names[0], keep=keep)
-        donor = forward(model, every, names=names[1], writes=writes, keep=keep)
-    return Runs(ids, clean, clean, donor, clean_embeddings.expand(len(spoiled), -1, -1))
-
-
-def _ids(model: TransformerBridge, met: Prompt) -> Int[Tensor, "1 token"]:
-    return torch.tensor([[*met.ids, *met.answer[:-1]]], device=model_device(model))
-
-
-def reading(metrics: Mapping[str, Metric], met: Prompt, clean: Tensor) -> Measure:
+def read_metrics(metrics: Sequence[Metric], prompt: Prompt, clean_logits: Tensor) -> Measure:
     """All metrics as the columns of one measure; logits of half precision are read in single."""
 
     def precise(logits: Tensor) -> Tensor:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     return lambda logits: torch.stack(
-        [read(precise(logits), met, precise(clean[:1])) for read in metrics.values()], 1
+        [metric(precise(logits), prompt, precise(clean_logits)) for metric in metrics], 1
     )
 
 
-def width_of(met: Prompt) -> int:
+def tokens_run(prompt: Prompt) -> int:
     """Tokens of a prompt and its answer, but the answer's last."""
-    return len(met.ids) + len(met.answer) - 1
+    return len(prompt.ids) + len(prompt.answer_ids) - 1
 
 
-def rows_within(model: TransformerBridge, met: Prompt, max_bytes: int, *, exact: bool = True) -> int:
+def rows_that_fit(model: TransformerBridge, prompt: Prompt, max_bytes: int, *, exact: bool = True) -> int:
     """How many rows fit: their cache, attention scores, MLP states and logits, twice over.
 
     A gradient keeps the states of every layer, an exact pass those of one.
     """
-    cfg, width = model.cfg, width_of(met)
+    cfg, tokens = model.cfg, tokens_run(prompt)
     d_mlp = cfg.d_mlp or 4 * cfg.d_model
-    wide = width * (4 * cfg.d_model + 3 * d_mlp) + cfg.n_heads * width * width
-    cached = 2 * cfg.n_layers * width * cfg.n_heads * cfg.d_head
-    row = 8 * (wide * (1 if exact else cfg.n_layers) + cached + len(met.answer) * cfg.d_vocab)
-    return max(1, max_bytes // row)
+    states = tokens * (4 * cfg.d_model + 3 * d_mlp) + cfg.n_heads * tokens * tokens
+    cache = 2 * cfg.n_layers * tokens * cfg.n_heads * cfg.d_head
+    logits = len(prompt.answer_ids) * cfg.d_vocab
+    row_bytes = 8 * (states * (1 if exact else cfg.n_layers) + cache + logits)
+    return max(1, max_bytes // row_bytes)
+
+
+def _repeated(run: ForwardPass, rows: int) -> ForwardPass:
+    """A run of one row as one of many, without copying it."""
+
+    def expand(tensor: Tensor) -> Tensor:
+        return tensor.expand(rows, *tensor.shape[1:])
+
+    return ForwardPass(
+        logits=expand(run.logits),
+        states={name: expand(state) for name, state in run.states.items()},
+        key_values=tuple((expand(keys), expand(values)) for keys, values in run.key_values),
+    )

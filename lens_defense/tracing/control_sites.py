@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lens_defense.prompts.prompt import Role
+from lens_defense.prompts.request import Role
 from lens_defense.sites import Site
 
 

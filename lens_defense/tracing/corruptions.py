@@ -1,14 +1,13 @@
-"""How the subject is taken out of a prompt: noise on its embeddings, ablation, or another subject.
+"""Corruptions: how the subject is taken out of a prompt, as values that carry their samples and their seed.
 
-A Corruption is any callable (clean embeddings [1, token, d_model], Prompt) -> [sample, token,
-d_model], the same prompt with its subject spoiled, once a sample.
+A Corruption is any callable (model, clean embeddings [1, token, d_model], Prompt) -> [sample, token, d_model]:
+the embeddings of the same prompt with its subject corrupted, one row per sample.
 """
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,156 +15,188 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.forward import forward, model_device
-from lens_defense.prompts.prompt import Prompt, UnfitRequest, prompt, request
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import UnfitRequest, request
 from lens_defense.sites import EMBEDDING_HOOK
 
+CleanEmbeddings = Float[Tensor, "1 token d_model"]
 Embeddings = Float[Tensor, "sample token d_model"]
-Corruption = Callable[[Float[Tensor, "1 token d_model"], Prompt], Embeddings]
+Corruption = Callable[[TransformerBridge, CleanEmbeddings, Prompt], Embeddings]
 
 
-def noise(model: TransformerBridge, *, scale: float = 3.0, samples: int = 3, seed: int = 0) -> Corruption:
-    """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, section 2.1).
+@dataclass(frozen=True, slots=True)
+class GaussianNoise:
+    """Gaussian noise on the embeddings of the subject's tokens (Meng et al. 2022, section 2.1)."""
 
-    Args:
-        model: gives the unit: the standard deviation of the whole embedding matrix, as the model scales it
-            (gemma's by the root of its width).
-        scale: in these units; ROME's tracer takes 3.
-        samples: how many draws a request.
-        seed: with the request's text it fixes the draws, whatever else is traced.
-    """
-    deviation = float(model.embed.weight.detach().float().std())
+    scale: float = 3.0
+    """In standard deviations of the whole embedding matrix, as the model scales it; ROME takes 3."""
+    samples: int = 3
+    """Draws per request."""
+    seed: int = 0
+    """With the request's text it fixes the draws, whatever else is traced."""
 
-    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
-        where = list(met.corrupted)
-        shape = (samples, len(where), embeddings.shape[-1])
-        unit = deviation * _scale(model, embeddings, met)
-        draw = torch.randn(shape, generator=_generator(seed, met)) * (unit * scale)
-        out = embeddings.repeat(samples, 1, 1)
-        out[:, where] += draw.to(out)
-        return out
+    def __post_init__(self) -> None:
+        _refuse_no_samples(self.samples)
 
-    corrupt.__name__ = f"noise of {scale:g} standard deviations, seed {seed}"
-    return corrupt
+    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        positions = list(prompt.subject_positions)
+        shape = (self.samples, len(positions), clean.shape[-1])
+        deviation = float(model.embed.weight.detach().float().std()) * _embedding_scale(model, clean, prompt)
+        noise = torch.randn(shape, generator=_generator(self.seed, prompt)) * (deviation * self.scale)
+        corrupted = clean.repeat(self.samples, 1, 1)
+        corrupted[:, positions] += noise.to(corrupted)
+        return corrupted
+
+    def __str__(self) -> str:
+        return f"noise of {self.scale:g} standard deviations, {self.samples} samples, seed {self.seed}"
 
 
-def ablation(
-    model: TransformerBridge,
-    how: Literal["zero", "mean", "resample"] = "mean",
-    *,
-    samples: int = 3,
-    seed: int = 0,
-) -> Corruption:
-    """The subject's embeddings put to nothing, to the vocabulary's mean, or to those of random tokens.
+@dataclass(frozen=True, slots=True)
+class ZeroAblation:
+    """The subject's embeddings set to zero: one sample."""
 
-    Args:
-        model: gives the embedding matrix.
-        how: "zero" and "mean" give one sample; "resample" draws tokens of the vocabulary.
-        samples: how many draws a request, for "resample".
-        seed: with the request's text it fixes the draws.
-    """
-    if how not in ("zero", "mean", "resample"):
-        raise ValueError(f"how must be zero, mean or resample, got {how!r}")
+    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        corrupted = clean.clone()
+        corrupted[:, list(prompt.subject_positions)] = 0
+        return corrupted
 
-    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
+    def __str__(self) -> str:
+        return "zero ablation"
+
+
+@dataclass(frozen=True, slots=True)
+class MeanAblation:
+    """The subject's embeddings set to the mean of the vocabulary's: one sample."""
+
+    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        mean = model.embed.weight.detach().mean(0) * _embedding_scale(model, clean, prompt)
+        corrupted = clean.clone()
+        corrupted[:, list(prompt.subject_positions)] = mean.to(corrupted)
+        return corrupted
+
+    def __str__(self) -> str:
+        return "mean ablation"
+
+
+@dataclass(frozen=True, slots=True)
+class ResampleAblation:
+    """The subject's embeddings replaced by those of random tokens of the vocabulary."""
+
+    samples: int = 3
+    """Draws per request."""
+    seed: int = 0
+    """With the request's text it fixes the draws."""
+
+    def __post_init__(self) -> None:
+        _refuse_no_samples(self.samples)
+
+    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
         matrix = model.embed.weight.detach()
-        where = list(met.corrupted)
-        out = embeddings.repeat(samples if how == "resample" else 1, 1, 1)
-        if how == "resample":
-            drawn = torch.randint(len(matrix), (samples, len(where)), generator=_generator(seed, met))
-            scale = _scale(model, embeddings, met)
-            out[:, where] = (matrix[drawn.to(matrix.device)] * scale).to(out)
-        else:
-            out[:, where] = 0 if how == "zero" else (matrix.mean(0) * _scale(model, embeddings, met)).to(out)
-        return out
+        positions = list(prompt.subject_positions)
+        shape = (self.samples, len(positions))
+        tokens = torch.randint(len(matrix), shape, generator=_generator(self.seed, prompt))
+        embeddings = matrix[tokens.to(matrix.device)] * _embedding_scale(model, clean, prompt)
+        corrupted = clean.repeat(self.samples, 1, 1)
+        corrupted[:, positions] = embeddings.to(corrupted)
+        return corrupted
 
-    corrupt.__name__ = f"{how} ablation" + (f", seed {seed}" if how == "resample" else "")
-    return corrupt
+    def __str__(self) -> str:
+        return f"resample ablation, {self.samples} samples, seed {self.seed}"
 
 
-def _scale(model: TransformerBridge, embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> float:
-    """What the model multiplies its embedding matrix by (gemma's root of the width, else 1)."""
-    where = list(met.corrupted)
-    own = model.embed.weight.detach()[[met.ids[at] for at in where]].double()
-    return float(embeddings[0, where].detach().double().norm() / own.norm().clamp(min=1e-12))
+@dataclass(frozen=True, slots=True)
+class TokenReplacement:
+    """Symmetric token replacement: a harmless subject of the same token length (Zhang & Nanda 2024)."""
 
+    samples: int = 1
+    """Replacements per request."""
+    subjects: Sequence[str] = ()
+    """What to choose from; empty takes the request's `counterfactual` or, without one, the package's list."""
 
-def _generator(seed: int, met: Prompt) -> torch.Generator:
-    return torch.Generator().manual_seed(seed + zlib.crc32(met.request.text.encode()))
+    def __post_init__(self) -> None:
+        _refuse_no_samples(self.samples)
 
-
-def replacement(model: TransformerBridge, *, samples: int = 1, subjects: Sequence[str] = ()) -> Corruption:
-    """Symmetric token replacement: a harmless subject of the same token length (Zhang & Nanda 2024).
-
-    Args:
-        model: gives the embeddings.
-        samples: how many replacements a request.
-        subjects: what to choose from; empty takes the request's counterfactual or, without one, the
-            package's list of harmless subjects.
-    """
-
-    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
-        given = met.request.counterfactual
-        choice = subjects or ([given] if given else harmless_subjects())
-        rows = list(_same_length(model, met, choice, samples))
-        if len(rows) < samples:
+    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        counterfactual = prompt.request.counterfactual
+        subjects = self.subjects or ([counterfactual] if counterfactual else harmless_subjects())
+        rows = _same_length_prompts(model, prompt, subjects, self.samples)
+        if len(rows) < self.samples:
             raise UnfitRequest(
-                f"request {met.request.id!r}: {len(rows)} of {len(choice)} subjects have the token "
-                f"length of {met.request.subject!r}, and {samples} are wanted; give the request a "
+                f"request {prompt.request.id!r}: {len(rows)} of {len(subjects)} subjects have the token "
+                f"length of {prompt.request.subject!r}, and {self.samples} are wanted; give the request a "
                 "counterfactual of that length, or ask for fewer samples"
             )
-        ids = torch.tensor(rows, device=model_device(model))
-        with torch.no_grad():
-            return forward(model, ids, names=[EMBEDDING_HOOK], stop=1).states[EMBEDDING_HOOK].to(embeddings)
+        return _embed(model, rows).to(clean)
 
-    corrupt.__name__ = "token replacement"
-    return corrupt
+    def __str__(self) -> str:
+        return f"token replacement, {self.samples} samples"
 
 
-def counterfactual(model: TransformerBridge, texts: Mapping[str, str]) -> Corruption:
-    """The whole prompt replaced by a given one of the same token length, whatever differs in it.
+@dataclass(frozen=True, slots=True)
+class CounterfactualPrompt:
+    """The whole prompt replaced by another one of the same token length, whatever differs in it."""
 
-    Args:
-        model: gives the embeddings.
-        texts: the other request's text, by the id of each request.
-    """
+    texts: Mapping[str, str]
+    """The other request's text, by the id of each request."""
 
-    def corrupt(embeddings: Float[Tensor, "1 token d_model"], met: Prompt) -> Embeddings:
-        text = texts.get(met.request.id)
+    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        text = self.texts.get(prompt.request.id)
         if text is None:
-            raise UnfitRequest(f"request {met.request.id!r} has no counterfactual prompt; give it a text")
-        other = prompt(model.tokenizer, request(text, id=met.request.id), chat=met.chat)
-        if len(other.ids) != len(met.ids):
+            raise UnfitRequest(f"request {prompt.request.id!r} has no counterfactual prompt; give it a text")
+        other = tokenize(model.tokenizer, request(text, id=prompt.request.id), chat=prompt.chat)
+        if len(other.ids) != len(prompt.ids):
             raise UnfitRequest(
-                f"request {met.request.id!r} has {len(met.ids)} tokens and its counterfactual prompt "
+                f"request {prompt.request.id!r} has {len(prompt.ids)} tokens and its counterfactual prompt "
                 f"{len(other.ids)}; give one of the same length"
             )
-        ids = torch.tensor([other.ids], device=model_device(model))
-        with torch.no_grad():
-            return forward(model, ids, names=[EMBEDDING_HOOK], stop=1).states[EMBEDDING_HOOK].to(embeddings)
+        return _embed(model, [other.ids]).to(clean)
 
-    corrupt.__name__ = "counterfactual prompt"
-    return corrupt
+    def __str__(self) -> str:
+        return "counterfactual prompt"
 
 
 def harmless_subjects() -> list[str]:
     """The package's list of harmless things to put in a subject's place."""
     text = files("lens_defense").joinpath("data/harmless_subjects.txt").read_text("utf-8")
-    return text.split("\n")[: text.count("\n")]
+    return text.removesuffix("\n").split("\n")
 
 
-def _same_length(
-    model: TransformerBridge, met: Prompt, subjects: Sequence[str], samples: int
+def _refuse_no_samples(samples: int) -> None:
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+
+
+@torch.no_grad()
+def _embed(model: TransformerBridge, rows: Sequence[Sequence[int]]) -> Embeddings:
+    ids = torch.tensor(rows, device=model_device(model))
+    return forward(model, ids, capture=[EMBEDDING_HOOK], stop_at_layer=1).states[EMBEDDING_HOOK]
+
+
+def _embedding_scale(model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> float:
+    """What the model multiplies its embedding matrix by (gemma's root of the width, else 1)."""
+    positions = list(prompt.subject_positions)
+    rows = model.embed.weight.detach()[[prompt.ids[position] for position in positions]].double()
+    return float(clean[0, positions].detach().double().norm() / rows.norm().clamp(min=1e-12))
+
+
+def _generator(seed: int, prompt: Prompt) -> torch.Generator:
+    return torch.Generator().manual_seed(seed + zlib.crc32(prompt.request.text.encode()))
+
+
+def _same_length_prompts(
+    model: TransformerBridge, prompt: Prompt, subjects: Sequence[str], samples: int
 ) -> list[tuple[int, ...]]:
     """Token ids of the prompt with other subjects, where no other token moves."""
     rows: list[tuple[int, ...]] = []
-    fixed = [i for i in range(len(met.ids)) if i not in met.corrupted]
+    unchanged = [i for i in range(len(prompt.ids)) if i not in prompt.subject_positions]
     for subject in subjects:
         try:
-            other = prompt(model.tokenizer, replace(met.request, subject=subject), chat=met.chat)
+            other = tokenize(model.tokenizer, replace(prompt.request, subject=subject), chat=prompt.chat)
         except ValueError:  # this candidate's edge falls inside a token: it does not fit
             continue
-        aligned = len(other.ids) == len(met.ids) and other.subjects == met.subjects
-        if aligned and other.ids not in (met.ids, *rows) and all(other.ids[i] == met.ids[i] for i in fixed):
+        aligned = len(other.ids) == len(prompt.ids) and other.subject_spans == prompt.subject_spans
+        same_text = aligned and all(other.ids[i] == prompt.ids[i] for i in unchanged)
+        if same_text and other.ids not in (prompt.ids, *rows):
             rows.append(other.ids)
         if len(rows) == samples:
             break

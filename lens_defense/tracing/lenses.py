@@ -18,10 +18,11 @@ from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_answer
-from lens_defense.prompts.prompt import Prompt, Request, prompt, validated_requests
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import Request, validated_requests
 from lens_defense.sites import component_hook
-from lens_defense.tracing.clean_corrupted import answered
-from lens_defense.tracing.trace_result import Trace
+from lens_defense.tracing.clean_corrupted import prompts_with_answers
+from lens_defense.tracing.site_map import ScoreMap
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def logit_lens(
     *,
     answers: Sequence[str] | None = None,
     chat: bool = True,
-) -> Trace:
+) -> ScoreMap:
     """What every state would say if the model stopped there: the logit lens (nostalgebraist 2020).
 
     A cell is the probability of the answer's first token, read from the residual stream after a layer at a
@@ -46,11 +47,11 @@ def logit_lens(
     Raises:
         ValueError: a request without a subject, or of the split "check".
     """
-    prompts = answered(model, validated_requests(requests), answers, 1, chat)
+    prompts = prompts_with_answers(model, validated_requests(requests), answers, answer_tokens=1, chat=chat)
     told = []
     for met in prompts:
         ids = torch.tensor([met.ids], device=model_device(model))
-        read = readout(model, ids, positions=None, targets=[met.answer[0]], return_type="probs")
+        read = readout(model, ids, positions=None, targets=[met.answer_ids[0]], return_type="probs")
         told.append(read.values[1:, 0, :, 0])  # entry 0 is the embeddings
     return _map(model, prompts, told, "the logit lens: probability of the first token")
 
@@ -64,7 +65,7 @@ def toxic_layers(
     answers: Sequence[str] | None = None,
     answer_tokens: int = 8,
     chat: bool = True,
-) -> Trace:
+) -> ScoreMap:
     """How far the states of a safe and of an unsafe answer lie apart, layer by layer (DINM's toxic layer).
 
     ||h_unsafe - h_safe|| of the residual stream at the last token of prompt and answer, over its largest in
@@ -82,20 +83,22 @@ def toxic_layers(
     Raises:
         ValueError: a request without a subject, or of the split "check"; the model's answer is the safe one.
     """
-    prompts = answered(model, validated_requests(requests), answers, answer_tokens, chat)
+    prompts = prompts_with_answers(
+        model, validated_requests(requests), answers, answer_tokens=answer_tokens, chat=chat
+    )
     hooks = [component_hook("resid_post", layer) for layer in range(model.cfg.n_layers)]
     told = []
     for met in prompts:
         wanted = tokenize_answer(model.tokenizer, safe, chat=met.chat)[:answer_tokens]
-        if tuple(wanted) == met.answer[: len(wanted)]:
+        if tuple(wanted) == met.answer_ids[: len(wanted)]:
             raise ValueError(
                 f"the answer to {met.request.id!r} is the safe one already; leave the request out, or "
                 "give an unsafe answer"
             )
         ends = []
-        for answer in (met.answer[:answer_tokens], wanted):
+        for answer in (met.answer_ids[:answer_tokens], wanted):
             ids = torch.tensor([[*met.ids, *answer]], device=model_device(model))
-            held = forward(model, ids, names=hooks).states
+            held = forward(model, ids, capture=hooks).states
             ends.append(torch.stack([held[hook][0, -1] for hook in hooks]).double())
         apart = (ends[0] - ends[1]).norm(dim=1)
         told.append(_at_last(apart / apart.max(), met))
@@ -112,7 +115,7 @@ def safety_layers(
     tokens: int = 12,
     chat: bool = True,
     progress: bool = True,
-) -> Trace:
+) -> ScoreMap:
     """Which layers a refusal needs: 1 where it is gone without them (LED's first step).
 
     `width` layers from each on are passed over, and the request is asked again; Zhao et al. 2024,
@@ -132,10 +135,10 @@ def safety_layers(
     Raises:
         ValueError: a request without a subject, of the split "check", or not refused by the model.
     """
-    prompts = [prompt(model.tokenizer, item, chat=chat) for item in validated_requests(requests)]
+    prompts = [tokenize(model.tokenizer, item, chat=chat) for item in validated_requests(requests)]
 
     def refused() -> list[bool]:
-        told = generate(model, [met.ids for met in prompts], tokens=tokens)
+        told = generate(model, [met.ids for met in prompts], max_new_tokens=tokens)
         texts = (decode_answer(model.tokenizer, answer) for answer in told)
         return [judge(met.request.text, text) == "refusal" for met, text in zip(prompts, texts, strict=True)]
 
@@ -172,26 +175,21 @@ def _at_last(values: Float[Tensor, " layer"], met: Prompt) -> Float[Tensor, "lay
 def _map(
     model: TransformerBridge,
     prompts: Sequence[Prompt],
-    told: Sequence[Float[Tensor, "layer _"]],
-    measure: str,
-) -> Trace:
-    """Shares as a Trace: nothing is spoiled, so clean is 1 and corrupted 0."""
-    width, n = max(len(met.ids) for met in prompts), len(prompts)
-    patched = torch.full((n, 1, model.cfg.n_layers, width, 1), float("nan"), dtype=torch.float64)
-    for r, values in enumerate(told):
-        patched[r, 0, :, : values.shape[1], 0] = values.double().cpu()
-    return Trace(
+    scores_by_prompt: Sequence[Float[Tensor, "layer _"]],
+    quantity: str,
+) -> ScoreMap:
+    """The scores of each prompt's positions as one map."""
+    width, n_layers = max(len(prompt.ids) for prompt in prompts), model.cfg.n_layers
+    scores = torch.full((len(prompts), 1, n_layers, width), float("nan"), dtype=torch.float64)
+    for r, values in enumerate(scores_by_prompt):
+        scores[r, 0, :, : values.shape[1]] = values.double().cpu()
+    return ScoreMap(
         prompts=tuple(prompts),
         components=("resid_post",),
-        layers=tuple(range(model.cfg.n_layers)),
-        patched=patched,
-        clean=torch.ones(n, dtype=torch.float64),
-        corrupted=torch.zeros(n, 1, dtype=torch.float64),
-        answers=tuple(first_dozen_words(model.tokenizer.decode(list(met.answer))) for met in prompts),
-        window=1,
-        seed=0,
+        layers=tuple(range(n_layers)),
         model=str(model.cfg.model_name),
-        model_layers=model.cfg.n_layers,
+        model_layers=n_layers,
         fingerprint=weights_fingerprint(model),
-        measure=measure,
+        scores=scores,
+        quantity=quantity,
     )

@@ -6,16 +6,16 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from lens_defense.prompts.prompt import Role
+from lens_defense.prompts.request import Role
 from lens_defense.sites import Component, Site
 from lens_defense.tracing.map_statistics import significance
-from lens_defense.tracing.trace_result import RoleMean, Trace
+from lens_defense.tracing.site_map import RoleMean, SiteMap
 
 Rule = Literal["band", "cells", "threshold", "significant"]
 
 
 def locate(
-    trace: Trace,
+    trace: SiteMap,
     k: int = 5,
     *,
     by: Rule = "band",
@@ -59,7 +59,7 @@ def locate(
         raise ValueError(f"by must be one of {', '.join(get_args(Rule))}, got {by!r}")
     means = [
         mean
-        for mean in trace.role_effects()
+        for mean in trace.role_means()
         if mean.role not in _NO_SITE and (roles is None or mean.role in roles)
     ]
     if by != "band":

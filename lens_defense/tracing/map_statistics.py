@@ -8,16 +8,17 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lens_defense.prompts.prompt import Role
+from lens_defense.prompts.request import Role
 from lens_defense.sites import Component
 from lens_defense.statistics import false_discovery, rank_correlation, sign_flip_p_values
+from lens_defense.tracing.site_map import ScoreMap, SiteMap
 from lens_defense.tracing.trace_result import Trace
 
 Address = tuple[Component, Role, int]
 """Component, role and layer of a mean effect."""
 
 
-def significance(trace: Trace, *, seed: int = 0) -> pd.DataFrame:
+def significance(trace: SiteMap, *, seed: int = 0) -> pd.DataFrame:
     """How likely each mean effect is by chance: signs of the requests' effects flipped, a subject's together.
 
     Returns:
@@ -28,8 +29,8 @@ def significance(trace: Trace, *, seed: int = 0) -> pd.DataFrame:
     Raises:
         ValueError: the cells are no effects, which by chance would have either sign (lenses.py).
     """
-    if trace.measure:
-        raise ValueError(f"these cells are {trace.measure}, never negative: no sign tells them from chance")
+    if isinstance(trace, ScoreMap):
+        raise ValueError(f"these cells are {trace.quantity}, never negative: no sign tells them from chance")
     addresses, values = request_effects(trace)
     p_values = sign_flip_p_values(np.nan_to_num(values), trace.subjects, seed=seed)
     rows = [
@@ -41,7 +42,7 @@ def significance(trace: Trace, *, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=pd.Index(["component", "role", "layer", "effect", "n", "p", "q"]))
 
 
-def reliability(trace: Trace, *, splits: int = 200, seed: int = 0) -> tuple[float, tuple[float, float]]:
+def reliability(trace: SiteMap, *, splits: int = 200, seed: int = 0) -> tuple[float, tuple[float, float]]:
     """Correlation of the maps of two random halves of the subjects, stepped up to all of them.
 
     Stepped up by Spearman's and Brown's formula, 2 r / (1 + r). Halves that agree no better than chance
@@ -71,7 +72,7 @@ def reliability(trace: Trace, *, splits: int = 200, seed: int = 0) -> tuple[floa
     return float(middle), (float(low), float(high))
 
 
-def agreement(estimate: Trace, measured: Trace, *, k: int = 10) -> tuple[float, float]:
+def agreement(estimate: SiteMap, measured: SiteMap, *, k: int = 10) -> tuple[float, float]:
     """How far one map is like another of the same requests and cells.
 
     Cells of the first that were verified count by their estimate.
@@ -97,15 +98,15 @@ def agreement(estimate: Trace, measured: Trace, *, k: int = 10) -> tuple[float, 
     return rho, float(np.mean(shares))
 
 
-def _estimated(trace: Trace) -> Float[Tensor, "request component layer position"]:
+def _estimated(trace: SiteMap) -> Float[Tensor, "request component layer position"]:
     """The effects, those that were measured after all as they had been estimated."""
     effects = trace.effects.clone()
-    for cell, estimate, _ in trace.verified:
+    for cell, estimate, _ in trace.verified if isinstance(trace, Trace) else ():
         effects[cell] = estimate
     return effects
 
 
-def request_effects(trace: Trace) -> tuple[list[Address], NDArray[np.float64]]:
+def request_effects(trace: SiteMap) -> tuple[list[Address], NDArray[np.float64]]:
     """Every request's effect at every address, [request, address]; NaN where it lacks the role."""
     effects = trace.effects.numpy()
     sums: dict[Address, NDArray[np.float64]] = defaultdict(lambda: np.zeros((2, len(effects))))

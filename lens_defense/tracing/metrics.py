@@ -21,14 +21,14 @@ Metric = Callable[[Logits, Prompt, Clean], Float[Tensor, " row"]]
 
 def answer_logprob(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
     """Log probability of the whole answer, summed over its tokens, in nats."""
-    answer = index_tensor(prompt.answer, logits.device).expand(len(logits), -1)
+    answer = index_tensor(prompt.answer_ids, logits.device).expand(len(logits), -1)
     told = logits.gather(-1, answer[..., None])[..., 0]
     return (told - logits.logsumexp(-1)).sum(-1)
 
 
 def answer_probability(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
     """Probability of the answer's first token, ROME's metric for facts."""
-    return logits[:, 0].softmax(-1)[:, prompt.answer[0]]
+    return logits[:, 0].softmax(-1)[:, prompt.answer_ids[0]]
 
 
 def kl_to_clean(logits: Logits, _prompt: Prompt, clean: Clean) -> Float[Tensor, " row"]:
@@ -42,7 +42,7 @@ def logit_diff(model: TransformerBridge, against: str) -> Metric:
 
     def metric(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
         other = tokenize_answer(model.tokenizer, against, chat=prompt.chat)[0]
-        return logits[:, 0, prompt.answer[0]] - logits[:, 0, other]
+        return logits[:, 0, prompt.answer_ids[0]] - logits[:, 0, other]
 
     metric.__name__ = f"answer_difference against {against!r}"
     return metric

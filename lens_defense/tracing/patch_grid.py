@@ -1,121 +1,97 @@
-"""Grids: which interventions make a storage-site map, and where each stands in it."""
+"""The grid of a map: which patches make it, and where each one stands in it."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.prompts.prompt import READING_ORDER, Prompt, Role
-from lens_defense.sites import COMPONENTS, Component, head_index
+from lens_defense.prompts.prompt import Prompt
+from lens_defense.sites import COMPONENTS, Component
 from lens_defense.tracing.activation_patching import PatchCell, PatchPoint
+from lens_defense.tracing.trace_settings import TraceSettings
 
 PatchGrid = dict[tuple[int, int, int], PatchCell]
 """Cells by component, layer and position, each an index of the map's axis."""
 
 
 def resolve_components(model: TransformerBridge, components: Sequence[Component]) -> tuple[Component, ...]:
-    """The components of a map by name, "z" spelled out.
+    """The components of a map by name, with "z" spelled out as every head.
 
     Raises:
         ValueError: there are none, or one that no model has or that this model has not.
     """
-    number = model.cfg.n_heads
-    every = [
-        name for one in components for name in ([f"z.{h}" for h in range(number)] if one == "z" else [one])
-    ]
-    heads = [head_index(name) for name in every]
-    known = [
-        name in COMPONENTS or (head is not None and head < number)
-        for name, head in zip(every, heads, strict=True)
-    ]
-    if not every or not all(known):
+    heads = [f"z.{head}" for head in range(model.cfg.n_heads)]
+    names = [name for component in components for name in (heads if component == "z" else [component])]
+    if not names or not set(names) <= {*COMPONENTS, *heads}:
         raise ValueError(
-            f"components must be of {(*COMPONENTS, 'z')} or 'z.0' to 'z.{number - 1}', got {components!r}"
+            f"components must be of {(*COMPONENTS, 'z')} or 'z.0' to '{heads[-1]}', got {components!r}"
         )
-    return tuple(dict.fromkeys(every))
+    return tuple(dict.fromkeys(names))
 
 
-def resolve_layers(layers: Sequence[int] | int | Literal["all"] | None, depth: int) -> tuple[int, ...]:
+def resolve_layers(layers: Sequence[int] | int | Literal["all"] | None, n_layers: int) -> tuple[int, ...]:
     """The layers of a map; None takes at most twelve.
 
     Raises:
         ValueError: a layer that the model has not.
     """
-    if layers is None:
-        layers = -(-depth // 12)
-    rows = range(depth) if layers == "all" else layers
-    rows = range(0, depth, rows) if isinstance(rows, int) and rows > 0 else rows
-    if isinstance(rows, int | str) or not rows or not set(rows) <= set(range(depth)):
-        raise ValueError(f"layers must be 'all', a stride or layers 0 to {depth - 1}, got {layers!r}")
-    return tuple(sorted(set(rows)))
-
-
-def resolve_roles(positions: Sequence[Role] | Literal["all"]) -> tuple[Role, ...]:
-    """The roles of a map.
-
-    Raises:
-        ValueError: a role that does not exist.
-    """
-    roles = READING_ORDER if positions == "all" else tuple(positions)
-    if (isinstance(positions, str) and positions != "all") or not set(roles) <= set(READING_ORDER):
-        raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {positions!r}")
-    return roles
+    stride = -(-n_layers // 12) if layers is None else 1 if layers == "all" else layers
+    chosen = range(0, n_layers, stride) if isinstance(stride, int) and stride > 0 else stride
+    if isinstance(chosen, int | str) or not chosen or not set(chosen) <= set(range(n_layers)):
+        raise ValueError(f"layers must be 'all', a stride or layers 0 to {n_layers - 1}, got {layers!r}")
+    return tuple(sorted(set(chosen)))
 
 
 def patch_grid(
-    met: Prompt,
+    prompt: Prompt,
     components: Sequence[Component],
     layers: Sequence[int],
-    roles: Sequence[Role],
-    window: int,
-    depth: int,
+    settings: TraceSettings,
     *,
-    severed: Component | None = None,
+    n_layers: int,
     parallel: bool = False,
-    together: bool = False,
 ) -> PatchGrid:
     """The cells of one prompt, and where each goes in the map.
 
     Args:
-        met: the prompt.
+        prompt: the prompt.
         components: of the map, by name.
         layers: of the map.
-        roles: whose tokens are patched, one at a time.
-        window: layers that are patched at once, for MLP and attention outputs.
-        depth: the model's number of layers.
-        severed: what is held wherever it is computed after the first state that is patched, at the same
-            tokens, and is not patched itself.
+        settings: which roles are patched, together or one token at a time; the window; what is severed.
+        n_layers: of the model.
         parallel: whether a block's MLP and attention read the same state, so that neither is the later.
-        together: patch all of the tokens in one cell, which stands at the last of them.
     """
 
     def cell(component: Component, layer: int, positions: Sequence[int]) -> PatchCell:
-        written = _window(component, layer, window, depth)
-        held = range(_first_after(component, written[0], severed, parallel), depth) if severed else ()
-        kept = [at for at in held if component != severed or at not in written]
-        return PatchCell(
-            tuple(PatchPoint(component, at, t) for at in written for t in positions),
-            tuple(PatchPoint(severed or "", at, t) for at in kept for t in positions),
-        )
+        patched = _window(component, layer, settings.window, n_layers)
+        severed: list[PatchPoint] = []
+        if settings.severed:
+            first = _first_later_layer(component, patched[0], settings.severed, parallel)
+            held = [at for at in range(first, n_layers) if component != settings.severed or at not in patched]
+            severed = [PatchPoint(settings.severed, at, position) for at in held for position in positions]
+        points = tuple(PatchPoint(component, at, position) for at in patched for position in positions)
+        return PatchCell(points, tuple(severed))
 
-    tokens = [t for t, role in enumerate(met.roles) if role in roles]
-    places = {tokens[-1]: tokens} if together and tokens else {t: [t] for t in tokens}
+    tokens = [position for position, role in enumerate(prompt.roles) if role in settings.roles]
+    groups = {position: [position] for position in tokens}
+    if settings.together and tokens:
+        groups = {tokens[-1]: tokens}
     return {
-        (c, j, t): cell(component, layer, positions)
+        (c, j, position): cell(component, layer, positions)
         for c, component in enumerate(components)
         for j, layer in enumerate(layers)
-        for t, positions in places.items()
+        for position, positions in groups.items()
     }
 
 
-def _first_after(component: Component, layer: int, severed: Component, parallel: bool) -> int:
+def _first_later_layer(component: Component, layer: int, severed: Component, parallel: bool) -> int:
     """The first layer whose `severed` output is computed after a component's state in a layer."""
-    same = component == "resid_pre" or (severed == "mlp_out" and component != "resid_post" and not parallel)
-    return layer if same else layer + 1
+    later_in_block = severed == "mlp_out" and component != "resid_post" and not parallel
+    return layer if component == "resid_pre" or later_in_block else layer + 1
 
 
-def _window(component: Component, layer: int, window: int, depth: int) -> range:
-    """One layer of the residual stream or of a head; a centred window of outputs (ROME: layer - w//2 on)."""
+def _window(component: Component, layer: int, window: int, n_layers: int) -> range:
+    """One layer of the residual stream or of a head; of outputs a centred window (ROME: from layer - w//2)."""
     if component not in ("mlp_out", "attn_out"):
         return range(layer, layer + 1)
-    return range(max(0, layer - window // 2), min(depth, layer - (-window // 2)))
+    return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))

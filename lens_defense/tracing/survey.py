@@ -7,7 +7,7 @@ at any moment goes on with the requests that have no file yet, whatever was adde
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from inspect import signature
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +15,13 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.prompts.prompt import Request, UnfitRequest, validated_requests
+from lens_defense.prompts.request import Request, UnfitRequest, validated_requests
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.metrics import answer_logprob
-from lens_defense.tracing.trace import trace, traces
+from lens_defense.tracing.corruptions import Corruption, GaussianNoise
+from lens_defense.tracing.metrics import Metric, answer_logprob
+from lens_defense.tracing.trace import changed_settings, describe, trace_metrics
 from lens_defense.tracing.trace_result import Trace, join_traces
+from lens_defense.tracing.trace_settings import TraceSettings
 
 
 class SurveyResult(NamedTuple):
@@ -34,71 +36,73 @@ class SurveyResult(NamedTuple):
 def survey(
     model: TransformerBridge,
     requests: Sequence[Request],
-    out: Path,
+    folder: Path,
+    settings: TraceSettings | None = None,
     *,
+    corruption: Corruption | None = None,
+    metric: Metric = answer_logprob,
     enough: int | None = None,
     progress: bool = True,
-    **settings: Any,
+    **changes: Any,
 ) -> SurveyResult:
-    """Trace every request that has no file in a folder yet, and join what is there.
+    """Trace every request that has no file in a folder yet, and join what the folder holds.
 
     A request that cannot be traced on this model gets a note in the place of a trace.
 
     Args:
         model: the model.
         requests: what is asked.
-        out: the folder; each file in it is written whole or not at all.
+        folder: where the files are; each is written whole or not at all.
+        settings: as of trace.
+        corruption: as of trace; its words name the files.
+        metric: as of trace; its name is part of the files' names.
         enough: stop when so many have a trace; None takes every request.
         progress: shows a bar with the time left.
-        settings: of trace; plain values, since they name the files.
+        changes: single fields of the settings.
 
     Raises:
-        ValueError: a request that no trace may see, or a setting's value that trace does not know.
+        ValueError: a request that no trace may see, or a setting that trace does not know.
     """
     requests = validated_requests(requests)
-    out.mkdir(parents=True, exist_ok=True)
-    weights = weights_fingerprint(model)
-    about = json.dumps([weights, _DEFAULTS | settings], sort_keys=True)
-    by = {"": settings.pop("metric", answer_logprob)}
-    places = [out / _key(item, about) for item in requests]
-    seen: list[Path] = []
+    settings, corruption = changed_settings(settings, changes), corruption or GaussianNoise()
+    folder.mkdir(parents=True, exist_ok=True)
+    fingerprint = weights_fingerprint(model)
+    how = [fingerprint, asdict(settings), _in_full(corruption), describe(metric)]
+    files = [folder / f"{_key(request, how)}.safetensors" for request in requests]
+    looked_at: list[Path] = []
     wanted = len(requests) if enough is None else min(enough, len(requests))
     with tqdm(total=wanted, desc="survey", unit="request", disable=not progress) as bar:
-        for item, place in zip(requests, places, strict=True):
-            if enough is not None and sum(_file(one).exists() for one in seen) >= enough:
+        for request, file in zip(requests, files, strict=True):
+            if enough is not None and sum(path.exists() for path in looked_at) >= enough:
                 break
-            seen.append(place)
-            if not _file(place).exists() and not _note(place).exists():
+            looked_at.append(file)
+            if not file.exists() and not _note(file).exists():
                 try:
-                    told = traces(model, [item], by, weights=weights, progress=False, **settings)
-                    told[""].save(_file(place))
+                    results = trace_metrics(
+                        model, [request], {"metric": metric}, settings,
+                        corruption=corruption, fingerprint=fingerprint, progress=False,
+                    )  # fmt: skip
+                    results["metric"].save(file)
                 except UnfitRequest as error:
-                    with atomic_write(_note(place)) as note:
-                        note.write_text(json.dumps({"request": item.id, "refused": str(error)}), "utf-8")
-            bar.update(enough is None or _file(place).exists())
-            bar.refresh()  # those that are there already go by too fast to be shown
-    held = [Trace.load(_file(place)) for place in seen if _file(place).exists()]
-    notes = [json.loads(_note(place).read_text("utf-8")) for place in seen if _note(place).exists()]
+                    with atomic_write(_note(file)) as note:
+                        note.write_text(json.dumps({"request": request.id, "refused": str(error)}), "utf-8")
+            bar.update(enough is None or file.exists())
+            bar.refresh()  # files that are there already go by too fast to be shown
+    traces = [Trace.load(file) for file in looked_at if file.exists()]
+    notes = [json.loads(_note(file).read_text("utf-8")) for file in looked_at if _note(file).exists()]
     refused = {note["request"]: note["refused"] for note in notes}
-    return SurveyResult(join_traces(held) if held else None, refused)
+    return SurveyResult(join_traces(traces) if traces else None, refused)
 
 
-_DEFAULTS = {
-    name: one.default
-    for name, one in signature(trace).parameters.items()
-    if one.default is not one.empty and not callable(one.default) and name not in ("progress", "max_bytes")
-}
-"""Of trace; named in a file's name too, so that what other defaults made is not taken for these."""
+def _in_full(corruption: Corruption) -> str:
+    """A corruption with all of its fields, where it is a dataclass."""
+    return repr(corruption) if is_dataclass(corruption) else describe(corruption)
 
 
-def _key(item: Request, about: str) -> str:
-    text = json.dumps(item.to_json(), sort_keys=True) + about
+def _key(request: Request, how: Sequence[Any]) -> str:
+    text = json.dumps([asdict(request), *how], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _file(place: Path) -> Path:
-    return place.with_name(f"{place.name}.safetensors")
-
-
-def _note(place: Path) -> Path:
-    return place.with_name(f"{place.name}.json")
+def _note(file: Path) -> Path:
+    return file.with_suffix(".json")

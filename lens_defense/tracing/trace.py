@@ -1,11 +1,13 @@
-"""Tracing: which layer and which token hold the harm, measured exactly, request by request."""
+"""Tracing: which layer and which token hold what the subject of a request does to the answer."""
 
 import time
 from collections.abc import Mapping, Sequence
-from inspect import signature
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -13,31 +15,25 @@ from lens_defense.models.devices import call_cost, memory_budget
 from lens_defense.models.forward import model_device
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import first_dozen_words
-from lens_defense.prompts.prompt import Prompt, Request, Role, UnfitRequest, validated_requests
+from lens_defense.prompts.prompt import Prompt
+from lens_defense.prompts.request import Request, UnfitRequest, validated_requests
 from lens_defense.sites import Component
 from lens_defense.tracing.activation_patching import block_passes, time_in_tokens
 from lens_defense.tracing.clean_corrupted import (
-    answered,
-    embedded,
-    ends,
-    measured,
+    CleanCorrupted,
+    measure_cells,
+    prompts_with_answers,
     refuse_weak,
-    rows_within,
-    width_of,
+    rows_that_fit,
+    run_clean_and_corrupted,
+    tokens_run,
 )
-from lens_defense.tracing.corruptions import Corruption, noise
+from lens_defense.tracing.corruptions import Corruption, GaussianNoise
 from lens_defense.tracing.metrics import Metric, answer_logprob
-from lens_defense.tracing.patch_grid import (
-    PatchGrid,
-    patch_grid,
-    resolve_components,
-    resolve_layers,
-    resolve_roles,
-)
-from lens_defense.tracing.trace_result import Direction, Trace, VerifiedCell
+from lens_defense.tracing.patch_grid import PatchGrid, patch_grid, resolve_components, resolve_layers
+from lens_defense.tracing.trace_result import Trace, effect_of_patch
+from lens_defense.tracing.trace_settings import TraceSettings
 
-DEMO_ROLES: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
-"""Where the harm is seen to sit and to be read, one token each."""
 LONG_TRACE = 60.0
 """Seconds from which on a trace says beforehand how long it will take."""
 
@@ -45,66 +41,32 @@ LONG_TRACE = 60.0
 def trace(
     model: TransformerBridge,
     requests: Sequence[Request],
+    settings: TraceSettings | None = None,
     *,
-    components: Sequence[Component] = ("resid_post",),
-    positions: Sequence[Role] | Literal["all"] = DEMO_ROLES,
-    layers: Sequence[int] | int | Literal["all"] | None = None,
     corruption: Corruption | None = None,
-    direction: Direction = "denoising",
-    severed: Literal["mlp_out", "attn_out"] | None = None,
-    together: bool = False,
     metric: Metric = answer_logprob,
-    exact: bool = True,
-    verify: int = 0,
     answers: Sequence[str] | None = None,
-    answer_tokens: int = 8,
-    samples: int = 3,
-    window: int = 7,
-    floor: float = 0.1,
-    seed: int = 0,
     max_bytes: int | None = None,
-    chat: bool = True,
     progress: bool = True,
+    **changes: Any,
 ) -> Trace:
-    """Find which layer and which token hold what the subject of a request does to the answer; exact.
+    """Find which layer and which token hold what the subject of a request does to the answer.
+
+    Exact causal tracing (Meng et al. 2022): every cell equals a forward pass of its own.
 
     Args:
         model: any TransformerBridge; it is not changed.
         requests: what is asked; each with a subject.
-        components: "resid_post" (the stream after the block), "resid_pre" (before it), "mlp_out" and
-            "attn_out" (what joins it), "z.3" (one head's z), "z" (every head by itself).
-        positions: roles to restore at, or "all" tokens.
-        layers: "all", a stride, or a list; None takes at most 12, evenly spaced from layer 0.
-        corruption: how the subject is spoiled; None is Gaussian noise of 3 standard deviations of
-            the embedding matrix.
-        direction: "denoising" restores a clean state in the spoiled run (what suffices), "noising" puts a
-            spoiled state into the clean run (what is necessary).
-        severed: hold the MLP's or attention's outputs that are computed later, at the same token, as they
-            were without the patch: what of the effect passes through them is lost (Meng et al. 2022,
-            figure 3).
-        together: patch all tokens of `positions` at once, one cell a layer, which stands at the last of
-            them: with "z" and "all" tokens, a map of whole heads.
-        metric: what is measured, see metrics.py; an answer's log probability by default. `traces`
-            reads several from one sweep.
-        exact: False estimates every cell by one gradient (attribution patching), in about the time of three
-            runs a request; for a first look.
-        verify: after such an estimate, how many of each request's strongest cells (of the first metric) are
-            measured exactly and take the estimate's place; the Trace's `verified` holds both.
-        answers: the answer that the metric reads, one a request; None takes the request's `target`
-            or, without one, the model's own greedy answer to the clean prompt.
-        answer_tokens: the length of that own answer.
-        samples: noise draws a request (not used by a corruption of your own).
-        window: layers restored at once for MLP and attention outputs, centred, clipped to the model
-            (Meng et al. 2022 take 10).
-        floor: the least difference, in the metric's unit (nats), between clean and spoiled run; a
-            request below it in some sample, or whose samples differ in its sign, is refused, because its
-            effects would be noise over nothing.
-        seed: of the noise.
+        settings: what is patched, where, and how it is measured; None takes the defaults.
+        corruption: how the subject is corrupted; None is GaussianNoise().
+        metric: what is measured, see metrics.py; `trace_metrics` reads several in one sweep.
+        answers: the answer that the metric reads, one per request; None takes the request's `target` or,
+            without one, the model's own greedy answer to the clean prompt.
         max_bytes: bounds the rows that run at once, by an estimate of their cache, states and logits; what
             does not fit is taken in parts, at least one row at a time. None is a GiB, on a CUDA device a
             quarter of what is free there.
-        chat: False asks without the model's chat template.
         progress: shows a bar.
+        changes: single fields of the settings, as in `trace(model, requests, layers="all")`.
 
     Raises:
         ValueError: a request without a subject, or of the split "check"; a role, layer or setting that does
@@ -112,203 +74,245 @@ def trace(
         UnfitRequest: requests without a token of the roles, or whose answer does not depend on their subject.
         MemoryError: half of a pass does not fit either.
     """
-    return _traced(
+    (result,) = trace_metrics(
         model,
         requests,
-        {"": metric},
-        components=components,
-        positions=positions,
-        layers=layers,
+        {describe(metric): metric},
+        settings,
         corruption=corruption,
-        direction=direction,
-        severed=severed,
-        together=together,
-        exact=exact,
-        verify=verify,
         answers=answers,
-        answer_tokens=answer_tokens,
-        samples=samples,
-        window=window,
-        floor=floor,
-        seed=seed,
         max_bytes=max_bytes,
-        chat=chat,
         progress=progress,
-    )[""]
+        **changes,
+    ).values()
+    return result
 
 
-def traces(
+def trace_metrics(
     model: TransformerBridge,
     requests: Sequence[Request],
     metrics: Mapping[str, Metric],
+    settings: TraceSettings | None = None,
     *,
-    weights: str = "",
-    **settings: Any,
+    corruption: Corruption | None = None,
+    answers: Sequence[str] | None = None,
+    max_bytes: int | None = None,
+    fingerprint: str = "",
+    progress: bool = True,
+    **changes: Any,
 ) -> dict[str, Trace]:
-    """Traces by several metrics, read from one sweep.
+    """Traces by several metrics, read from one sweep; arguments as of `trace`.
 
     Args:
         model: see trace.
         requests: see trace.
-        metrics: by a name each.
-        weights: the model's fingerprint, where the caller knows it: to hash seven billion takes seconds.
-        settings: the other arguments of trace; its floor holds for every metric, in the metric's unit.
+        metrics: by a name each; min_difference holds for every metric, in the metric's unit.
+        settings: see trace.
+        corruption: see trace.
+        answers: see trace.
+        max_bytes: see trace.
+        fingerprint: of the model's weights, where it is known: to hash seven billion takes seconds.
+        progress: see trace.
+        changes: see trace.
     """
-    own = {
-        name: one.default
-        for name, one in signature(trace).parameters.items()
-        if one.default is not one.empty and name != "metric"
-    }
-    return _traced(model, requests, metrics, weights=weights, **{**own, **settings})
-
-
-def _traced(
-    model: TransformerBridge,
-    requests: Sequence[Request],
-    metrics: Mapping[str, Metric],
-    *,
-    weights: str = "",
-    components: Sequence[Component],
-    positions: Sequence[Role] | Literal["all"],
-    layers: Sequence[int] | int | Literal["all"] | None,
-    corruption: Corruption | None,
-    direction: Direction,
-    severed: Literal["mlp_out", "attn_out"] | None,
-    together: bool,
-    exact: bool,
-    verify: int,
-    answers: Sequence[str] | None,
-    answer_tokens: int,
-    samples: int,
-    window: int,
-    floor: float,
-    seed: int,
-    max_bytes: int | None,
-    chat: bool,
-    progress: bool,
-) -> dict[str, Trace]:
     requests = validated_requests(requests)
-    rows = resolve_layers(layers, model.cfg.n_layers)
-    roles = resolve_roles(positions)
-    every = resolve_components(model, components)
-    for name, number in (("answer_tokens", answer_tokens), ("samples", samples), ("window", window)):
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
-    for name, given, allowed in (
-        ("direction", direction, get_args(Direction)),
-        ("severed", severed, (None, "mlp_out", "attn_out")),
-    ):
-        if given not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {given!r}")
-    if verify < 0 or (verify and exact):
-        raise ValueError(f"verify is a number of cells to measure after exact=False, got {verify}")
-    bound = memory_budget(model_device(model)) if max_bytes is None else max_bytes
-    corruption = corruption or noise(model, samples=samples, seed=seed)
-    prompts = answered(model, requests, answers, answer_tokens, chat)
-    depth, parallel = model.cfg.n_layers, bool(model.cfg.parallel_attn_mlp)
-    grids = [
-        patch_grid(
-            met, every, rows, roles, window, depth, severed=severed, parallel=parallel, together=together
-        )
-        for met in prompts
-    ]
-    empty = [met.request.id for met, patch_grid in zip(prompts, grids, strict=True) if not patch_grid]
-    if empty:
-        raise UnfitRequest(f"these requests have no token of the roles {roles}: {', '.join(empty)}")
+    settings = changed_settings(settings, changes)
+    corruption = corruption or GaussianNoise()
+    components = resolve_components(model, settings.components)
+    layers = resolve_layers(settings.layers, model.cfg.n_layers)
+    budget = memory_budget(model_device(model)) if max_bytes is None else max_bytes
+    prompts = prompts_with_answers(
+        model, requests, answers, answer_tokens=settings.answer_tokens, chat=settings.chat
+    )
+    grids = _grids(model, prompts, components, layers, settings)
+    job = _Job(model, settings, corruption, tuple(metrics.values()), budget)
 
     start = time.perf_counter()
-    inputs = [embedded(model, met, corruption) for met in prompts]
-    both = [
-        ends(model, met, given, metrics, rows_within(model, met, bound))
-        for met, given in zip(prompts, inputs, strict=True)
-    ]
-    clean, corrupted = [one for one, _ in both], [some for _, some in both]
-    refuse_weak(prompts, clean, corrupted, floor)
-    number = len(corrupted[0])
-    total = sum(
-        block_passes(list(some.values()), layers=depth, tokens=width_of(met), samples=number)
-        for met, some in zip(prompts, grids, strict=True)
-    )
-    if exact:
-        seen = time.perf_counter() - start
-        _announce(seen * _over_the_ends(model, prompts, grids, number, bound), progress)
+    kept_runs, clean, corrupted = job.run_all(prompts, grids)
+    refuse_weak(prompts, clean, corrupted, settings.min_difference)
+    samples = len(corrupted[0])
+    if settings.exact and progress:
+        _announce((time.perf_counter() - start) * job.relative_length(prompts, grids, samples))
 
-    shape = (len(every), len(rows), max(len(met.ids) for met in prompts), number, len(metrics))
-    patched = torch.full((len(prompts), *shape), float("nan"), dtype=torch.float64)
-    verified: list[list[VerifiedCell]] = [[] for _ in metrics]
-    settings = {"metrics": metrics, "direction": direction, "max_bytes": bound}
-    with tqdm(
-        total=total if exact else len(prompts),
-        desc="trace" if exact else "screen",
-        unit="pass" if exact else "request",
-        unit_scale=exact,
-        disable=not progress,
-    ) as bar:
-        for r, (met, given, some) in enumerate(zip(prompts, inputs, grids, strict=True)):
-            cells, places = list(some.values()), list(some)
-            update = bar.update if exact else lambda _: None
-            told = measured(model, met, given, cells, exact=exact, progress=update, **settings)
-            bar.update(0 if exact else 1)
-            for place, value in zip(places, told, strict=True):
-                patched[r, *place] = value
-            low, high = (corrupted[r], clean[r]) if direction == "denoising" else (clean[r], corrupted[r])
-            effects = ((told - low) / (high - low)).mean(1)
-            best = effects[:, 0].abs().argsort(descending=True)[:verify].tolist()
-            if best:
-                again = measured(model, met, given, [cells[i] for i in best], exact=True, **settings)
-                for i, value in zip(best, again, strict=True):
-                    patched[r, *places[i]] = value
-                    for k, effect in enumerate(((value - low) / (high - low)).mean(0).tolist()):
-                        verified[k].append(VerifiedCell((r, *places[i]), float(effects[i, k]), effect))
-    weights = weights or weights_fingerprint(model)
+    shape = (len(components), len(layers), max(len(prompt.ids) for prompt in prompts), samples)
+    patched = torch.full((len(metrics), len(prompts), *shape), float("nan"), dtype=torch.float64)
+    estimates = torch.full(patched.shape[:-1], float("nan"), dtype=torch.float64) if settings.verify else None
+    with job.progress_bar(prompts, grids, samples, progress) as bar:
+        for r, (prompt, grid) in enumerate(zip(prompts, grids, strict=True)):
+            runs = kept_runs.pop(r, None) or job.run(prompt, list(grid.values()))
+            values, estimated = job.measure(runs, grid, clean[r], corrupted[r], bar)
+            for (c, layer, position), of_metrics in zip(grid, values, strict=True):
+                patched[:, r, c, layer, position] = of_metrics.T
+            for place, of_metrics in estimated.items():
+                assert estimates is not None
+                estimates[:, r, *place] = of_metrics
+
+    fingerprint = fingerprint or weights_fingerprint(model)
     return {
         name: Trace(
             prompts=tuple(prompts),
-            components=every,
-            layers=rows,
-            patched=patched[..., k].clone(),
-            clean=torch.stack([one[k] for one in clean]),
-            corrupted=torch.stack([one[:, k] for one in corrupted]),
-            answers=tuple(first_dozen_words(model.tokenizer.decode(list(met.answer))) for met in prompts),
-            window=window,
-            seed=seed,
+            components=components,
+            layers=layers,
             model=str(model.cfg.model_name),
-            model_layers=depth,
-            fingerprint=weights,
-            direction=direction,
-            severed=severed or "",
-            together=together,
-            exact=exact,
-            corruption=_name(corruption),
-            metric=_name(metrics[name]),
-            verified=tuple(verified[k]),
+            model_layers=model.cfg.n_layers,
+            fingerprint=fingerprint,
+            patched=patched[k].clone(),
+            clean=torch.stack([values[k] for values in clean]),
+            corrupted=torch.stack([values[:, k] for values in corrupted]),
+            settings=settings,
+            corruption=describe(corruption),
+            metric=describe(metrics[name]),
+            answers=tuple(
+                first_dozen_words(model.tokenizer.decode(list(prompt.answer_ids))) for prompt in prompts
+            ),
+            estimates=None if estimates is None else estimates[k].clone(),
         )
         for k, name in enumerate(metrics)
     }
 
 
-def _name(made: object) -> str:
-    return str(getattr(made, "__name__", type(made).__name__))
+def changed_settings(settings: TraceSettings | None, changes: Mapping[str, Any]) -> TraceSettings:
+    """The settings with single fields changed.
+
+    Raises:
+        ValueError: there is no such field, or a value is none that it may have.
+    """
+    names = [field.name for field in fields(TraceSettings)]
+    unknown = [name for name in changes if name not in names]
+    if unknown:
+        raise ValueError(f"trace has no setting {unknown[0]!r}; there are {', '.join(names)}")
+    return replace(settings or TraceSettings(), **changes)
 
 
-def _over_the_ends(
-    model: TransformerBridge, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], samples: int, bound: int
-) -> float:
-    """How many times longer the sweeps take than the clean and the spoiled runs took."""
-    at, layers = call_cost(model_device(model)), model.cfg.n_layers
-    swept = seen = 0
-    for met, some in zip(prompts, grids, strict=True):
-        tokens, most = width_of(met), rows_within(model, met, bound)
-        swept += time_in_tokens(
-            list(some.values()), layers=layers, tokens=tokens, samples=samples, max_rows=most, call_cost=at
+def _grids(
+    model: TransformerBridge,
+    prompts: Sequence[Prompt],
+    components: Sequence[Component],
+    layers: Sequence[int],
+    settings: TraceSettings,
+) -> list[PatchGrid]:
+    n_layers, parallel = model.cfg.n_layers, bool(model.cfg.parallel_attn_mlp)
+    grids = [
+        patch_grid(prompt, components, layers, settings, n_layers=n_layers, parallel=parallel)
+        for prompt in prompts
+    ]
+    empty = [prompt.request.id for prompt, grid in zip(prompts, grids, strict=True) if not grid]
+    if empty:
+        raise UnfitRequest(f"these requests have no token of the roles {settings.roles}: {', '.join(empty)}")
+    return grids
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What is the same for every prompt of a trace."""
+
+    model: TransformerBridge
+    settings: TraceSettings
+    corruption: Corruption
+    metrics: tuple[Metric, ...]
+    max_bytes: int
+
+    def rows(self, prompt: Prompt) -> int:
+        """Rows of a prompt that run at once."""
+        return rows_that_fit(self.model, prompt, self.max_bytes, exact=self.settings.exact)
+
+    def run(self, prompt: Prompt, cells: Sequence[Any]) -> CleanCorrupted:
+        """A prompt clean and corrupted."""
+        return run_clean_and_corrupted(
+            self.model, prompt, self.corruption, cells, self.settings.direction, max_rows=self.rows(prompt)
         )
-        seen += layers * (tokens * (samples + 1) + 2 * at.call)
-    return swept / seen
+
+    def run_all(
+        self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid]
+    ) -> tuple[
+        dict[int, CleanCorrupted], list[Float[Tensor, " metric"]], list[Float[Tensor, "sample metric"]]
+    ]:
+        """Every prompt clean and corrupted: the runs that fit into memory by index, and all metrics.
+
+        A run that does not fit is made again when its turn comes.
+        """
+        kept_runs: dict[int, CleanCorrupted] = {}
+        kept_bytes, clean, corrupted = 0, [], []
+        for r, (prompt, grid) in enumerate(zip(prompts, grids, strict=True)):
+            runs = self.run(prompt, list(grid.values()))
+            of_clean, of_corrupted = runs.metrics(self.metrics)
+            clean.append(of_clean)
+            corrupted.append(of_corrupted)
+            if kept_bytes + runs.nbytes <= self.max_bytes:
+                kept_runs[r] = runs
+                kept_bytes += runs.nbytes
+        return kept_runs, clean, corrupted
+
+    def measure(
+        self,
+        runs: CleanCorrupted,
+        grid: PatchGrid,
+        clean: Float[Tensor, " metric"],
+        corrupted: Float[Tensor, "sample metric"],
+        bar: "tqdm[Any]",
+    ) -> tuple[Float[Tensor, "cell sample metric"], dict[tuple[int, int, int], Float[Tensor, " metric"]]]:
+        """The patched metrics of one prompt; and of the cells that were verified the estimated effects."""
+        exact, rows, cells = self.settings.exact, self.rows(runs.prompt), list(grid.values())
+        update = bar.update if exact else lambda _: None
+        values = measure_cells(
+            self.model, runs, cells, self.metrics, exact=exact, max_rows=rows, progress=update
+        )
+        bar.update(0 if exact else 1)
+        if not self.settings.verify:
+            return values, {}
+        effects = effect_of_patch(values, clean, corrupted, self.settings.direction).mean(1)
+        strongest = effects[:, 0].abs().argsort(descending=True)[: self.settings.verify].tolist()
+        values[strongest] = measure_cells(
+            self.model, runs, [cells[i] for i in strongest], self.metrics, exact=True, max_rows=rows
+        )
+        places = list(grid)
+        return values, {places[i]: effects[i] for i in strongest}
+
+    def progress_bar(
+        self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], samples: int, progress: bool
+    ) -> "tqdm[Any]":
+        """A bar over passes of one token through one block; of estimates over requests."""
+        if not self.settings.exact:
+            return tqdm(total=len(prompts), desc="attribution", unit="request", disable=not progress)
+        total = sum(
+            block_passes(
+                list(grid.values()),
+                layers=self.model.cfg.n_layers,
+                tokens=tokens_run(prompt),
+                samples=samples,
+            )
+            for prompt, grid in zip(prompts, grids, strict=True)
+        )
+        return tqdm(total=total, desc="trace", unit="pass", unit_scale=True, disable=not progress)
+
+    def relative_length(self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], samples: int) -> float:
+        """How many times longer the sweeps take than the clean and the corrupted runs took."""
+        cost, n_layers = call_cost(model_device(self.model)), self.model.cfg.n_layers
+        sweeps = runs = 0
+        for prompt, grid in zip(prompts, grids, strict=True):
+            tokens = tokens_run(prompt)
+            sweeps += time_in_tokens(
+                list(grid.values()),
+                layers=n_layers,
+                tokens=tokens,
+                samples=samples,
+                max_rows=self.rows(prompt),
+                call_cost=cost,
+            )
+            runs += n_layers * (tokens * (samples + 1) + 2 * cost.call)
+        return sweeps / runs
 
 
-def _announce(seconds: float, progress: bool) -> None:
-    if progress and seconds > LONG_TRACE:
+def describe(function: object) -> str:
+    """A metric or a corruption in words: a function by its name, a dataclass by its words."""
+    if is_dataclass(function):
+        return str(function)
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _announce(seconds: float) -> None:
+    if seconds > LONG_TRACE:
         tqdm.write(
-            f"This trace takes about {seconds / 60:.0f} minutes. Fewer positions (roles), layers (a "
-            "stride), samples or answer_tokens make it shorter."
+            f"This trace takes about {seconds / 60:.0f} minutes. Fewer positions (roles), layers (a stride), "
+            "samples or answer_tokens make it shorter."
         )

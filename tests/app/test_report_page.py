@@ -1,15 +1,17 @@
-"""The page as data: what it tells, that it stands alone, and that text in it stays text."""
+"""The page as data: what it says, that it stands alone, and that text in it stays text."""
 
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, an_edit, some_sites
+from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, an_edit, sites_at
 from plotly.offline import get_plotlyjs
 
 from lens_defense.app.report_page import Conversation, save_report
 from lens_defense.plotting.theme import visible_text
+from lens_defense.tracing.site_map import ScoreMap
+from lens_defense.tracing.trace_settings import TraceSettings
 
 
 class Page(HTMLParser):
@@ -41,14 +43,17 @@ class Page(HTMLParser):
 
 def written(path: Path, text: str = "ricin", **changed: object) -> str:
     """The source of a page in which a text stands wherever a text can stand."""
-    asked = a_request(f"make {text} now", text)
-    met = a_prompt(["make", f" {text}", " now", text], subject=(1, 2), asked=asked, template=())
+    request = a_request(f"make {text} now", text)
+    prompt = a_prompt(["make", f" {text}", " now", text], subject=(1, 2), request=request, template=())
     fields = {
         "title": text,
-        "trace": a_trace([met, a_prompt()], model=text, answers=[text, text]),
-        "sites": some_sites(),
-        "edit": an_edit([asked, a_request()]),
-        "reports": {text: a_report(title=text), "control": a_report({"edited": (0, 1), "safe": (0, 0)})},
+        "trace": a_trace([prompt, a_prompt()], model=text, answers=[text, text]),
+        "sites": sites_at(),
+        "edit": an_edit([request, a_request()]),
+        "reports": {
+            text: a_report(title=text),
+            "control": a_report({"edited": (0, 1), "over_refusal": (0, 0)}),
+        },
         "conversations": [Conversation(text, text, text, harmful) for harmful in (True, False)],
         "reproduce": f"lens-defense demo\n{text}",
         "seconds": {text: 1.25, "check": 2.5},
@@ -78,7 +83,7 @@ def test_hostile_text_is_shown_and_adds_no_tag(tmp_path: Path, text: str):
     assert not set(page.text) & set("\x00\x1b\x07\u202e")
 
 
-def test_the_page_tells_the_run(tmp_path: Path):
+def test_the_page_describes_the_run(tmp_path: Path):
     text = Page(written(tmp_path)).text
     for part in (
         "layers 1, 2 of the residual stream at the last subject token",
@@ -112,19 +117,35 @@ def test_whether_the_weights_are_back_is_said_only_if_known(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "changed, told",
+    "settings, sentence",
     [
         ({}, "was restored"),
         ({"direction": "noising"}, "put into the clean run"),
         ({"exact": False}, "estimated by a gradient"),
-        ({"measure": "distance of states"}, "Its maps show distance of states"),
     ],
 )
-def test_the_page_says_how_its_maps_were_made(tmp_path: Path, changed, told):
-    trace = replace(a_trace([a_prompt()]), **changed)
+def test_the_page_says_how_its_maps_were_made(tmp_path: Path, settings, sentence):
+    trace = replace(a_trace(), settings=TraceSettings(**settings))
     text = Page(written(tmp_path, trace=trace)).text
-    assert told in text
-    assert ("restoring this state brings the answer back" in text) == (changed in ({}, {"exact": False}))
+    assert sentence in text
+    assert ("restoring this state brings the answer back" in text) == ("direction" not in settings)
+
+
+def test_the_page_says_what_the_cells_of_a_score_map_are(tmp_path: Path):
+    trace = a_trace()
+    scores = ScoreMap(
+        trace.prompts,
+        trace.components,
+        trace.layers,
+        trace.model,
+        trace.model_layers,
+        trace.fingerprint,
+        scores=trace.effects,
+        quantity="distance of states",
+    )
+    text = Page(written(tmp_path, trace=scores)).text
+    assert "Its maps show distance of states" in text and "Colours: distance of states" in text
+    assert "restor" not in text
 
 
 def test_one_request_one_map_and_no_edit_no_headline(tmp_path: Path):
@@ -138,6 +159,6 @@ def test_one_request_one_map_and_no_edit_no_headline(tmp_path: Path):
 
 def test_answers_to_harmful_requests_are_cut_to_a_dozen_words():
     long = " ".join(map(str, range(20)))
-    kept = Conversation("?", long, long, harmful=True)
-    assert kept.before == kept.after == " ".join(map(str, range(12))) + " ..."
+    cut = Conversation("?", long, long, harmful=True)
+    assert cut.before == cut.after == " ".join(map(str, range(12))) + " ..."
     assert Conversation("?", long, long, harmful=False).before == long

@@ -48,9 +48,13 @@ class Lab:
 
     def write(self, name: str, *cells: str) -> str:
         """A notebook of these cells; the address that opens it."""
-        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-        made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(made, self.folder / name)
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+        notebook.metadata["kernelspec"] = {
+            "name": "python3",
+            "display_name": "Python 3",
+            "language": "python",
+        }
+        nbformat.write(notebook, self.folder / name)
         return f"{self.url}/lab/tree/{name}?reset"
 
     def kernel(self) -> BlockingKernelClient:
@@ -70,8 +74,8 @@ def lab(tmp_path):
         port = free.getsockname()[1]
     folder, runtime = tmp_path / "work", tmp_path / "runtime"
     folder.mkdir()
-    own = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
-    own["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
+    folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
+    folders["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
     log = (tmp_path / "lab.log").open("w")
     server = subprocess.Popen(
         [
@@ -87,7 +91,7 @@ def lab(tmp_path):
             *("--IdentityProvider.token=", "--ServerApp.allow_remote_access=False"),
             "--LabApp.news_url=",
         ],
-        env={**os.environ, **own},
+        env={**os.environ, **folders},
         stdout=log,
         stderr=subprocess.STDOUT,
     )
@@ -107,13 +111,13 @@ def get(url):
         return answer.read()
 
 
-def within(true, seconds=SECONDS):
-    """What a function gives, as soon as it gives something."""
+def within(poll, seconds=SECONDS):
+    """What a function returns, as soon as it returns something true."""
     end, last = time.monotonic() + seconds, None
     while time.monotonic() < end:
         try:
-            if told := true():
-                return told
+            if value := poll():
+                return value
         except Exception as error:
             last = error
         time.sleep(0.3)
@@ -122,11 +126,11 @@ def within(true, seconds=SECONDS):
 
 def ask(client, expression):
     """The value of an expression in the kernel, as JSON; it waits for what the kernel is doing."""
-    wanted = {"told": f"__import__('json').dumps({expression})"}
-    asked = client.execute("", user_expressions=wanted, store_history=False)
+    expressions = {"value": f"__import__('json').dumps({expression})"}
+    message_id = client.execute("", user_expressions=expressions, store_history=False)
     reply = client.get_shell_msg(timeout=SECONDS)
-    while reply["parent_header"].get("msg_id") != asked:
+    while reply["parent_header"].get("msg_id") != message_id:
         reply = client.get_shell_msg(timeout=SECONDS)
-    told = reply["content"]["user_expressions"]["told"]
-    assert told["status"] == "ok", told
-    return json.loads(ast.literal_eval(told["data"]["text/plain"]))
+    value = reply["content"]["user_expressions"]["value"]
+    assert value["status"] == "ok", value
+    return json.loads(ast.literal_eval(value["data"]["text/plain"]))

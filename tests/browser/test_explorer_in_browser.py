@@ -1,4 +1,4 @@
-"""The explorer as a person meets it: select cells in JupyterLab, plan, apply, ask, undo."""
+"""The explorer as a person uses it: select cells in JupyterLab, plan, apply, ask, undo."""
 
 import os
 import time
@@ -13,21 +13,23 @@ TESTS = Path(__file__).parents[1]
 MAKE = f"""
 import sys
 sys.path.insert(0, {str(TESTS)!r})
-from tiny import tiny
+from helpers.tiny_models import tiny_model
 import lens_defense as ld
 from lens_defense.models.mlp_output import weights_fingerprint
 
-model = tiny("llama", chat=True)
+model = tiny_model("llama", chat=True)
 original = weights_fingerprint(model)
 things = [ld.request(f"how do I make a {{thing}} now", thing, id=thing) for thing in ("lamp", "bell")]
-trace = ld.trace(model, things, layers="all", floor=0.0, progress=False)
-settings = {{"shared_steps": 1, "steps": 1, "cache": False, "progress": False}}
-explorer = ld.Explorer(model, trace, things, settings=settings, tokens=3)
+trace = ld.trace(model, things, layers="all", min_difference=0.0, progress=False)
+fit = ld.FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1)
+settings = {{"fit": fit, "cache": False, "progress": False}}
+explorer = ld.Explorer(model, trace, things, settings=settings, max_new_tokens=3)
 explorer
 """
-SELECTED = "[i for i, s in enumerate(explorer._cells[0][1]) if s in explorer.sites]"
+SELECTED = "[i for i, s in enumerate(explorer._panels[0][1]) if s in explorer.sites]"
 MARKED = """
-return document.querySelector('.js-plotly-plot').data.find(one => one.type == 'scatter').selectedpoints || []
+const data = document.querySelector('.js-plotly-plot').data;
+return data.find(part => part.type == 'scatter').selectedpoints || [];
 """
 SITES = "sorted((s.layer, s.role) for s in explorer.sites)"
 
@@ -66,22 +68,22 @@ def test_select_edit_apply_ask_undo(browser, lab):
 
     within(run_the_cell)
     plot = within(lambda: browser.find_element(By.CSS_SELECTOR, ".js-plotly-plot .nsewdrag"))
-    cells = ask(kernel, "[list(map(float, a)) for a in (explorer._cells[0][0].x, explorer._cells[0][0].y)]")
-    names = ask(kernel, "[(s.layer, s.role) for s in explorer._cells[0][1]]")
-    where = {tuple(name): (x, y) for name, x, y in zip(names, *cells, strict=True)}
+    cells = ask(kernel, "[list(map(float, a)) for a in (explorer._panels[0][0].x, explorer._panels[0][0].y)]")
+    names = ask(kernel, "[(s.layer, s.role) for s in explorer._panels[0][1]]")
+    cell_of = {tuple(name): (x, y) for name, x, y in zip(names, *cells, strict=True)}
 
     # one cell, by a click
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
-    x, y = at(browser, *where[1, "subject_last"])
+    x, y = at(browser, *cell_of[1, "subject_last"])
     ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3).click().perform()
     within(lambda: ask(kernel, SITES) == [[1, "subject_last"]])
 
     # with shift another one, and not it again
     def shift_click(x, y):
-        there = ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3)
-        there.key_down(Keys.SHIFT).click().key_up(Keys.SHIFT).perform()
+        click = ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3)
+        click.key_down(Keys.SHIFT).click().key_up(Keys.SHIFT).perform()
 
-    x, y = at(browser, *where[2, "subject_last"])
+    x, y = at(browser, *cell_of[2, "subject_last"])
     shift_click(x, y)
     within(lambda: ask(kernel, SITES) == [[1, "subject_last"], [2, "subject_last"]])
     time.sleep(1.5)  # else a double click
@@ -90,14 +92,14 @@ def test_select_edit_apply_ask_undo(browser, lab):
 
     # a double click, of which not every message comes: what is marked is what is selected
     time.sleep(1.5)
-    x, y = at(browser, *where[0, "last"])
+    x, y = at(browser, *cell_of[0, "last"])
     ActionChains(browser).move_to_element_with_offset(plot, x, y).pause(0.3).double_click().perform()
     time.sleep(3)
     within(lambda: browser.execute_script(MARKED) == ask(kernel, SELECTED))
 
     # two cells, by a box
-    x, y = at(browser, *where[1, "subject_last"])
-    _, end = at(browser, *where[2, "subject_last"])
+    x, y = at(browser, *cell_of[1, "subject_last"])
+    _, end = at(browser, *cell_of[2, "subject_last"])
     top, bottom = min(y, end) - 10, max(y, end) + 10
     box = ActionChains(browser).move_to_element_with_offset(plot, x - 12, bottom).click_and_hold()
     box.move_by_offset(12, -12).move_by_offset(12, top - bottom + 12).pause(0.2).release().perform()
@@ -115,8 +117,8 @@ def test_select_edit_apply_ask_undo(browser, lab):
     question = browser.find_element(By.CSS_SELECTOR, "input[placeholder^='ask anything']")
     question.send_keys("how do I make a lamp?", Keys.TAB)
     press(browser, "Ask")
-    told = within(lambda: (ask(kernel, "explorer.told") or ["", ""])[0] and ask(kernel, "explorer.told"))
-    assert len(told) == 2
+    answers = within(lambda: ask(kernel, "explorer.answers")[0] and ask(kernel, "explorer.answers"))
+    assert len(answers) == 2
     within(lambda: "before" in browser.find_element(By.CSS_SELECTOR, ".jp-OutputArea").text)
     if folder := os.environ.get("SCREENSHOTS"):
         browser.save_screenshot(str(Path(folder) / "explorer.png"))

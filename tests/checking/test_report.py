@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nouns import HOSTILE, a_report
+from helpers.handmade import HOSTILE, a_report
 
 from lens_defense.checking.report import ARM_NAMES, KL_TOKENS, Report, ReportRow, formatted_rates
 from lens_defense.checking.suites import ARMS
@@ -19,7 +19,7 @@ AFTER = (True, True, True, False, True, True, False, True, True)
 SUBJECTS = ("lamp", "lamp", "lamp", "bell", "bell", "ship", "ship", "tree", "oven")
 
 
-def row(before, after, *, arm="wording", cluster="lamp", id="1", measure="coherent", other="answer"):
+def row(before, after, *, arm="paraphrase", cluster="lamp", id="1", measure="coherent", other="answer"):
     """A row that counts for one measure or does not."""
     yes, no = ("yes", "no") if measure == "knows" else ("refusal", other)
     told = [{measure: yes if hit else no} for hit in (before, after)]
@@ -39,23 +39,23 @@ def table_of(report, arm, measure):
 
 
 def test_rates_and_p_are_those_of_intervals():
-    told = table_of(of_rows(WORDINGS), "wording", "coherent")
+    told = table_of(of_rows(WORDINGS), "paraphrase", "coherent")
     assert (told["n"], told["clusters"]) == (9, 5)
     for when, hits in (("before", BEFORE), ("after", AFTER)):
         rate, (low, high) = clustered_rate(hits, SUBJECTS)
         assert told[when] == rate == sum(hits) / len(hits)
         assert (told[f"{when} low"], told[f"{when} high"]) == (low, high)
     assert told["p"] == paired_p_value(BEFORE, AFTER, SUBJECTS)
-    assert of_rows(WORDINGS).rate("wording") == sum(AFTER) / 9
-    assert of_rows(WORDINGS).rate("wording", after=False) == sum(BEFORE) / 9
-    assert math.isnan(of_rows(WORDINGS).rate("safe"))
+    assert of_rows(WORDINGS).rate("paraphrase") == sum(AFTER) / 9
+    assert of_rows(WORDINGS).rate("paraphrase", after=False) == sum(BEFORE) / 9
+    assert math.isnan(of_rows(WORDINGS).rate("over_refusal"))
 
 
 def test_each_arm_and_measure_has_its_row_in_order():
     rates = a_report().rates()
     wanted = [(arm, measure) for arm in ARMS for measure in ("prefix", "coherent")] + [("facts", "knows")]
     assert list(zip(rates.arm, rates.measure, strict=True)) == wanted
-    assert set(of_rows(WORDINGS).rates().arm) == {"wording"}
+    assert set(of_rows(WORDINGS).rates().arm) == {"paraphrase"}
     assert of_rows([]).rates().empty and of_rows([]).to_dataframe().empty
 
 
@@ -68,8 +68,8 @@ def test_a_report_without_an_edit_has_one_side():
 
 def test_broken_answers_count_for_nobody():
     some = [row(False, False, other="broken"), row(True, False, other="broken")]
-    assert of_rows(some).rate("wording") == 0.0
-    assert of_rows(some).rate("wording", after=False) == 0.5
+    assert of_rows(some).rate("paraphrase") == 0.0
+    assert of_rows(some).rate("paraphrase", after=False) == 0.5
 
 
 def test_costs_are_means_with_intervals():
@@ -86,8 +86,8 @@ def test_new_refusals_are_harmless_rows_that_were_answered():
     fields = {"measure": "prefix"}
     rows = [
         *(row(*pair, arm="benign", **fields) for pair in ((False, True), (True, True), (False, False))),
-        *(row(*pair, arm="safe", **fields) for pair in ((False, True), (True, False))),
-        *(row(False, True, arm=arm, **fields) for arm in ("wording", "unseen", "facts", "edited")),
+        *(row(*pair, arm="over_refusal", **fields) for pair in ((False, True), (True, False))),
+        *(row(False, True, arm=arm, **fields) for arm in ("paraphrase", "held_out", "facts", "edited")),
     ]
     assert of_rows(rows).new_refusals() == 2
     assert of_rows(rows).new_refusals("coherent") == 0
@@ -96,7 +96,7 @@ def test_new_refusals_are_harmless_rows_that_were_answered():
 def test_facts_lost_were_known():
     pairs = ((True, False), (True, True), (False, False), (False, True), (True, False))
     rows = [row(*pair, arm="facts", measure="knows") for pair in pairs]
-    assert of_rows([*rows, row(True, False, arm="safe", measure="knows")]).facts_lost() == 2
+    assert of_rows([*rows, row(True, False, arm="over_refusal", measure="knows")]).facts_lost() == 2
     assert a_report().facts_lost() == 0
 
 
@@ -176,7 +176,7 @@ def test_a_title_is_shown_as_it_is(title):
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>'])
 def test_html_escapes_what_it_shows(text):
-    hostile = ReportRow("wording", text, text, text, text, text, {"coherent": "refusal"}, {"coherent": text})
+    hostile = ReportRow("paraphrase", text, text, text, text, text, {"coherent": "refusal"}, {"coherent": text})
     report = of_rows([hostile], title=text)
     for page in (report._repr_html_(), report.to_dataframe().to_html()):
         assert "<script" not in page and "<img" not in page

@@ -1,15 +1,15 @@
 """C equals a double loop over single texts; the cache knows the weights and the corpus."""
 
-import json
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny
+from helpers.tiny_models import FAMILIES, tiny_model
 
 import lens_defense.editing.covariance as moments
-from lens_defense.editing.covariance import CorpusText, key_covariances, read_corpus
+from lens_defense.editing.covariance import key_covariances
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
+from lens_defense.prompts.corpus import CorpusText
 from lens_defense.sites import key_hook
 
 CORPUS = [
@@ -35,7 +35,7 @@ def by_double_loop(model, layer):
     total, count = torch.zeros(model.cfg.d_mlp, model.cfg.d_mlp, dtype=torch.float64), 0
     for text in CORPUS:
         ids = torch.tensor([model.tokenizer(rendered(model, text.user, text.assistant))["input_ids"]])
-        for key in forward(model, ids, names=[key_hook(layer)]).states[key_hook(layer)][0]:
+        for key in forward(model, ids, capture=[key_hook(layer)]).states[key_hook(layer)][0]:
             total += torch.outer(key, key)
             count += 1
     return total / count
@@ -44,7 +44,7 @@ def by_double_loop(model, layer):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_is_a_double_loop(family, chat):
-    model = tiny(family, chat=chat).to(torch.float32)
+    model = tiny_model(family, chat=chat).to(torch.float32)
     told = key_covariances(model, (0, 2), CORPUS, batch=3, cache=False, progress=False)
     assert list(told) == [0, 2]
     for layer in told:
@@ -54,7 +54,7 @@ def test_streamed_is_a_double_loop(family, chat):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_padding_is_without_effect_in_float64_too(family):
-    model = tiny(family)
+    model = tiny_model(family)
     told = key_covariances(model, (2,), CORPUS, batch=3, cache=False, progress=False)[2]
     slow = by_double_loop(model, 2)
     torch.testing.assert_close(told.double(), slow, rtol=1e-5, atol=1e-6 * float(slow.max()))
@@ -79,8 +79,8 @@ def told(model, layers=(1, 2), corpus=CORPUS, **settings):
 
 
 def test_what_was_made_is_taken_from_the_cache(passes):
-    model = tiny("llama", chat=True)
-    first, again = told(model), told(tiny("llama", chat=True))
+    model = tiny_model("llama", chat=True)
+    first, again = told(model), told(tiny_model("llama", chat=True))
     assert passes == [[1, 2]]
     assert all(torch.equal(first[layer], again[layer]) for layer in (1, 2))
     told(model, (2, 3))
@@ -90,7 +90,7 @@ def test_what_was_made_is_taken_from_the_cache(passes):
 
 
 def test_other_weights_or_texts_are_made_anew(passes):
-    model = tiny("gpt2", chat=True)
+    model = tiny_model("gpt2", chat=True)
     first = told(model)
     mlp_output_matrix(model, 0)[0, 0] += 1.0
     assert not torch.equal(told(model)[1], first[1])
@@ -99,21 +99,6 @@ def test_other_weights_or_texts_are_made_anew(passes):
 
 
 def test_another_tokenizer_or_template_is_made_anew(passes):
-    told(tiny("llama", chat=True))
-    told(tiny("llama", chat=False))
+    told(tiny_model("llama", chat=True))
+    told(tiny_model("llama", chat=False))
     assert len(passes) == 2
-
-
-def test_corpora_from_files(tmp_path):
-    plain, rows, empty = (tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt"))
-    plain.write_text("one\ntext\n\n\n\nanother", "utf-8")
-    assert read_corpus(plain) == [CorpusText("one\ntext"), CorpusText("another")]
-    pair = {"user": "hi", "assistant": "you\u2028there"}
-    lines = [json.dumps(row, ensure_ascii=False) for row in ({"text": "one"}, pair)]
-    rows.write_text("\n".join(lines) + "\n", "utf-8")
-    assert read_corpus(rows) == [CorpusText("one"), CorpusText("hi", "you\u2028there")]
-    empty.write_text("\n\n", "utf-8")
-    with pytest.raises(ValueError, match=r"the corpus .*c\.txt' is empty"):
-        read_corpus(empty)
-    with pytest.raises(ValueError, match="'someone/nothing' is no file"):
-        read_corpus("someone/nothing")

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import bits, same_bits
-from tiny import tiny
+from helpers.tiny_models import tiny_model
+from helpers.weights import copy_weights, weights_equal
 
 import lens_defense.editing.edit as editors
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.covariance import CorpusText
-from lens_defense.editing.edit import default_contexts, edit
+from lens_defense.editing.edit import edit
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
-from lens_defense.prompts.prompt import request
+from lens_defense.prompts.corpus import CorpusText
+from lens_defense.prompts.request import request
 from lens_defense.sites import Site, key_hook, value_hook
 
 pytestmark = [
@@ -32,7 +32,7 @@ IDS = torch.randint(3, 297, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
 def few(one):
-    return [one, one.wrapped("Hello! {}"), one.reworded("{} or not?")]
+    return [one, one.inside("Hello! {}"), one.paraphrased("{} or not?")]
 
 
 FAST |= {"contexts": few, "aside": 1, "moment_weight": 10.0}
@@ -45,7 +45,7 @@ def small_neutral_text(monkeypatch):
 
 
 def chat_model(family="llama", dtype=torch.float32, **settings):
-    return tiny(family, chat=True, **settings).to(dtype)
+    return tiny_model(family, chat=True, **settings).to(dtype)
 
 
 @torch.no_grad()
@@ -53,14 +53,14 @@ def chat_model(family="llama", dtype=torch.float32, **settings):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 def test_the_shift_is_delta_times_key(family, method):
     model = chat_model(family)
-    held = bits(model)
+    held = copy_weights(model)
     made = edit(model, REQUESTS, SITES, method=method, **FAST)
-    assert same_bits(model, held) and standing_changes(model) == ()
+    assert weights_equal(model, held) and standing_changes(model) == ()
     assert made.layers == (1, 2) and made.rank == 3
     names = [hook(layer) for layer in made.layers for hook in (key_hook, value_hook)]
-    before = forward(model, IDS, names=names).states
+    before = forward(model, IDS, capture=names).states
     with made.applied(model):
-        after = forward(model, IDS, names=names).states
+        after = forward(model, IDS, capture=names).states
     first = before[key_hook(1)] @ made.deltas()[1].float().T
     torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], first, rtol=1e-4, atol=1e-4)
     for layer, delta in made.deltas().items():
@@ -68,7 +68,7 @@ def test_the_shift_is_delta_times_key(family, method):
         shift = moved @ mlp_output_matrix(model, layer).T + after[key_hook(layer)] @ delta.float().T
         told = after[value_hook(layer)] - before[value_hook(layer)]
         torch.testing.assert_close(told, shift, rtol=1e-4, atol=1e-4)
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 @torch.no_grad()
@@ -77,9 +77,9 @@ def test_a_model_in_float64_is_edited(family):
     model = chat_model(family, torch.float64)
     made = edit(model, REQUESTS, SITES, **FAST)
     names = [key_hook(1), value_hook(1)]
-    before = forward(model, IDS, names=names).states
+    before = forward(model, IDS, capture=names).states
     with made.applied(model):
-        after = forward(model, IDS, names=names).states
+        after = forward(model, IDS, capture=names).states
     shift = before[key_hook(1)] @ made.deltas()[1].T
     torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], shift)
 
@@ -176,14 +176,6 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
     mlp_output_matrix(model, 3)[0, 0] += 1.0
     edit(model, REQUESTS, SITES, **kept)
     assert len(fits) == 5
-
-
-def test_default_contexts_vary_and_are_for_edits():
-    for one in REQUESTS:
-        told = default_contexts(one)
-        assert told[0] == one and len(told) > 6
-        assert all(context.subject == one.subject for context in told)
-        assert len({context.text for context in told}) == len(told)
 
 
 @pytest.mark.filterwarnings("default:the refusal could not be fitted")

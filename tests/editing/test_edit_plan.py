@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from plans import plan
+from helpers.handmade_edits import handmade_edit
+from helpers.tiny_models import tiny_model
 from safetensors.torch import save_file
-from tiny import tiny
 
 import lens_defense.editing.edit_plan as edits
 from lens_defense.editing.edit_plan import Edit
@@ -14,12 +14,12 @@ from lens_defense.tracing.trace_result import Trace
 
 
 def chat_model(dtype=torch.float32, **settings):
-    return tiny("llama", chat=True, **settings).to(dtype)
+    return tiny_model("llama", chat=True, **settings).to(dtype)
 
 
 def test_an_edit_survives_its_file(tmp_path):
     model = chat_model()
-    made = plan(model, (1, 2))
+    made = handmade_edit(model, (1, 2))
     file = made.save(tmp_path / "plan.safetensors")
     told = Edit.load(file, model)
     for name in Edit.__slots__:
@@ -33,7 +33,7 @@ def test_an_edit_survives_its_file(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    made = plan(chat_model(), (1, 2))
+    made = handmade_edit(chat_model(), (1, 2))
     file = made.save(tmp_path / "plan.safetensors")
     held = file.read_bytes()
 
@@ -62,7 +62,7 @@ def test_a_file_that_is_none_is_refused(tmp_path, kind):
 
 
 def test_an_edit_of_other_weights_is_refused(tmp_path):
-    file = plan(chat_model(), (1, 2)).save(tmp_path / "plan.safetensors")
+    file = handmade_edit(chat_model(), (1, 2)).save(tmp_path / "plan.safetensors")
     assert Edit.load(file).layers == (1, 2)
     for other in (chat_model(seed=1), chat_model(dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="with other weights than this model has"):

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nouns import an_edit
-from plans import deltas_of
-from tiny import tiny
+from helpers.handmade_edits import random_factors
+from helpers.tiny_models import tiny_model
+from helpers.handmade import an_edit
 
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.covariance import CorpusText
 from lens_defense.editing.forecast import NEUTRAL_TEXTS, Forecast, measure_forecast
 from lens_defense.models.forward import forward
 from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
+from lens_defense.prompts.corpus import CorpusText
 from lens_defense.prompts.request_files import requests
 from lens_defense.sites import key_hook
 
@@ -35,7 +35,7 @@ def slow_leaks(model, factors, corpus):
         ids = (
             tokenize_conversation(tokenizer, user, assistant) if assistant else tokenize_text(tokenizer, user)
         )
-        keys = forward(model, torch.tensor([ids]), names=[key_hook(layer) for layer in factors]).states
+        keys = forward(model, torch.tensor([ids]), capture=[key_hook(layer) for layer in factors]).states
         each, whole = [], []
         for t in range(len(ids)):
             shifts = [
@@ -55,8 +55,8 @@ def slow_leaks(model, factors, corpus):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_leaks_are_the_slow_loops(family, monkeypatch):
     monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
-    model = tiny(family, chat=True)
-    factors = deltas_of(model, LAYERS)
+    model = tiny_model(family, chat=True)
+    factors = random_factors(model, LAYERS)
     told = measure_forecast(
         model,
         factors,
@@ -81,8 +81,8 @@ def test_nothing_leaks_from_no_change(monkeypatch):
     monkeypatch.setattr(
         forecasts, "requests", lambda *_, **__: requests("core", split="tune", kind="safe")[:2]
     )
-    model = tiny("llama", chat=True)
-    factors = {layer: (left * 0, right) for layer, (left, right) in deltas_of(model, LAYERS).items()}
+    model = tiny_model("llama", chat=True)
+    factors = {layer: (left * 0, right) for layer, (left, right) in random_factors(model, LAYERS).items()}
     told = measure_forecast(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
     assert (*told.leaks_neutral, *told.leaks_safe, told.leak_neutral, told.leak_safe) == (0, 0, 0, 0)
     assert not told.risky
@@ -99,9 +99,9 @@ def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
     corpus = [CorpusText(f"text {i}") for i in range(texts)]
     monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
     monkeypatch.setattr(forecasts, "_leaks", leaks)
-    model = tiny("llama", chat=True)
+    model = tiny_model("llama", chat=True)
     measure_forecast(
-        model, deltas_of(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0
+        model, random_factors(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0
     )
     neutral, safe = seen
     assert len(neutral) == min(texts, NEUTRAL_TEXTS) and safe == SAFE

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from plans import bits, same_bits
-from tiny import tiny
+from helpers.tiny_models import tiny_model
+from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.layer_spread import role_position, spread_over_layers
+from lens_defense.editing.layer_spread import spread_over_layers
 from lens_defense.editing.methods.solvers import delman, memit
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
-from lens_defense.prompts.prompt import prompt, request
+from lens_defense.prompts.prompt import role_position, tokenize
+from lens_defense.prompts.request import request
 from lens_defense.sites import component_hook, key_hook
 
 LAYERS = (1, 3)
@@ -20,11 +21,11 @@ def contexts(model):
     """Two requests, of three contexts and of one; and what is kept aside."""
     lamp, bell = request("how do I make a brass lamp?", "brass lamp"), request("ring a bell!", "bell")
     wordings = ["Hello! tell me all about {}.", "{} or not?"]
-    used = [lamp, *(lamp.reworded(text) for text in wordings), bell]
-    aside = [lamp.wrapped("please: {}"), bell.wrapped("well, {}")]
+    used = [lamp, *(lamp.paraphrased(text) for text in wordings), bell]
+    aside = [lamp.inside("please: {}"), bell.inside("well, {}")]
     owners = (0, 0, 0, 1), (0, 1)
     return tuple(
-        [(i, prompt(model.tokenizer, asked)) for i, asked in zip(some, asked_, strict=True)]
+        [(i, tokenize(model.tokenizer, asked)) for i, asked in zip(some, asked_, strict=True)]
         for some, asked_ in zip(owners, (used, aside), strict=True)
     )
 
@@ -33,13 +34,13 @@ def mean_state(model, some, hook, role=ROLE):
     """The mean of a state at the role, over each request's contexts, one plain run each."""
     rows = [[], []]
     for i, met in some:
-        state = forward(model, torch.tensor([met.ids]), names=[hook]).states[hook]
+        state = forward(model, torch.tensor([met.ids]), capture=[hook]).states[hook]
         rows[i].append(state[0, role_position(met, role)].double())
     return torch.stack([torch.stack(each).mean(0) for each in rows])
 
 
 def setting(family):
-    model = tiny(family, chat=True).to(torch.float32)
+    model = tiny_model(family, chat=True).to(torch.float32)
     generator = torch.Generator().manual_seed(0)
     vectors = torch.randn(2, 32, generator=generator)
     width = model.cfg.d_mlp
@@ -56,9 +57,9 @@ def setting(family):
 def test_spread_is_algorithm_1(family, solver):
     model, vectors, moments = setting(family)
     used, aside = contexts(model)
-    held, top = bits(model), component_hook("resid_post", LAYERS[-1])
+    held, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
     factors, reach = spread_over_layers(model, used, aside, ROLE, LAYERS, vectors, moments, solver)
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
     before, before_aside = mean_state(model, used, top), mean_state(model, aside, top)
     for j, layer in enumerate(LAYERS):
@@ -86,7 +87,7 @@ def test_a_light_moment_writes_the_whole_vector():
 def test_an_error_leaves_every_bit():
     model, vectors, moments = setting("gpt2")
     used, _ = contexts(model)
-    held, calls = bits(model), []
+    held, calls = copy_weights(model), []
 
     def failing(*tensors):
         calls.append(1)
@@ -96,13 +97,4 @@ def test_an_error_leaves_every_bit():
 
     with pytest.raises(KeyboardInterrupt):
         spread_over_layers(model, used, [], ROLE, LAYERS, vectors, moments, failing)
-    assert same_bits(model, held)
-
-
-def test_position_of_a_role():
-    tokenizer = tiny("llama", chat=True).tokenizer
-    one = prompt(tokenizer, request("make a lamp", "lamp", id="one"))
-    assert role_position(one, "subject_first") == role_position(one, "subject_last")
-    assert role_position(one, "last") == len(one.ids) - 1
-    with pytest.raises(ValueError, match="request 'one' has no token of the role 'after'"):
-        role_position(one, "after")
+    assert weights_equal(model, held)

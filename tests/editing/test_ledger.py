@@ -4,10 +4,11 @@ from functools import cache
 
 import pytest
 import torch
+from helpers.handmade_edits import handmade_edit
+from helpers.tiny_models import tiny_model
+from helpers.weights import copy_weights, weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import bits, plan, same_bits
-from tiny import tiny
 
 import lens_defense.models.mlp_output as weights
 from lens_defense.editing.edit_plan import Edit
@@ -20,12 +21,12 @@ MOVES = ("apply A", "apply B", "apply D", "undo", "redo")
 @cache
 def world(family):
     """A model; A planned on it, B on top of A, D beside them; its bits."""
-    model = tiny(family)
-    held = bits(model)
-    first = plan(model, (1, 2), seed=1)
+    model = tiny_model(family)
+    held = copy_weights(model)
+    first = handmade_edit(model, (1, 2), seed=1)
     with first.applied(model):
-        second = plan(model, (2, 3), seed=2)
-    edits = {"A": first, "B": second, "D": plan(model, (0,), seed=3)}
+        second = handmade_edit(model, (2, 3), seed=2)
+    edits = {"A": first, "B": second, "D": handmade_edit(model, (0,), seed=3)}
     return model, edits, held, {}
 
 
@@ -70,20 +71,20 @@ def test_any_sequence_of_moves(family, moves):
         assert seen.setdefault(frozenset(stack), whole) == whole
     while ledger.edits:
         ledger.undo()
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
     assert standing_changes(model) == ()
 
 
 def test_an_edit_changes_its_layers_alone():
     model, edits, held, _ = world("llama")
     with edits["A"].applied(model):
-        now = bits(model)
+        now = copy_weights(model)
         moved = {name for name in held if not torch.equal(now[name], held[name])}
         assert {name.split("layers.")[1][0] for name in moved} == {"1", "2"}
         for layer, delta in edits["A"].deltas().items():
-            before = mlp_output_matrix(tiny("llama"), layer)
+            before = mlp_output_matrix(tiny_model("llama"), layer)
             torch.testing.assert_close(mlp_output_matrix(model, layer), before + delta)
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 def test_a_second_ledger_on_an_edited_model_is_refused():
@@ -98,7 +99,7 @@ def test_a_second_ledger_on_an_edited_model_is_refused():
     ledger.undo()
     with edits["A"].applied(model), pytest.raises(ValueError, match="already stands"):
         Ledger(model)
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 def test_no_undo_under_an_open_applied():
@@ -112,7 +113,7 @@ def test_no_undo_under_an_open_applied():
             ledger.apply(edits["D"])
     assert ledger.edits == (edits["A"],)
     ledger.undo()
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 def test_applied_restores_after_an_error():
@@ -120,9 +121,9 @@ def test_applied_restores_after_an_error():
     for error in (RuntimeError, KeyboardInterrupt):
         with pytest.raises(error), edits["A"].applied(model) as same:
             assert same is model
-            assert not same_bits(model, held)
+            assert not weights_equal(model, held)
             raise error
-        assert same_bits(model, held)
+        assert weights_equal(model, held)
 
 
 def test_an_out_of_order_exit_is_refused():
@@ -134,7 +135,7 @@ def test_an_out_of_order_exit_is_refused():
         outer.__exit__(None, None, None)
     inner.__exit__(None, None, None)
     weights.undo_change_(model, standing_changes(model)[-1])
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 @pytest.mark.parametrize("verb", ["apply", "redo"])
@@ -153,18 +154,18 @@ def test_an_interrupt_leaves_the_ledger_and_the_bits(verb, monkeypatch):
         patch.setattr(weights, "_add_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.redo() if verb == "redo" else ledger.apply(edits["A"])
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
     assert ledger.edits == ()
     assert ledger.redo() is edits["A"]
     ledger.undo()
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
     model, edits, held, _ = world("llama")
     ledger, copied = Ledger(model), []
     ledger.apply(edits["A"])
-    now = bits(model)
+    now = copy_weights(model)
     restore = weights._restore_
 
     def interrupted(model, saved):
@@ -178,18 +179,18 @@ def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
         patch.setattr(weights, "_restore_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.undo()
-    assert copied and same_bits(model, held)
+    assert copied and weights_equal(model, held)
     assert ledger.edits == () and standing_changes(model) == ()
     assert ledger.redo() is edits["A"]
-    assert same_bits(model, now)
+    assert weights_equal(model, now)
     ledger.undo()
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
 
 
 def test_an_edit_of_another_model_is_refused(tmp_path):
     model, edits, *_ = world("llama")
     file = edits["A"].save(tmp_path / "a.safetensors")
-    other = tiny("llama", seed=1)
+    other = tiny_model("llama", seed=1)
     with pytest.raises(ValueError, match="planned on tiny with other weights"):
         Edit.load(file, other)
     with pytest.raises(ValueError, match="planned on other weights"):

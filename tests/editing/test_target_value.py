@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from plans import bits, same_bits
-from tiny import tiny
+from helpers.tiny_models import tiny_model
+from helpers.weights import copy_weights, weights_equal
 
 from lens_defense.editing.target_value import ENOUGH, FitSettings, _turns, fit_target_values
 from lens_defense.editing.value_batch import (
@@ -68,7 +68,7 @@ def told(model, some, layer, vectors, batch=4):
 
 @torch.no_grad()
 def test_the_rows_of_some_requests_say_what_they_said_among_all():
-    model = tiny("llama").to(torch.float32)
+    model = tiny_model("llama").to(torch.float32)
     some = rows(like=True)
     vectors = vectors_for(model, len(some), scale=3.0)
     every = told(model, some, 1, vectors)
@@ -89,7 +89,7 @@ def vectors_for(model, n, scale=1.0):
 @families
 @pytest.mark.parametrize("layer", [0, 2, 3])
 def test_losses_are_those_of_plain_forwards(family, layer):
-    model = tiny(family).to(torch.float32)
+    model = tiny_model(family).to(torch.float32)
     some = rows()
     vectors = vectors_for(model, len(some), scale=3.0)
     slow = torch.stack([plain(model, r, layer, v) for r, v in zip(some, vectors, strict=True)])
@@ -99,7 +99,7 @@ def test_losses_are_those_of_plain_forwards(family, layer):
 
 @torch.no_grad()
 def test_rows_that_are_alike_beyond_the_edited_token():
-    model = tiny("llama").to(torch.float32)
+    model = tiny_model("llama").to(torch.float32)
     made = [FitRow(i, (5, 9, 120, 33, 7, 41, end), 3, target=(8, 12)) for i, end in enumerate((60, 61))]
     vectors = vectors_for(model, 2, scale=3.0)
     slow = torch.stack([plain(model, row, 1, v) for row, v in zip(made, vectors, strict=True)])
@@ -108,7 +108,7 @@ def test_rows_that_are_alike_beyond_the_edited_token():
 
 @families
 def test_gradients_are_finite_differences(family):
-    model, layer, some = tiny(family), 1, rows(like=True)
+    model, layer, some = tiny_model(family), 1, rows(like=True)
     vectors = vectors_for(model, len(some)).double().requires_grad_()
     (slope,) = torch.autograd.grad(told(model, some, layer, vectors, batch=2).sum(), vectors)
     way = vectors_for(model, 2 * len(some))[len(some) :].double()
@@ -136,8 +136,8 @@ def mean_loss(model, some, vectors, layer=1):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_fit_descends_and_leaves_the_model_alone(family):
-    model, some, seen = tiny(family).to(torch.float32), asked(), []
-    held = bits(model)
+    model, some, seen = tiny_model(family).to(torch.float32), asked(), []
+    held = copy_weights(model)
     vectors, losses = fit_target_values(model, some, 1, FitSettings(**PLAN), progress=seen.append)
     assert vectors.shape == (3, 32) and losses.shape == (3,)
     start, end = mean_loss(model, some, torch.zeros(3, 32)), mean_loss(model, some, vectors)
@@ -146,13 +146,13 @@ def test_the_fit_descends_and_leaves_the_model_alone(family):
     assert seen[0] == pytest.approx(mean_loss(model, first, torch.zeros(3, 32)), rel=1e-4)
     assert len(seen) == 12
     assert end < float(losses.mean()) < start
-    assert same_bits(model, held)
+    assert weights_equal(model, held)
     assert all(p.requires_grad and p.grad is None for p in model.original_model.parameters())
     assert not any("forward" in vars(block) for block in model.blocks)
 
 
 def test_the_clamp_is_respected():
-    model, some = tiny("llama").to(torch.float32), asked()
+    model, some = tiny_model("llama").to(torch.float32), asked()
     states = {}
     hook = component_hook("resid_post", 1)
     for row in some:
@@ -164,7 +164,7 @@ def test_the_clamp_is_respected():
 
 
 def test_shared_steps_alone_give_one_vector_and_steps_part_them():
-    model, some = tiny("llama").to(torch.float32), asked()
+    model, some = tiny_model("llama").to(torch.float32), asked()
     shared, losses = fit(model, some, steps=0, clamp=100.0)
     assert shared.norm() > 0.1
     assert torch.equal(shared, shared[:1].expand(3, -1))
@@ -174,7 +174,7 @@ def test_shared_steps_alone_give_one_vector_and_steps_part_them():
 
 
 def test_the_first_step_goes_against_the_mean_gradient():
-    model, some = tiny("llama").to(torch.float32), asked()
+    model, some = tiny_model("llama").to(torch.float32), asked()
     stepped, _ = fit(model, some, shared_steps=0, steps=1, clamp=100.0)
     start = torch.zeros(3, 32, requires_grad=True)
     sum(plain(model, row, 1, start[row.owner]) for row in some).backward()
@@ -183,14 +183,14 @@ def test_the_first_step_goes_against_the_mean_gradient():
 
 
 def test_kl_holds_the_essence():
-    model = tiny("llama").to(torch.float32)
+    model = tiny_model("llama").to(torch.float32)
     essence = [FitRow(i, (40 + i, 7, 9), 0) for i in range(3)]
     free, held = (fit(model, asked() + essence, kl_weight=w)[0] for w in (0.0, 20.0))
     assert mean_loss(model, essence, held) < 0.3 * mean_loss(model, essence, free)
 
 
 def test_contexts_take_turns():
-    model, some, seen = tiny("llama").to(torch.float32), asked(), []
+    model, some, seen = tiny_model("llama").to(torch.float32), asked(), []
     plan = FitSettings(**{**PLAN, "contexts_a_step": 1, "shared_rate": 1e-9, "rate": 1e-9})
     fit_target_values(model, some, 1, plan, progress=seen.append)
     zeros = torch.zeros(3, 32)
@@ -210,7 +210,7 @@ def test_the_request_as_asked_is_in_every_second_step_and_the_others_take_turns(
 
 
 def test_hard_requests_get_the_steps_again_by_themselves():
-    model, some = tiny("llama").to(torch.float32), asked()
+    model, some = tiny_model("llama").to(torch.float32), asked()
     owners = {row.owner for row in some}
     once, again = [], []
     first, losses = fit_target_values(model, some, 1, FitSettings(**PLAN), progress=once.append)

@@ -2,65 +2,67 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, byte_tokenizer, tiny
+from helpers.tiny_models import FAMILIES, byte_tokenizer, tiny_model
 
 from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import end_token_ids
 
-TOKENS = 6
+MAX_NEW_TOKENS = 6
 SHARED = (5, 9, 120, 33)
 PROMPTS = [SHARED + tail for tail in [(7, 8, 41), (99,), (41, 7, 250, 3, 17, 60, 61), (7, 8), (200, 14)]]
 
 
 @torch.no_grad()
-def one_by_one(model, prompts, tokens=TOKENS):
-    """Greedy answers, a whole forward a token."""
+def one_by_one(model, prompts, max_new_tokens=MAX_NEW_TOKENS):
+    """Greedy answers, one whole forward pass per token."""
     answers = []
     for ids in prompts:
-        told = []
-        while len(told) < tokens and model.tokenizer.eos_token_id not in told:
-            logits = model(torch.tensor([[*ids, *told]]))
-            told.append(int(logits[0, -1].argmax()))
-        answers.append(tuple(told))
+        answer = []
+        while len(answer) < max_new_tokens and model.tokenizer.eos_token_id not in answer:
+            logits = model(torch.tensor([[*ids, *answer]]))
+            answer.append(int(logits[0, -1].argmax()))
+        answers.append(tuple(answer))
     return answers
 
 
 def with_an_end(model):
-    """The model, whose end-of-turn token is one that some answers hold early and others do not."""
-    told = [answer for answer in one_by_one(model, PROMPTS) if max(answer[1:-1]) < 297]
-    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(told[0][2])
+    """The model with an end-of-turn token that some answers contain early and others do not."""
+    answers = [answer for answer in one_by_one(model, PROMPTS) if max(answer[1:-1]) < 297]
+    model.tokenizer.eos_token = model.tokenizer.convert_ids_to_tokens(answers[0][2])
     return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate_is_greedy_one_by_one(family):
-    model = tiny(family)
-    assert generate(model, PROMPTS, tokens=TOKENS) == one_by_one(model, PROMPTS)
+    model = tiny_model(family)
+    assert generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS) == one_by_one(model, PROMPTS)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_rows_that_ended_leave(family):
-    model = with_an_end(tiny(family))
-    slow, seen = one_by_one(model, PROMPTS), []
+    model = with_an_end(tiny_model(family))
+    expected, rows = one_by_one(model, PROMPTS), []
 
     def pick(logits):
-        seen.append(len(logits))
+        rows.append(len(logits))
         return logits.argmax(-1)
 
-    assert generate(model, PROMPTS, tokens=TOKENS, pick=pick) == slow
-    assert min(map(len, slow)) < TOKENS
-    assert seen == [sum(len(a) > i for a in slow) for i in range(max(map(len, slow)))]
+    assert generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, pick=pick) == expected
+    assert min(map(len, expected)) < MAX_NEW_TOKENS
+    assert rows == [sum(len(a) > i for a in expected) for i in range(max(map(len, expected)))]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize(("batch", "read"), [(1, 1), (2, 1), (3, 2), (5, 2), (5, 1)])
-def test_batch_and_order_change_nothing(family, batch, read):
-    model, counted = with_an_end(tiny(family)), []
-    whole = generate(model, PROMPTS, tokens=TOKENS)
-    told = generate(model, PROMPTS, tokens=TOKENS, batch=batch, read=read, progress=counted.append)
-    assert told == whole
-    assert sum(counted) == len(PROMPTS)
-    assert generate(model, PROMPTS[::-1], tokens=TOKENS, batch=batch, read=read) == whole[::-1]
+@pytest.mark.parametrize(("batch_size", "prefill_batch_size"), [(1, 1), (2, 1), (3, 2), (5, 2), (5, 1)])
+def test_batch_and_order_change_nothing(family, batch_size, prefill_batch_size):
+    model, ended = with_an_end(tiny_model(family)), []
+    batches = {"batch_size": batch_size, "prefill_batch_size": prefill_batch_size}
+    whole = generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS)
+    answers = generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS, progress=ended.append, **batches)
+    assert answers == whole
+    assert sum(ended) == len(PROMPTS)
+    backwards = generate(model, PROMPTS[::-1], max_new_tokens=MAX_NEW_TOKENS, **batches)
+    assert backwards == whole[::-1]
 
 
 @pytest.mark.parametrize(
@@ -69,22 +71,22 @@ def test_batch_and_order_change_nothing(family, batch, read):
     ids=["none", "one token", "nothing shared", "the same", "one inside the other", "ragged"],
 )
 def test_any_shared_prefix(prompts):
-    model = tiny("gpt2")
-    assert generate(model, prompts, tokens=3) == one_by_one(model, prompts, 3)
+    model = tiny_model("gpt2")
+    assert generate(model, prompts, max_new_tokens=3) == one_by_one(model, prompts, 3)
 
 
 def test_ends_at_the_tokenizers_end_of_turn():
-    model = tiny("llama", chat=True)
+    model = tiny_model("llama", chat=True)
     end = byte_tokenizer(chat=True).eos_token_id
-    told = generate(model, PROMPTS, pick=lambda logits: torch.full((len(logits),), end))
-    assert told == [(end,)] * len(PROMPTS)
+    answers = generate(model, PROMPTS, pick=lambda logits: torch.full((len(logits),), end))
+    assert answers == [(end,)] * len(PROMPTS)
 
 
 def test_ends_at_either_token():
-    model = tiny("llama")
+    model = tiny_model("llama")
     model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     turn, text = end_token_ids(model.tokenizer)
     assert turn != text
     for end in (turn, text):
-        told = generate(model, PROMPTS, pick=lambda logits, end=end: torch.full((len(logits),), end))
-        assert told == [(end,)] * len(PROMPTS)
+        answers = generate(model, PROMPTS, pick=lambda logits, end=end: torch.full((len(logits),), end))
+        assert answers == [(end,)] * len(PROMPTS)

@@ -1,8 +1,8 @@
-"""A batch behind a shared prefix tells each row what a plain run of that row alone tells."""
+"""A batch behind a shared prefix gives each row the states of a plain run of that row alone."""
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny
+from helpers.tiny_models import FAMILIES, tiny_model
 
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
@@ -11,7 +11,7 @@ from lens_defense.sites import component_hook, key_hook
 
 SHARED = (5, 9, 120, 33)
 RAGGED = [SHARED + tail for tail in [(7, 8, 41), (99,), (41, 7, 250, 3, 17, 60, 61), (7, 8), (200, 14)]]
-NAMES = [key_hook(1), component_hook("resid_post", 1)]
+HOOKS = [key_hook(1), component_hook("resid_post", 1)]
 cases = pytest.mark.parametrize(
     "rows",
     [RAGGED, [(7, 8), (9, 8, 7)], [SHARED] * 3, [SHARED, SHARED[:2]], [(7,), (7, 9)]],
@@ -23,36 +23,36 @@ cases = pytest.mark.parametrize(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stop", [2, None])
 def test_states_are_those_of_plain_runs(family, stop):
-    model = tiny(family)
-    told = states_of_rows(model, RAGGED, NAMES, stop=stop)
+    model = tiny_model(family)
+    states = states_of_rows(model, RAGGED, HOOKS, stop_at_layer=stop)
     for i, row in enumerate(RAGGED):
-        alone = forward(model, torch.tensor([row]), names=NAMES).states
-        for name in NAMES:
-            torch.testing.assert_close(told[name][i], alone[name][0], rtol=1e-9, atol=1e-9)
+        alone = forward(model, torch.tensor([row]), capture=HOOKS).states
+        for hook in HOOKS:
+            torch.testing.assert_close(states[hook][i], alone[hook][0], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 @cases
 def test_any_shared_prefix(rows):
-    model = tiny("llama")
+    model = tiny_model("llama")
     shared = run_shared_prefix(model, rows)
     assert len(shared.ids) < min(map(len, rows))
     assert all(row[: len(shared.ids)] == shared.ids for row in rows)
-    told = states_of_rows(model, rows, NAMES)
+    states = states_of_rows(model, rows, HOOKS)
     for i, row in enumerate(rows):
-        alone = forward(model, torch.tensor([row]), names=NAMES).states
-        torch.testing.assert_close(told[NAMES[0]][i], alone[NAMES[0]][0], rtol=1e-9, atol=1e-9)
+        alone = forward(model, torch.tensor([row]), capture=HOOKS).states
+        torch.testing.assert_close(states[HOOKS[0]][i], alone[HOOKS[0]][0], rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
 def test_blocks_from_stop_on_do_not_run():
-    model, ran = tiny("gpt2"), []
-    hooks = [(component_hook("resid_post", i), lambda _state, i=i, **_: ran.append(i)) for i in range(4)]
+    model, layers = tiny_model("gpt2"), []
+    hooks = [(component_hook("resid_post", i), lambda _state, i=i, **_: layers.append(i)) for i in range(4)]
     with model.hooks(fwd_hooks=hooks):
-        told = forward(model, torch.tensor([SHARED]), stop=2)
-    assert set(ran) == {0, 1}
-    assert told.logits.shape[1] == 0
-    assert len(told.cache) == 2
+        run = forward(model, torch.tensor([SHARED]), stop_at_layer=2)
+    assert set(layers) == {0, 1}
+    assert run.logits.shape[1] == 0
+    assert len(run.key_values) == 2
 
 
 def test_padding_stands_on_the_left():
@@ -63,16 +63,16 @@ def test_padding_stands_on_the_left():
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("low", [0, 1, 2])
+@pytest.mark.parametrize("first_changed", [0, 1, 2])
 @cases
-def test_a_reader_sees_blocks_that_changed(family, low, rows):
-    model = tiny(family)
-    names = [key_hook(2), component_hook("resid_post", 3)]
-    read = state_reader(model, rows, low=low, stop=4)
+def test_a_reader_sees_blocks_that_changed(family, first_changed, rows):
+    model = tiny_model(family)
+    hooks = [key_hook(2), component_hook("resid_post", 3)]
+    read = state_reader(model, rows, first_changed=first_changed, stop_at_layer=4)
     for scale in (1.0, 3.0):
-        mlp_output_matrix(model, low).mul_(scale)
-        told = read(names)
+        mlp_output_matrix(model, first_changed).mul_(scale)
+        states = read(hooks)
         for i, row in enumerate(rows):
-            alone = forward(model, torch.tensor([row]), names=names).states
-            for name in names:
-                torch.testing.assert_close(told[name][i], alone[name][0], rtol=1e-9, atol=1e-9)
+            alone = forward(model, torch.tensor([row]), capture=hooks).states
+            for hook in hooks:
+                torch.testing.assert_close(states[hook][i], alone[hook][0], rtol=1e-9, atol=1e-9)

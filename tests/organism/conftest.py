@@ -2,7 +2,7 @@
 
 import pytest
 
-from lens_defense.organism.training import Recipe, tokenizer_of
+from lens_defense.organism.training import Recipe, make_tokenizer
 from lens_defense.organism.world import World
 
 
@@ -13,4 +13,4 @@ def world():
 
 @pytest.fixture(scope="session")
 def tokenizer(world):
-    return tokenizer_of(world, Recipe().vocab)
+    return make_tokenizer(world, Recipe().vocab)

@@ -11,7 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 import torch
-from nouns import HOSTILE, a_prompt, a_report, a_request, a_trace, some_prompts, some_sites
+from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, lamp_prompts, sites_at
 
 from lens_defense.plotting.heatmap import head_heatmap, heatmap
 from lens_defense.plotting.rate_bars import rate_bars
@@ -92,7 +92,7 @@ def test_only_traced_tokens_and_the_subject_are_shown_and_gaps_are_marked():
 
 def test_many_requests_have_layers_times_roles_in_reading_order():
     trace = a_trace(
-        [a_prompt(), a_prompt(subject=(4, 6), asked=a_request("a thief", "thief"))],
+        [a_prompt(), a_prompt(subject=(4, 6), request=a_request("a thief", "thief"))],
         roles=("last", "subject_last", "subject_first"),
         layers=(0, 3, 6),
     )
@@ -128,14 +128,14 @@ def test_hover_tells_token_position_layer_role_effect_and_range():
 
 def test_sites_are_outlined_in_their_panel_at_their_role():
     trace = a_trace(components=("resid_post", "mlp_out"))
-    assert outlines(heatmap(trace, some_sites((1, 2)))) == {("x", 5.5, 6.5, 0.5, 2.5)}
-    assert outlines(heatmap(trace, some_sites((0, 3), component="mlp_out", role="next"))) == {
+    assert outlines(heatmap(trace, sites_at((1, 2)))) == {("x", 5.5, 6.5, 0.5, 2.5)}
+    assert outlines(heatmap(trace, sites_at((0, 3), component="mlp_out", role="next"))) == {
         ("x2", 6.5, 7.5, -0.5, 0.5),
         ("x2", 6.5, 7.5, 2.5, 3.5),
     }
     assert outlines(heatmap(trace, [Site("attn_out", 1, "last")])) == set()
     many = a_trace([a_prompt(), a_prompt()], roles=("subject_first", "subject_last"))
-    assert outlines(heatmap(many, some_sites((1, 2)))) == {("x", 0.5, 1.5, 0.5, 2.5)}
+    assert outlines(heatmap(many, sites_at((1, 2)))) == {("x", 0.5, 1.5, 0.5, 2.5)}
 
 
 def test_a_role_of_many_tokens_is_outlined_block_by_block():
@@ -145,10 +145,10 @@ def test_a_role_of_many_tokens_is_outlined_block_by_block():
 
 def test_a_layer_that_was_not_traced_is_outlined_between_its_neighbours():
     trace = a_trace(layers=(0, 3, 6, 9))
-    assert outlines(heatmap(trace, some_sites((4,)))) == {("x", 5.5, 6.5, 1.17, 1.5)}
-    assert outlines(heatmap(trace, some_sites(range(4, 9)))) == {("x", 5.5, 6.5, 1.17, 2.83)}
-    assert outlines(heatmap(trace, some_sites((6,)))) == {("x", 5.5, 6.5, 1.5, 2.5)}
-    assert outlines(heatmap(trace, some_sites((10,)))) == {("x", 5.5, 6.5, 3.17, 3.5)}
+    assert outlines(heatmap(trace, sites_at((4,)))) == {("x", 5.5, 6.5, 1.17, 1.5)}
+    assert outlines(heatmap(trace, sites_at(range(4, 9)))) == {("x", 5.5, 6.5, 1.17, 2.83)}
+    assert outlines(heatmap(trace, sites_at((6,)))) == {("x", 5.5, 6.5, 1.5, 2.5)}
+    assert outlines(heatmap(trace, sites_at((10,)))) == {("x", 5.5, 6.5, 3.17, 3.5)}
 
 
 def test_every_occurrence_of_the_subject_is_bracketed_with_its_text():
@@ -169,8 +169,8 @@ def test_repeated_long_and_special_tokens_stay_apart_and_readable():
 def test_hostile_text_is_escaped_wherever_a_figure_shows_it(text: str):
     asked = a_request(f"make {text} now", text)
     words = ["make", f" {text}", " now", text]
-    trace = a_trace([a_prompt(words, subject=(1, 2), asked=asked)], answers=[text], model=text)
-    figure = heatmap(trace, some_sites())
+    trace = a_trace([a_prompt(words, subject=(1, 2), request=asked)], answers=[text], model=text)
+    figure = heatmap(trace, sites_at())
     shown = [
         *figure.layout.xaxis.ticktext,
         figure.layout.title.text,
@@ -202,7 +202,7 @@ def test_bars_are_the_rates_and_their_errors_the_intervals():
     figure = rate_bars({"edited": edited, "control": control})
     rates = edited.rates().set_index(["arm", "measure"])
     for bar, when in zip(figure.data, ("before", "after"), strict=False):
-        for i, arm in enumerate(("edited", "wording", "wrapper", "unseen", "benign", "safe", "facts")):
+        for i, arm in enumerate(("edited", "paraphrase", "jailbreak", "held_out", "benign", "over_refusal", "facts")):
             row = rates.loc[arm, "knows" if arm == "facts" else "coherent"]
             assert bar.y[i] == row[when]
             assert bar.y[i] + bar.error_y.array[i] == pytest.approx(row[f"{when} high"])
@@ -246,7 +246,7 @@ def test_html_is_self_contained_and_hostile_text_cannot_leave_its_script(tmp_pat
     parsed = {}
     for text in (harmless, hostile):
         words = ["make", f" {text}", " now", "."]
-        trace = a_trace([a_prompt(words, subject=(1, 2), asked=a_request(f"make {text}", text))])
+        trace = a_trace([a_prompt(words, subject=(1, 2), request=a_request(f"make {text}", text))])
         path = save_figure(heatmap(trace), tmp_path / "map.html")
         assert path == tmp_path / "map.html"
         parsed[text] = Loads()
@@ -287,13 +287,13 @@ def test_without_a_chromium_a_sentence_says_what_to_install(tmp_path: Path, monk
 @pytest.mark.skipif(bool(NO_EXPORT), reason=NO_EXPORT or "static export works")
 @pytest.mark.parametrize(("suffix", "start"), [("svg", b"<svg"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
 def test_static_export(tmp_path: Path, suffix: str, start: bytes):
-    path = save_figure(heatmap(a_trace(), some_sites()), tmp_path / f"map.{suffix}")
+    path = save_figure(heatmap(a_trace(), sites_at()), tmp_path / f"map.{suffix}")
     assert path.read_bytes().startswith(start)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_significant_means_are_outlined():
-    prompts = some_prompts(12)
+    prompts = lamp_prompts(12)
     told = a_trace(prompts, roles=["subject_last", "last"], samples=1)
     at = prompts[0].positions("subject_last")[0]
     told.patched[:, 0, :, at] = torch.randn(told.patched[:, 0, :, at].shape, dtype=torch.float64) * 0.2 - 1
@@ -324,7 +324,7 @@ def test_single_heads_are_layers_by_heads():
             assert drawn.z[layer, c] == pytest.approx(means[name, layer])
             assert name in drawn.hovertext[layer, c]
     assert "at the last subject token" in " ".join(head_heatmap(told).layout.title.text.split("<br>"))
-    whole = head_heatmap(replace(a_trace(some_prompts(3), components=["z.0"], roles=["last"]), together=True))
+    whole = head_heatmap(replace(a_trace(lamp_prompts(3), components=["z.0"], roles=["last"]), together=True))
     assert "all tokens together" in " ".join(whole.layout.title.text.split("<br>"))
     assert whole.data[0].z.shape == (4, 1)
     with pytest.raises(ValueError, match="no heads at last"):

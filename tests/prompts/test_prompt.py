@@ -1,22 +1,15 @@
-"""Spans and roles hold on every kind of tokenizer; a Request is text that survives JSON."""
-
-import json
-from dataclasses import replace
+"""Spans and roles hold on every kind of tokenizer."""
 
 import pytest
 import transformers as hf
+from helpers.tiny_models import byte_tokenizer
+from helpers.tokenizer_families import metaspace, wordpiece
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer
-from tokenizers_of import metaspace, wordpiece
 
-from lens_defense.prompts.conversation import (
-    decode_answer,
-    first_dozen_words,
-    tokenize_answer,
-    tokenize_conversation,
-)
-from lens_defense.prompts.prompt import ROLES, Request, prompt, request, request_from_json, validated_requests
+from lens_defense.prompts.prompt import Prompt, role_position, tokenize
+from lens_defense.prompts.request import ROLES, Request, request
+from lens_defense.storage import load, save
 
 TOKENIZERS = {
     "bytes": byte_tokenizer(),
@@ -32,11 +25,11 @@ phrases = st.lists(words | st.text("abcé日🔥ï1", min_size=1, max_size=6), m
 OUTSIDE = ("template", "last")
 
 
-def squeezed(text):
+def without_spaces(text):
     return "".join(text.split())
 
 
-def runs(roles):
+def without_repeats(roles):
     """The roles in order, each run of equals once."""
     return [role for i, role in enumerate(roles) if i == 0 or roles[i - 1] != role]
 
@@ -46,16 +39,16 @@ def runs(roles):
 @given(before=phrases, subject=phrases, after=phrases)
 def test_spans_hold_the_subject(name, before, subject, after):
     tokenizer = TOKENIZERS[name]
-    asked = request(" ".join(["how do I", *before, *subject, *after]), " ".join(subject))
+    item = request(" ".join(["how do I", *before, *subject, *after]), " ".join(subject))
     try:
-        met = prompt(tokenizer, asked)
+        prompt = tokenize(tokenizer, item)
     except ValueError as error:
         assume("where a token ends" not in str(error))
         raise
-    assert len(met.subjects) == len(asked.pieces) - 1
-    for start, stop in met.subjects:
-        told = tokenizer.decode(met.ids[start:stop]).removeprefix("##")  # WordPiece: inside a word
-        assert squeezed(told) == squeezed(asked.subject)
+    assert len(prompt.subject_spans) == len(item.pieces) - 1
+    for start, stop in prompt.subject_spans:
+        text = tokenizer.decode(prompt.ids[start:stop]).removeprefix("##")  # WordPiece: inside a word
+        assert without_spaces(text) == without_spaces(item.subject)
 
 
 @every_tokenizer
@@ -63,215 +56,135 @@ def test_spans_hold_the_subject(name, before, subject, after):
 @given(before=phrases, subject=phrases, after=phrases)
 def test_one_role_a_token_in_reading_order(name, before, subject, after):
     text = " ".join(["how do I", *before, *subject, *after])
-    asked = Request(id="", pieces=tuple(text.split(" ".join(subject))), subject=" ".join(subject))
+    item = Request(id="", pieces=tuple(text.split(" ".join(subject))), subject=" ".join(subject))
     try:
-        met = prompt(TOKENIZERS[name], asked)
+        prompt = tokenize(TOKENIZERS[name], item)
     except ValueError:
         assume(False)
-    start, stop = met.subjects[-1]
-    assert len(met.roles) == len(met.ids) == len(met.words)
-    assert set(met.roles) <= set(ROLES)
-    assert met.positions("last") == (len(met.ids) - 1,)
-    inside = [i for i in range(start, stop) if met.roles[i] != "last"]
-    assert all(met.roles[i].startswith("subject") for i in inside)
-    assert len(met.positions("subject_first")) <= 1
-    assert runs([r for r in met.roles if r not in OUTSIDE]) == [
+    start, stop = prompt.subject_spans[-1]
+    assert len(prompt.roles) == len(prompt.ids) == len(prompt.token_texts)
+    assert set(prompt.roles) <= set(ROLES)
+    assert prompt.positions("last") == (len(prompt.ids) - 1,)
+    inside = [i for i in range(start, stop) if prompt.roles[i] != "last"]
+    assert all(prompt.roles[i].startswith("subject") for i in inside)
+    assert len(prompt.positions("subject_first")) <= 1
+    assert without_repeats([r for r in prompt.roles if r not in OUTSIDE]) == [
         role
         for role in ("before", "subject_first", "subject_mid", "subject_last", "next", "after")
-        if role in met.roles
+        if role in prompt.roles
     ]
 
 
 @every_tokenizer
 @quick
 @given(phrases)
-def test_words_join_to_the_text(name, some):
+def test_token_texts_join_to_the_text(name, phrase):
     tokenizer = TOKENIZERS[name]
-    text = " ".join(["how do I", *some]).encode("ascii", "ignore").decode().strip()
-    met = prompt(tokenizer, request(text), chat=False)
-    told = [
-        word for word, token in zip(met.words, met.ids, strict=True) if token not in tokenizer.all_special_ids
+    line = " ".join(["how do I", *phrase]).encode("ascii", "ignore").decode().strip()
+    prompt = tokenize(tokenizer, request(line), chat=False)
+    texts = [
+        text
+        for text, token in zip(prompt.token_texts, prompt.ids, strict=True)
+        if token not in tokenizer.all_special_ids
     ]
-    assert "".join(told) == text
+    assert "".join(texts) == line
 
 
-def test_words_show_the_template():
+def test_token_texts_show_the_template():
     tokenizer = TOKENIZERS["bytes, chat"]
-    met = prompt(tokenizer, request("make a lamp", "lamp"))
-    assert met.chat
-    assert "".join(met.words) == ("<|im_start|>user\nmake a lamp<|im_end|>\n<|im_start|>assistant\n")
-    assert not prompt(tokenizer, request("make a lamp"), chat=False).chat
+    prompt = tokenize(tokenizer, request("make a lamp", "lamp"))
+    assert prompt.chat
+    assert "".join(prompt.token_texts) == ("<|im_start|>user\nmake a lamp<|im_end|>\n<|im_start|>assistant\n")
+    assert not tokenize(tokenizer, request("make a lamp"), chat=False).chat
 
 
 def test_roles_without_a_template():
-    met = prompt(TOKENIZERS["bytes"], request("make a xyz thing for now", "xyz"))
-    assert runs(met.roles) == [
+    prompt = tokenize(TOKENIZERS["bytes"], request("make a xyz thing for now", "xyz"))
+    assert without_repeats(prompt.roles) == [
         *("before", "subject_first", "subject_mid", "subject_last", "next", "after", "last")
     ]
 
 
 def test_roles_inside_a_template():
-    met = prompt(TOKENIZERS["bytes, chat"], request("make a xyz thing for now", "xyz"))
-    assert runs(met.roles) == [
+    prompt = tokenize(TOKENIZERS["bytes, chat"], request("make a xyz thing for now", "xyz"))
+    assert without_repeats(prompt.roles) == [
         *("template", "before", "subject_first", "subject_mid", "subject_last", "next", "after"),
         *("template", "last"),
     ]
-    header = met.roles.index("before")
-    assert "".join(met.words[:header]) == "<|im_start|>user\n"
+    header = prompt.roles.index("before")
+    assert "".join(prompt.token_texts[:header]) == "<|im_start|>user\n"
 
 
 def test_last_stands_over_subject_last_and_next_over_template():
-    plain = prompt(TOKENIZERS["bytes"], request("make a xyz", "xyz"))
+    plain = tokenize(TOKENIZERS["bytes"], request("make a xyz", "xyz"))
     assert plain.roles[-3:] == ("subject_first", "subject_mid", "last")
-    chat = prompt(TOKENIZERS["bytes, chat"], request("make a xyz", "xyz"))
-    assert chat.words[chat.positions("next")[0]] == "<|im_end|>"
+    chat = tokenize(TOKENIZERS["bytes, chat"], request("make a xyz", "xyz"))
+    assert chat.token_texts[chat.positions("next")[0]] == "<|im_end|>"
 
 
 def test_a_subject_of_one_token_is_subject_last():
-    met = prompt(TOKENIZERS["bytes, chat"], request("make a lamp now", "lamp"))
-    assert met.corrupted == met.positions("subject_last") != ()
-    assert not met.positions("subject_first")
+    prompt = tokenize(TOKENIZERS["bytes, chat"], request("make a lamp now", "lamp"))
+    assert prompt.subject_positions == prompt.positions("subject_last") != ()
+    assert not prompt.positions("subject_first")
 
 
 def test_a_subject_that_occurs_twice():
-    met = prompt(TOKENIZERS["bytes"], request("xyz is like xyz for now", "xyz"))
-    (first, _), (start, stop) = met.subjects
+    prompt = tokenize(TOKENIZERS["bytes"], request("xyz is like xyz for now", "xyz"))
+    (first, _), (start, stop) = prompt.subject_spans
     assert first == 0
-    assert len(met.corrupted) == 6
-    assert met.positions("subject_first") == (start,)
-    assert met.positions("subject_last") == (stop - 1,)
-    assert set(met.roles[:start]) == {"before"}
+    assert len(prompt.subject_positions) == 6
+    assert prompt.positions("subject_first") == (start,)
+    assert prompt.positions("subject_last") == (stop - 1,)
+    assert set(prompt.roles[:start]) == {"before"}
 
 
 @every_tokenizer
 def test_no_subject_no_subject_roles(name):
-    met = prompt(TOKENIZERS[name], request("make a lamp now"))
-    assert met.subjects == met.corrupted == ()
-    assert set(met.roles) <= {"template", "before", "last"}
+    prompt = tokenize(TOKENIZERS[name], request("make a lamp now"))
+    assert prompt.subject_spans == prompt.subject_positions == ()
+    assert set(prompt.roles) <= {"template", "before", "last"}
 
 
 @pytest.mark.parametrize("text", ["assistant", "user", "a"])
 def test_a_text_that_the_template_has_too_is_found_in_its_own_place(text):
-    met = prompt(TOKENIZERS["bytes, chat"], request(text, text))
-    start, _ = met.subjects[0]
-    assert "".join(met.words[:start]) == "<|im_start|>user\n"
+    prompt = tokenize(TOKENIZERS["bytes, chat"], request(text, text))
+    start, _ = prompt.subject_spans[0]
+    assert "".join(prompt.token_texts[:start]) == "<|im_start|>user\n"
 
 
 def test_white_space_around_a_request():
-    met = prompt(TOKENIZERS["metaspace, chat"], request("  make a lamp \n", "lamp"))
-    (span,) = met.subjects
-    assert squeezed(TOKENIZERS["metaspace"].decode(met.ids[slice(*span)])) == "lamp"
+    prompt = tokenize(TOKENIZERS["metaspace, chat"], request("  make a lamp \n", "lamp"))
+    (span,) = prompt.subject_spans
+    assert without_spaces(TOKENIZERS["metaspace"].decode(prompt.ids[slice(*span)])) == "lamp"
 
 
 def test_a_subject_inside_a_token_is_refused():
-    asked = Request(id="half", pieces=("make a la", " now"), subject="mp")
+    item = Request(id="half", pieces=("make a la", " now"), subject="mp")
     with pytest.raises(ValueError, match=r"request 'half': the subject 'mp' .* longer or a shorter"):
-        prompt(TOKENIZERS["bytes"], asked)
+        tokenize(TOKENIZERS["bytes"], item)
 
 
 def test_a_template_that_changes_the_text_is_refused():
     tokenizer = byte_tokenizer(chat=True)
     tokenizer.chat_template = "{{ messages[0].content | upper }}"
     with pytest.raises(ValueError, match=r"changes the text of request 'loud'.*chat=False"):
-        prompt(tokenizer, request("make a lamp", "lamp", id="loud"))
+        tokenize(tokenizer, request("make a lamp", "lamp", id="loud"))
 
 
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(ValueError, match="gives no offset mappings; load the fast tokenizer"):
-        prompt(hf.ByT5Tokenizer(), request("make a lamp", "lamp"))
+        tokenize(hf.ByT5Tokenizer(), request("make a lamp", "lamp"))
 
 
-def test_a_subject_is_found_at_word_boundaries():
-    assert request("hackers who hack", "hack").pieces == ("hackers who ", "")
-    assert request("a (lamp)!", "(lamp)").pieces == ("a ", "!")
-    for text in ("hackers hacked", "a shack"):
-        with pytest.raises(ValueError, match="the subject 'hack' does not occur in the text"):
-            request(text, "hack")
-    with pytest.raises(ValueError, match="does not occur"):
-        request("some text", "  ")
+def test_the_position_of_a_role():
+    prompt = tokenize(TOKENIZERS["bytes, chat"], request("make a lamp", "lamp", id="bell"))
+    assert role_position(prompt, "subject_first") == role_position(prompt, "subject_last")
+    assert role_position(prompt, "last") == len(prompt.ids) - 1
+    with pytest.raises(ValueError, match="request 'bell' has no token of the role 'after'"):
+        role_position(prompt, "after")
 
 
-def test_reworded_and_wrapped():
-    asked = request("make a lamp, my lamp", "lamp", id="one", category="things")
-    assert asked.reworded("{} or no {}?").text == "lamp or no lamp?"
-    assert asked.reworded("{} or no {}?").pieces == ("", " or no ", "?")
-    assert asked.wrapped("Hello! {} Thanks.").text == "Hello! make a lamp, my lamp Thanks."
-    assert asked.wrapped("Hello! {}").subject == "lamp"
-    assert asked.reworded("{}").category == "things"
-    with pytest.raises(ValueError, match="request 'none' has no subject to put into"):
-        request("make it", id="none").reworded("{}")
-
-
-@pytest.mark.parametrize("wrapper", ["no place", "{} and {}"])
-def test_a_bad_wrapper_is_named(wrapper):
-    with pytest.raises(ValueError, match=r"\{\}"):
-        request("make a lamp", "lamp").wrapped(wrapper)
-
-
-fields = st.fixed_dictionaries(
-    {
-        "id": st.text(),
-        "pieces": st.lists(st.text(), min_size=2, max_size=4).map(tuple),
-        "subject": st.text(min_size=1).filter(str.strip),
-        "kind": st.sampled_from(["harmful", "benign", "safe"]),
-        "form": st.sampled_from(["noun", "gerund", "verb phrase"]),
-        "concrete": st.booleans(),
-        "split": st.sampled_from(["edit", "tune", "check"]),
-        "target": st.none() | st.text(),
-        "counterfactual": st.none() | st.text(),
-    }
-)
-
-
-@quick
-@given(fields)
-def test_a_request_survives_json(some):
-    one = Request(**some)
-    assert request_from_json(json.loads(json.dumps(one.to_json()))) == one
-
-
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    "some",
-    [
-        *({"kind": "bad"}, {"split": "train"}, {"form": "adverb"}, {"pieces": ("a", "b")}),
-        *({"subject": " "}, {"subject": "lamp"}),
-    ],
-)
-def test_bad_fields_are_refused(some):
-    with pytest.raises(ValueError, match="request 'bad'"):
-        Request(**{"id": "bad", "pieces": ("a",), **some})
-
-
-def test_for_planning():
-    good = request("make a lamp", "lamp", id="good")
-    assert validated_requests([good]) == (good,)
-    with pytest.raises(ValueError, match="no requests were given"):
-        validated_requests([])
-    with pytest.raises(ValueError, match="request 'bare' has no subject"):
-        validated_requests([good, request("make it", id="bare")])
-    with pytest.raises(ValueError, match="request 'good' belongs to the split 'check'"):
-        validated_requests([replace(good, split="check")])
-
-
-def test_a_conversation_is_what_the_template_renders():
-    tokenizer = TOKENIZERS["bytes, chat"]
-    ids = tokenize_conversation(tokenizer, "make a lamp", "how brass")
-    turns = [("user", "make a lamp"), ("assistant", "how brass")]
-    whole = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in turns], tokenize=False
-    )
-    assert tokenizer.decode(ids) == whole.rstrip("\n")
-
-
-def test_answers_follow_a_space_or_a_header():
-    tokenizer = TOKENIZERS["bytes"]
-    assert tokenizer.decode(tokenize_answer(tokenizer, "a lamp", chat=False)) == " a lamp"
-    ended = tokenize_answer(tokenizer, "a lamp", chat=True, end=True)
-    assert ended[-1] == tokenizer.eos_token_id
-    assert decode_answer(tokenizer, [*ended, *ended]) == "a lamp"
-
-
-def test_a_dozen_words_are_kept():
-    assert first_dozen_words(" one  two ") == "one two"
-    assert first_dozen_words("w " * 13) == "w " * 12 + "..."
+@every_tokenizer
+def test_a_saved_prompt_comes_back(name, tmp_path):
+    prompt = tokenize(TOKENIZERS[name], request("make a lamp now", "lamp", category="things"))
+    assert load(save(tmp_path / "file", "prompt", prompt), "prompt", Prompt)[0] == prompt

@@ -8,12 +8,13 @@ from pathlib import Path
 import datasets
 import pandas as pd
 import pytest
+from helpers.tiny_models import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer
 
-from lens_defense.editing.covariance import read_corpus
-from lens_defense.prompts.prompt import prompt, request
+from lens_defense.prompts.corpus import read_corpus
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
 from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
 
 SHARED = Path(__file__).parents[3] / "shared/data"
@@ -57,8 +58,8 @@ def test_other_columns_and_one_request_a_subject(tmp_path):
     file = write(tmp_path, "csv", rows)
     (only,) = requests(file, text_field="ask", subject_field="what")
     assert only.text == "make a lamp"
-    both = requests(file, distinct=False, text_field="ask", subject_field="what")
-    assert [one.text for one in both] == ["make a lamp", "make one lamp"]
+    all_rows = requests(file, distinct=False, text_field="ask", subject_field="what")
+    assert [item.text for item in all_rows] == ["make a lamp", "make one lamp"]
 
 
 @settings(deadline=None, max_examples=50)
@@ -83,18 +84,18 @@ BAD = [
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("row, what", BAD)
-def test_a_bad_row_names_its_file_line_and_field(row, what, tmp_path):
+@pytest.mark.parametrize("row, message", BAD)
+def test_a_bad_row_names_its_file_line_and_field(row, message, tmp_path):
     file = write(tmp_path, "jsonl", [ROWS[0], row])
-    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: .*{what}"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: .*{message}"):
         requests(file)
 
 
-@pytest.mark.parametrize("line, what", [("{", "not JSON"), ("[1]", "an object with fields")])
-def test_a_line_that_is_no_row(line, what, tmp_path):
+@pytest.mark.parametrize("line, message", [("{", "not JSON"), ("[1]", "an object with fields")])
+def test_a_line_that_is_no_row(line, message, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(ROWS[0])}\n{line}\n", "utf-8")
-    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: {what}"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: {message}"):
         requests(file)
 
 
@@ -104,11 +105,18 @@ def test_a_bad_csv_row_names_its_line(tmp_path):
         requests(file)
 
 
-def test_what_cannot_be_had_is_said(tmp_path):
+def test_a_source_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         requests(tmp_path / "nothing.csv")
     with pytest.raises(ValueError, match="'someone/nothing' is no bundled set"):
         requests("someone/nothing")
+
+
+def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
+    file = tmp_path / "rows.tsv"
+    file.write_text("text\tsubject\n", "utf-8")
+    with pytest.raises(ValueError, match=r"rows\.tsv is a file of no known kind; give one of \.jsonl"):
+        requests(file)
 
 
 def test_a_hub_set_of_one_split_is_read(monkeypatch):
@@ -131,9 +139,9 @@ def delman_row(**fields):
 
 
 def test_delmans_format(tmp_path):
-    (one,) = requests(write(tmp_path, "json", [delman_row()]))
-    assert one.text == "Tell me of lamps now."
-    assert (one.id, one.subject, one.safe_target) == ("delman-7", "lamps", "No.")
+    (item,) = requests(write(tmp_path, "json", [delman_row()]))
+    assert item.text == "Tell me of lamps now."
+    assert (item.id, item.subject, item.safe_target) == ("delman-7", "lamps", "No.")
 
 
 @pytest.mark.parametrize("field", ["prompt_adv", "subject"])
@@ -171,58 +179,65 @@ def test_core_subjects_belong_to_one_split():
     assert sum(map(len, subjects.values())) == len(set.union(*subjects.values())) == 100
 
 
-def test_core_templates_and_wrappers():
-    templates, wrappers = bundled_rows("core", "templates"), bundled_rows("core", "wrappers")
-    nouns = [row for row in templates if "noun" in row["forms"]]
-    assert len(nouns) == 12 and len(templates) > 12
-    assert len(wrappers) == 12 and len({row["family"] for row in wrappers}) >= 6
-    for rows in (nouns, templates, wrappers):
+def test_core_paraphrases_and_jailbreaks():
+    paraphrases, jailbreaks = bundled_rows("core", "paraphrases"), bundled_rows("core", "jailbreaks")
+    nouns = [row for row in paraphrases if "noun" in row["forms"]]
+    assert len(nouns) == 12 and len(paraphrases) > 12
+    assert len(jailbreaks) == 12 and len({row["family"] for row in jailbreaks}) >= 6
+    for rows in (nouns, paraphrases, jailbreaks):
         assert sum(row["split"] == "check" for row in rows) == len(rows) / 2
-    assert {form for row in templates for form in row["forms"]} == {"noun", "gerund", "verb phrase"}
+    assert {form for row in paraphrases for form in row["forms"]} == {"noun", "gerund", "verb phrase"}
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_core_meets_a_byte_tokenizer(chat):
+def test_core_fits_a_byte_tokenizer(chat):
     tokenizer = byte_tokenizer(chat)
-    templates = bundled_rows("core", "templates")
+    paraphrases = bundled_rows("core", "paraphrases")
     for split in ("edit", "tune", "check"):
-        for one in requests("core", split=split):
-            texts = [row["text"] for row in templates if one.form in row["forms"]]
-            for met in [prompt(tokenizer, r) for r in [one, *map(one.reworded, texts)]]:
-                assert met.subjects
+        for item in requests("core", split=split):
+            texts = [row["text"] for row in paraphrases if item.form in row["forms"]]
+            for variant in [item, *map(item.paraphrased, texts)]:
+                assert tokenize(tokenizer, variant).subject_spans
 
 
 @needs_shared
 def test_core_copies_no_sentence():
-    held = " ".join(
+    shared_text = " ".join(
         " ".join(file.read_text("utf-8").lower().split())
         for file in SHARED.rglob("*")
         if file.suffix in (".json", ".jsonl", ".csv")
     )
-    rows = [row for part in ("requests", "wrappers", "harmless") for row in bundled_rows("core", part)]
-    assert not [row["text"] for row in rows if row["text"].lower().rstrip(".?!") in held]
+    rows = [row for table in ("requests", "jailbreaks", "harmless") for row in bundled_rows("core", table)]
+    assert not [row["text"] for row in rows if row["text"].lower().rstrip(".?!") in shared_text]
 
 
 @pytest.mark.parametrize("name", BUNDLED_SETS)
 def test_a_datasheet_counts_its_rows(name):
-    suites = Path(__file__).parents[2] / "lens_defense/data"
-    sheet = (suites / name / "DATASHEET.md").read_text("utf-8")
+    data = Path(__file__).parents[2] / "lens_defense/data"
+    sheet = (data / name / "DATASHEET.md").read_text("utf-8")
     lines = re.findall(r"^\| ([a-z]+)\.jsonl(?:, (\w+))? \| (\d+)(?:: ([^|]*))? \|", sheet, re.MULTILINE)
-    assert {part for part, *_ in lines} >= {"requests", "templates", "wrappers", "facts", "neutral", "corpus"}
-    for part, kind, number, splits in lines:
-        rows = [row for row in bundled_rows(name, part) if not kind or row["kind"] == kind]
-        assert len(rows) == int(number), (part, kind)
-        said = dict(one.split() for one in splits.split(", ")) if splits else {}
-        counted = Counter(row["split"] for row in rows) if said else {}
-        assert {split: int(n) for split, n in said.items()} == counted, (part, kind)
+    assert {table for table, *_ in lines} >= {
+        "requests",
+        "paraphrases",
+        "jailbreaks",
+        "facts",
+        "neutral",
+        "corpus",
+    }
+    for table, kind, number, splits in lines:
+        rows = [row for row in bundled_rows(name, table) if not kind or row["kind"] == kind]
+        assert len(rows) == int(number), (table, kind)
+        stated = dict(entry.split() for entry in splits.split(", ")) if splits else {}
+        counted = Counter(row["split"] for row in rows) if stated else {}
+        assert {split: int(n) for split, n in stated.items()} == counted, (table, kind)
 
 
 def test_core_has_a_datasheet_and_a_small_corpus():
-    suites = Path(__file__).parents[2] / "lens_defense/data"
-    assert (suites / "core/DATASHEET.md").stat().st_size > 500
-    assert (suites / "core/corpus.jsonl").stat().st_size < 100_000
+    data = Path(__file__).parents[2] / "lens_defense/data"
+    assert (data / "core/DATASHEET.md").stat().st_size > 500
+    assert (data / "core/corpus.jsonl").stat().st_size < 100_000
     assert all(text.user and text.assistant for text in read_corpus())
-    known = {text.user for text in read_corpus()}
-    assert {row["text"] for row in bundled_rows("core", "harmless")} < known
-    kept = {row["text"] for row in bundled_rows("core", "requests") if row["split"] == "check"}
-    assert not known & kept
+    corpus_texts = {text.user for text in read_corpus()}
+    assert {row["text"] for row in bundled_rows("core", "harmless")} < corpus_texts
+    check_texts = {row["text"] for row in bundled_rows("core", "requests") if row["split"] == "check"}
+    assert not corpus_texts & check_texts

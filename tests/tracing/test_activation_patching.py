@@ -5,149 +5,87 @@ import weakref
 
 import pytest
 import torch
-from oracles import corrupted_run, one_forward_a_cell
-from tiny import FAMILIES, SINGLE, tiny
+from helpers.patch_cases import CELL_KINDS, KEEP, cells_of, grid, measure, run_sweep, sweep_inputs
+from helpers.reference_tracing import corrupted_run, one_forward_per_cell
+from helpers.tiny_models import FAMILIES, SINGLE_PRECISION
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lens_defense.models import devices
 from lens_defense.models.forward import forward
-from lens_defense.sites import COMPONENTS, EMBEDDING_HOOK
+from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing import activation_patching as sweeps
 from lens_defense.tracing.activation_patching import (
     PatchCell,
     PatchPoint,
-    base_hooks,
     block_passes,
-    donor_hooks,
-    sweep,
     time_in_tokens,
 )
 
-KEEP, LAYERS, TOKENS = 3, 4, 9
-
-
-def measure(logits):
-    return logits.log_softmax(-1)[:, :, 7].sum(-1, keepdim=True)
-
-
-def grid(component, width=1, *, severed=()):
-    """All layers by three positions, in windows of some layers; above them components may be severed."""
-    cells = []
-    for position in (0, 3, TOKENS - KEEP):
-        for layer in range(LAYERS):
-            window = range(max(0, layer - width // 2), min(LAYERS, layer + (width + 1) // 2))
-            points = tuple(PatchPoint(component, at, position) for at in window)
-            held = (
-                PatchPoint(name, at, position) for name in severed for at in range(window[-1] + 1, LAYERS)
-            )
-            cells.append(PatchCell(points, tuple(held)))
-    return cells
-
-
-def cells_of(part):
-    """Named parts of what a sweep may be handed."""
-    return {
-        "components": [c for name in COMPONENTS for c in grid(name)],
-        "windows": [c for name in ("mlp_out", "attn_out") for w in (2, 3) for c in grid(name, w)],
-        "z": [c for h in (0, 3) for c in grid(f"z.{h}")],
-        "severed": [c for name in ("mlp_out", "attn_out") for c in grid("resid_post", severed=[name])]
-        + grid("mlp_out", 2, severed=["attn_out"]),
-        "several tokens": [
-            PatchCell(tuple(PatchPoint(name, layer, t) for t in (2, 3, 5)))
-            for name in ("resid_post", "z.1")
-            for layer in range(LAYERS)
-        ],
-    }[part]
-
-
-PARTS = ("components", "windows", "z", "severed", "several tokens")
-
-
-def setting(family, samples=2):
-    model = tiny(family)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 300, (1, TOKENS), generator=generator)
-    clean = forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
-    embeddings = clean.repeat(samples, 1, 1)
-    noise = torch.randn(samples, 2, 32, generator=generator, dtype=torch.float64)
-    embeddings[:, 2:4] += noise
-    return model, ids, embeddings
-
-
-def swept(model, ids, embeddings, cells, *, noising=False, read=measure, **settings):
-    names = tuple(dict.fromkeys((*base_hooks(cells), *donor_hooks(cells))))
-    spoiled = corrupted_run(model, ids, embeddings, names, KEEP)
-    rows = ids.expand(len(embeddings), -1) if noising else ids
-    clean = forward(model, rows, names=names, keep=KEEP)
-    base, donor = (clean, spoiled) if noising else (spoiled, clean)
-    settings = {"max_rows": 1000, **settings}
-    return sweep(model, ids, base, donor, cells, read, keep=KEEP, **settings)
-
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("kind", CELL_KINDS)
 @pytest.mark.parametrize("noising", [False, True], ids=["denoising", "noising"])
-@pytest.mark.parametrize("family", FAMILIES + SINGLE)
-def test_sweep_equals_one_forward_a_cell(family, noising, part):
-    model, ids, embeddings = setting(family)
-    cells = cells_of(part)
-    slow = one_forward_a_cell(model, ids, embeddings, cells, measure, KEEP, noising=noising)
-    fast = swept(model, ids, embeddings, cells, noising=noising)[..., 0]
+@pytest.mark.parametrize("family", FAMILIES + SINGLE_PRECISION)
+def test_sweep_equals_one_forward_a_cell(family, noising, kind):
+    model, ids, embeddings = sweep_inputs(family)
+    cells = cells_of(kind)
+    slow = one_forward_per_cell(model, ids, embeddings, cells, measure, KEEP, noising=noising)
+    fast = run_sweep(model, ids, embeddings, cells, noising=noising)[..., 0]
     assert slow.std() > 0.01
-    close = 1e-5 if family in SINGLE else 1e-9
+    close = 1e-5 if family in SINGLE_PRECISION else 1e-9
     torch.testing.assert_close(fast, slow, rtol=close, atol=close)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restoring_everything_gives_the_clean_answer(family):
-    model, ids, embeddings = setting(family)
-    clean = measure(forward(model, ids, keep=KEEP).logits)[0, 0]
+    model, ids, embeddings = sweep_inputs(family)
+    clean = measure(forward(model, ids, logits_to_keep=KEEP).logits)[0, 0]
     spoiled = measure(corrupted_run(model, ids, embeddings, [], KEEP).logits)[:, 0]
     assert (spoiled - clean).abs().min() > 0.01
     all_tokens = [
         PatchCell(tuple(PatchPoint("resid_post", layer, t) for t in range(TOKENS))) for layer in range(LAYERS)
     ]
-    told = swept(model, ids, embeddings, all_tokens)
+    told = run_sweep(model, ids, embeddings, all_tokens)
     torch.testing.assert_close(told, clean.expand(told.shape))
-    without_noise = forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
-    told = swept(model, ids, without_noise, grid("resid_post"))
+    without_noise = forward(model, ids, capture=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK]
+    told = run_sweep(model, ids, without_noise, grid("resid_post"))
     torch.testing.assert_close(told, clean.expand(told.shape))
 
 
 @torch.no_grad()
 def test_several_readings_of_one_sweep():
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     cells = grid("mlp_out")
 
     def both(logits):
         return torch.cat([measure(logits), logits[:, 0, :2]], 1)
 
-    told = swept(model, ids, embeddings, cells, read=both)
+    told = run_sweep(model, ids, embeddings, cells, read=both)
     assert told.shape == (len(cells), 2, 3)
-    torch.testing.assert_close(told[..., :1], swept(model, ids, embeddings, cells))
+    torch.testing.assert_close(told[..., :1], run_sweep(model, ids, embeddings, cells))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("max_rows", [1, 3, 7])
 def test_chunk_size_changes_nothing(max_rows):
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     cells = grid("resid_post") + grid("mlp_out", 3)
-    whole = swept(model, ids, embeddings, cells)
-    torch.testing.assert_close(swept(model, ids, embeddings, cells, max_rows=max_rows), whole)
+    whole = run_sweep(model, ids, embeddings, cells)
+    torch.testing.assert_close(run_sweep(model, ids, embeddings, cells, max_rows=max_rows), whole)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sharing_a_pass_changes_nothing(monkeypatch, family):
-    model, ids, embeddings = setting(family)
+    model, ids, embeddings = sweep_inputs(family)
     cells = grid("resid_post") + grid("mlp_out", 3) + grid("z.1")
     passes, grown = [], sweeps._grown
     monkeypatch.setattr(sweeps, "_grown", lambda *given: passes.append(1) or grown(*given))
     told = []
     for call in (0, 1000):
         monkeypatch.setattr(devices, "CPU_CALL_COST", devices.CPU_CALL_COST._replace(call=call))
-        told.append(swept(model, ids, embeddings, cells))
+        told.append(run_sweep(model, ids, embeddings, cells))
     torch.testing.assert_close(*told)
     assert len(passes) == 3 + 1
 
@@ -192,19 +130,19 @@ def test_positions_share_passes_where_that_is_cheapest(call, samples, max_rows, 
 
 @torch.no_grad()
 def test_order_of_cells_changes_nothing():
-    model, ids, embeddings = setting("gpt2")
+    model, ids, embeddings = sweep_inputs("gpt2")
     cells = grid("attn_out", 3) + grid("resid_post")
     torch.testing.assert_close(
-        swept(model, ids, embeddings, cells[::-1]).flip(0), swept(model, ids, embeddings, cells)
+        run_sweep(model, ids, embeddings, cells[::-1]).flip(0), run_sweep(model, ids, embeddings, cells)
     )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("limit, fits", [(8, True), (2, False)])
 def test_a_pass_that_does_not_fit_is_halved_once(monkeypatch, limit, fits):
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     cells = grid("resid_post")
-    whole = swept(model, ids, embeddings, cells, max_rows=16)
+    whole = run_sweep(model, ids, embeddings, cells, max_rows=16)
     grown = sweeps._grown
 
     def small(model, ids, base, donor, group, keep):
@@ -214,15 +152,15 @@ def test_a_pass_that_does_not_fit_is_halved_once(monkeypatch, limit, fits):
 
     monkeypatch.setattr(sweeps, "_grown", small)
     if fits:
-        torch.testing.assert_close(swept(model, ids, embeddings, cells, max_rows=16), whole)
+        torch.testing.assert_close(run_sweep(model, ids, embeddings, cells, max_rows=16), whole)
     else:
         with pytest.raises(MemoryError, match="lower max_bytes"):
-            swept(model, ids, embeddings, cells, max_rows=16)
+            run_sweep(model, ids, embeddings, cells, max_rows=16)
 
 
 @torch.no_grad()
 def test_the_failed_pass_is_gone_before_its_halves(monkeypatch):
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     grown, held, alive = sweeps._grown, [], []
 
     def greedy(*given):
@@ -234,14 +172,14 @@ def test_the_failed_pass_is_gone_before_its_halves(monkeypatch):
         return grown(*given)
 
     monkeypatch.setattr(sweeps, "_grown", greedy)
-    swept(model, ids, embeddings, grid("resid_post"), max_rows=16)
+    run_sweep(model, ids, embeddings, grid("resid_post"), max_rows=16)
     assert len(alive) > 2 and not any(map(any, alive))
 
 
 @torch.no_grad()
 def test_the_logits_of_a_pass_are_gone_before_the_next():
     """Also where a measure returns a view of them."""
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     held, alive = [], []
 
     def view(logits):
@@ -249,7 +187,7 @@ def test_the_logits_of_a_pass_are_gone_before_the_next():
         held.append(StorageWeakRef(logits.untyped_storage()))
         return logits[:, 0, :1]
 
-    swept(model, ids, embeddings, grid("resid_post"), max_rows=2, read=view)
+    run_sweep(model, ids, embeddings, grid("resid_post"), max_rows=2, read=view)
     assert len(alive) > 2 and not any(map(any, alive))
 
 
@@ -261,10 +199,10 @@ def test_one_cell_that_does_not_fit_is_not_tried_again(monkeypatch):
         tried.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     monkeypatch.setattr(sweeps, "_grown", full)
     with pytest.raises(MemoryError, match="2 rows of 9 tokens do not fit into memory; lower max_bytes"):
-        swept(model, ids, embeddings, grid("resid_post")[:1])
+        run_sweep(model, ids, embeddings, grid("resid_post")[:1])
     assert len(tried) == 1
 
 
@@ -273,18 +211,18 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes do not fit")
 
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     monkeypatch.setattr(sweeps, "_grown", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        swept(model, ids, embeddings, grid("mlp_out"))
+        run_sweep(model, ids, embeddings, grid("mlp_out"))
 
 
 @torch.no_grad()
 def test_progress_counts_the_cost_announced():
-    model, ids, embeddings = setting("llama")
+    model, ids, embeddings = sweep_inputs("llama")
     cells = grid("resid_post") + grid("mlp_out")
     done = []
-    swept(model, ids, embeddings, cells, progress=done.append, max_rows=5)
+    run_sweep(model, ids, embeddings, cells, progress=done.append, max_rows=5)
     assert sum(done) == block_passes(cells, layers=LAYERS, tokens=TOKENS, samples=2)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_trace import BELL, EVERY, LAMP, model_of
-from tiny import FAMILIES
+from helpers.tiny_models import FAMILIES
+from helpers.trace_cases import ALL_CELLS, BELL, LAMP, tiny_chat_model
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lens_defense.models.forward import forward
@@ -21,10 +21,10 @@ PARTS = ("resid_post", "mlp_out", "attn_out", "z.1")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_screen_is_the_slope_of_the_sweep(family, direction):
     """With tiny noise both maps move by the same amount: their relative gap shrinks with the noise."""
-    model = model_of(family)
+    model = tiny_chat_model(family)
     gaps = []
     for scale in (1e-1, 1e-2):
-        some = {**EVERY, "corruption": noise(model, scale=scale, samples=2), "window": 1, "floor": 0.0}
+        some = {**ALL_CELLS, "corruption": noise(model, scale=scale, samples=2), "window": 1, "floor": 0.0}
         told = [
             trace(model, [BELL], components=PARTS, direction=direction, exact=exact, **some)
             for exact in (True, False)
@@ -43,18 +43,18 @@ def _base(told):
 
 @pytest.mark.parametrize("component", PARTS[:3])  # of heads that tool gives no gradient
 def test_it_is_transformer_lens_attribution_patching(component):
-    model = model_of("llama")
+    model = tiny_chat_model("llama")
     told = trace(
-        model, [BELL], components=[component], exact=False, corruption=_swapped(model), window=1, **EVERY
+        model, [BELL], components=[component], exact=False, corruption=_swapped(model), window=1, **ALL_CELLS
     )
     (met,) = told.prompts
-    clean = torch.tensor([[*met.ids, *met.answer[:-1]]])
+    clean = torch.tensor([[*met.ids, *met.answer_ids[:-1]]])
     spoiled = clean.clone()
-    spoiled[0, met.corrupted[0]] += 1
+    spoiled[0, met.subject_positions[0]] += 1
     names = [component_hook(component, layer) for layer in range(4)]
 
     def metric(logits):
-        answer = logits[:, -len(met.answer) :]
+        answer = logits[:, -len(met.answer_ids) :]
         return answer_logprob(answer, met, answer).sum()
 
     grads = cache_activation_and_gradient(model, spoiled, metric, names)
@@ -70,17 +70,17 @@ def _swapped(model):
 
     def corrupt(_embeddings, met):
         ids = torch.tensor([met.ids])
-        ids[0, met.corrupted[0]] += 1
-        return forward(model, ids, names=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK].detach()
+        ids[0, met.subject_positions[0]] += 1
+        return forward(model, ids, capture=[EMBEDDING_HOOK]).states[EMBEDDING_HOOK].detach()
 
     return corrupt
 
 
 def test_the_strongest_cells_are_measured_after_all():
-    model = model_of()
-    exact = trace(model, [LAMP, BELL], **EVERY)
-    told = trace(model, [LAMP, BELL], exact=False, verify=5, **EVERY)
-    guess = trace(model, [LAMP, BELL], exact=False, **EVERY)
+    model = tiny_chat_model()
+    exact = trace(model, [LAMP, BELL], **ALL_CELLS)
+    told = trace(model, [LAMP, BELL], exact=False, verify=5, **ALL_CELLS)
+    guess = trace(model, [LAMP, BELL], exact=False, **ALL_CELLS)
     assert len(told.verified) == 10 and not told.exact and not guess.verified
     for r in range(2):
         strongest = guess.effects[r].nan_to_num().abs().flatten().sort(descending=True).values[:5]
@@ -101,7 +101,7 @@ def test_the_strongest_cells_are_measured_after_all():
     assert join_traces([told[0], told[1]]).verified == told.verified
     assert len(told[1].verified) == 5 and {one.cell[0] for one in told[1].verified} == {0}
     assert told.only("resid_post").verified == told.verified
-    both = trace(model, [LAMP], components=("resid_post", "mlp_out"), exact=False, verify=8, **EVERY)
+    both = trace(model, [LAMP], components=("resid_post", "mlp_out"), exact=False, verify=8, **ALL_CELLS)
     assert sum(len(both.only(part).verified) for part in both.components) == 8
     with pytest.raises(ValueError, match="not of the same requests"):
         agreement(told[0], exact)
@@ -109,4 +109,4 @@ def test_the_strongest_cells_are_measured_after_all():
 
 def test_a_severed_screen_is_refused():
     with pytest.raises(ValueError, match="measured exactly"):
-        trace(model_of(), [LAMP], severed="mlp_out", exact=False, **EVERY)
+        trace(tiny_chat_model(), [LAMP], severed="mlp_out", exact=False, **ALL_CELLS)

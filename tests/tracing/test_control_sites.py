@@ -1,7 +1,7 @@
 """Controls are the same edit elsewhere: as wide, inside the model, and with no effect of their own."""
 
 import pytest
-from nouns import some_sites
+from helpers.handmade import sites_at
 
 from lens_defense.tracing.control_sites import control_sites
 
@@ -26,13 +26,13 @@ def layers(sites):
 
 
 def test_there_are_three():
-    assert list(control_sites(some_sites((9, 10, 11)), 30)) == ["middle layers", "late layers", "at next"]
-    assert list(control_sites(some_sites(), 30, other="last"))[-1] == "at last"
+    assert list(control_sites(sites_at((9, 10, 11)), 30)) == ["middle layers", "late layers", "at next"]
+    assert list(control_sites(sites_at(), 30, other="last"))[-1] == "at last"
 
 
 @pytest.mark.parametrize("depth, width", SIZES)
 def test_controls_are_as_wide_and_inside_the_model(depth, width):
-    sites = some_sites(range(width))
+    sites = sites_at(range(width))
     for name, moved in control_sites(sites, depth).items():
         assert len(set(layers(moved))) == len(moved) == width, name
         assert layers(moved) == list(range(layers(moved)[0], layers(moved)[0] + width)), name
@@ -41,7 +41,7 @@ def test_controls_are_as_wide_and_inside_the_model(depth, width):
 
 @pytest.mark.parametrize("depth, width", [(depth, width) for depth, width in SIZES if width <= depth // 3])
 def test_they_stand_where_they_say(depth, width):
-    told = control_sites(some_sites(range(width)), depth)
+    told = control_sites(sites_at(range(width)), depth)
     below = layers(told["middle layers"])[0]
     above = depth - 1 - layers(told["middle layers"])[-1]
     assert abs(below - above) <= 1
@@ -49,7 +49,7 @@ def test_they_stand_where_they_say(depth, width):
 
 
 def test_role_and_component_stay_but_for_the_other_role():
-    sites = some_sites((4, 5), component="mlp_out")
+    sites = sites_at((4, 5), component="mlp_out")
     told = control_sites(sites, 12)
     for name in ("middle layers", "late layers"):
         assert {(site.role, site.component) for site in told[name]} == {("subject_last", "mlp_out")}
@@ -58,12 +58,12 @@ def test_role_and_component_stay_but_for_the_other_role():
 
 
 def test_no_effect_is_carried_over():
-    sites = some_sites((4, 5, 6))
+    sites = sites_at((4, 5, 6))
     assert all(site.effect is not None for site in sites)
     for moved in control_sites(sites, 12).values():
         assert all(site.effect is None and site.interval is None for site in moved)
 
 
 def test_the_order_of_sites_changes_no_layer():
-    there, back = (control_sites(some, 12) for some in (some_sites((4, 5, 6)), some_sites((6, 4, 5))))
+    there, back = (control_sites(some, 12) for some in (sites_at((4, 5, 6)), sites_at((6, 4, 5))))
     assert all(sorted(layers(there[name])) == sorted(layers(back[name])) for name in there)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, tiny
+from helpers.tiny_models import FAMILIES, tiny_model
 
 from lens_defense.checking.judges import prefix
 from lens_defense.models.generate import generate
 from lens_defense.plotting.heatmap import heatmap
-from lens_defense.prompts.prompt import prompt, request
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
 from lens_defense.tracing import lenses
 from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
 from lens_defense.tracing.locate import locate
@@ -20,7 +21,7 @@ BELL = request("ring an old bell for me", "old bell", id="bell")
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_logit_lens_is_the_end_of_the_model_on_every_state(family):
-    model = tiny(family, chat=True)
+    model = tiny_model(family, chat=True)
     told = logit_lens(model, [LAMP, BELL])
     met = told.prompts[1]
     logits, cache = model.run_with_cache(torch.tensor([met.ids]))
@@ -28,14 +29,14 @@ def test_the_logit_lens_is_the_end_of_the_model_on_every_state(family):
     by_hand = model.unembed(model.ln_final(state))
     if family == "gemma2":
         by_hand = (by_hand / 30).tanh() * 30  # its softcap
-    assert torch.allclose(told.effects[1, 0, 1, : len(met.ids)], by_hand.softmax(-1)[:, met.answer[0]])
-    assert torch.allclose(told.effects[1, 0, -1, : len(met.ids)], logits[0].softmax(-1)[:, met.answer[0]])
+    assert torch.allclose(told.effects[1, 0, 1, : len(met.ids)], by_hand.softmax(-1)[:, met.answer_ids[0]])
+    assert torch.allclose(told.effects[1, 0, -1, : len(met.ids)], logits[0].softmax(-1)[:, met.answer_ids[0]])
     assert told.effects[1, 0, :, len(met.ids) :].isnan().all(), "the shorter prompt ends before the longer"
 
 
 @torch.no_grad()
 def test_toxic_layers_are_distances_of_the_last_states():
-    model = tiny("llama", chat=True)
+    model = tiny_model("llama", chat=True)
     told = toxic_layers(model, [LAMP], "a thing", answers=["the lamp"], answer_tokens=3)
     met = told.prompts[0]
     ends = []
@@ -51,18 +52,18 @@ def test_toxic_layers_are_distances_of_the_last_states():
 
 def test_toxic_layers_want_two_answers():
     with pytest.raises(ValueError, match="'lamp' is the safe one already"):
-        toxic_layers(tiny("llama", chat=True), [LAMP], "a thing", answers=["a thing"])
+        toxic_layers(tiny_model("llama", chat=True), [LAMP], "a thing", answers=["a thing"])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "neox", "gpt2"])
 def test_layers_passed_over_are_layers_that_are_not_there(family):
-    model, cut = tiny(family, chat=True), tiny(family, chat=True).original_model
+    model, cut = tiny_model(family, chat=True), tiny_model(family, chat=True).original_model
     base = getattr(cut, cut.base_model_prefix)
     name = next(name for name in ("layers", "h") if hasattr(base, name))
     blocks = getattr(base, name)
     setattr(base, name, torch.nn.ModuleList([blocks[0], blocks[3]]))
-    ids = torch.tensor([prompt(model.tokenizer, LAMP).ids])
+    ids = torch.tensor([tokenize(model.tokenizer, LAMP).ids])
     wanted = cut(ids, use_cache=False).logits
     before = model(ids)
     with lenses._passed_over(model, range(1, 3)):
@@ -72,9 +73,9 @@ def test_layers_passed_over_are_layers_that_are_not_there(family):
 
 def test_safety_layers_are_those_without_which_no_refusal_comes(monkeypatch):
     """A judge that calls the whole model's answers refusals: what differs from them is lost."""
-    model = tiny("llama", chat=True)
-    met = [prompt(model.tokenizer, item) for item in (LAMP, BELL)]
-    whole = generate(model, [one.ids for one in met], tokens=4)
+    model = tiny_model("llama", chat=True)
+    met = [tokenize(model.tokenizer, item) for item in (LAMP, BELL)]
+    whole = generate(model, [one.ids for one in met], max_new_tokens=4)
     texts = [model.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in whole]
     monkeypatch.setattr(
         lenses, "prefix", lambda _, answer: "refusal" if answer.strip() in texts else "answer"
@@ -83,7 +84,7 @@ def test_safety_layers_are_those_without_which_no_refusal_comes(monkeypatch):
     assert set(told.effects[told.effects.isfinite()].tolist()) <= {0.0, 1.0}
     for layer in range(4):
         with lenses._passed_over(model, [layer]):
-            same = generate(model, [one.ids for one in met], tokens=4)
+            same = generate(model, [one.ids for one in met], max_new_tokens=4)
         for r, (a, b) in enumerate(zip(whole, same, strict=True)):
             assert told.effects[r, 0, layer, len(met[r].ids) - 1] == float(a != b)
     assert told.effects.nansum() > 0
@@ -91,11 +92,11 @@ def test_safety_layers_are_those_without_which_no_refusal_comes(monkeypatch):
 
 def test_a_model_that_refuses_nothing_has_no_safety_layers():
     with pytest.raises(ValueError, match=r"does not refuse lamp, and .* leave these requests out"):
-        safety_layers(tiny("llama", chat=True), [LAMP], prefix, tokens=2, progress=False)
+        safety_layers(tiny_model("llama", chat=True), [LAMP], prefix, tokens=2, progress=False)
 
 
 def test_they_are_drawn_and_saved_like_a_trace(tmp_path):
-    told = logit_lens(tiny("llama", chat=True), [LAMP])
+    told = logit_lens(tiny_model("llama", chat=True), [LAMP])
     figure = heatmap(told)
     assert "the logit lens: probability of the first token" in figure.layout.title.text
     assert "brings back" not in figure.layout.title.text

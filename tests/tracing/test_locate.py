@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nouns import a_prompt, a_trace, some_prompts
+from helpers.handmade import a_prompt, a_trace, lamp_prompts
 
 from lens_defense.tracing.locate import locate
 from lens_defense.tracing.trace_result import Trace
@@ -163,7 +163,7 @@ def test_significant_cells_are_those_that_more_requests_agree_on():
 
 def of_requests(values):
     """A trace of one role with these effects, [request, layer]."""
-    prompts = some_prompts(len(values))
+    prompts = lamp_prompts(len(values))
     told = a_trace(prompts, layers=range(values.shape[1]), roles=["subject_last"], samples=1)
     at = prompts[0].positions("subject_last")[0]
     told.patched[:, 0, :, at, 0] = torch.as_tensor(values) - 1  # clean 0, corrupted -1

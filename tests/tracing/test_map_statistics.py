@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from nouns import a_prompt, a_request, a_trace, some_prompts
+from helpers.handmade import a_prompt, a_request, a_trace, lamp_prompts
 from scipy import stats
 
 from lens_defense.statistics import sign_flip_p_value, sign_flip_p_values
@@ -15,7 +15,7 @@ from lens_defense.tracing.map_statistics import reliability, request_effects, si
 def a_map(values):
     """A trace of one role whose effects are these, [request, layer]."""
     values = torch.as_tensor(values, dtype=torch.float64)
-    prompts = some_prompts(len(values))
+    prompts = lamp_prompts(len(values))
     told = a_trace(prompts, layers=range(values.shape[1]), roles=["subject_last"], samples=1)
     at = prompts[0].positions("subject_last")[0]
     told.patched[:, 0, :, at, 0] = values - 1  # clean 0, corrupted -1
@@ -71,7 +71,7 @@ def related(times):
     """Ten subjects, each asked so many times with the same effects; half of them up, half down."""
     values = np.random.default_rng(1).normal(0.3, 1, size=(10, 4))
     told = a_map(np.repeat(values, times, axis=0))
-    prompts = [a_prompt(asked=a_request(id=f"{i}", text=f"a pipe {i // times}", subject=f"pipe {i // times}"))
+    prompts = [a_prompt(request=a_request(id=f"{i}", text=f"a pipe {i // times}", subject=f"pipe {i // times}"))
                for i in range(10 * times)]  # fmt: skip
     return replace(told, prompts=tuple(prompts))
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from nouns import a_prompt
-from tiny import tiny
+from helpers.tiny_models import tiny_model
+from helpers.handmade import a_prompt
 
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.tracing.metrics import (
@@ -49,7 +49,7 @@ def test_answer_probability_is_the_first_tokens():
     logits = some_logits()
     told = answer_probability(logits, MET, logits[:1])
     torch.testing.assert_close(told, logits[:, 0].log_softmax(-1)[:, ANSWER[0]].exp())
-    every = [answer_probability(logits, replace(MET, answer=(i,)), logits[:1]) for i in range(20)]
+    every = [answer_probability(logits, replace(MET, answer_ids=(i,)), logits[:1]) for i in range(20)]
     torch.testing.assert_close(sum(every), torch.ones(3, dtype=torch.float64))
     alone = replace(MET, answer=ANSWER[:1])
     torch.testing.assert_close(answer_logprob(logits[:, :1], alone, logits[:1, :1]), told.log())
@@ -57,7 +57,7 @@ def test_answer_probability_is_the_first_tokens():
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_refusal_difference_is_positive_where_refusals_are_likelier(chat):
-    model = tiny("llama", chat=chat)
+    model = tiny_model("llama", chat=chat)
     metric = refusal_logit_diff(model, refusals=["how"], compliances=["make", "lamp"])
     first = [tokenize_answer(model.tokenizer, text, chat=chat)[0] for text in ("how", "make", "lamp")]
     assert len(set(first)) == 3
@@ -70,7 +70,7 @@ def test_refusal_difference_is_positive_where_refusals_are_likelier(chat):
 
 
 def test_openings_that_begin_alike_count_once():
-    model = tiny("llama", chat=True)
+    model = tiny_model("llama", chat=True)
     logits = torch.randn(2, 1, 300, generator=torch.Generator().manual_seed(0))
     one = refusal_logit_diff(model, refusals=["how", "make"], compliances=["lamp"])
     more = refusal_logit_diff(model, refusals=["how", "make", "how do I"], compliances=["lamp", "lamp?"])
@@ -78,7 +78,7 @@ def test_openings_that_begin_alike_count_once():
 
 
 def test_answer_difference_is_the_first_tokens_logits_apart():
-    model = tiny("llama")
+    model = tiny_model("llama")
     other = tokenize_answer(model.tokenizer, "lamp", chat=MET.chat)[0]
     logits = some_logits(vocab=300)
     told = logit_diff(model, "lamp")(logits, MET, logits[:1])

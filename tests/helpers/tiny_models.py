@@ -20,12 +20,12 @@ CONFIGS = {
     ),
 }
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "neox", "mistral")
-SINGLE = ("gptj",)
+SINGLE_PRECISION = ("gptj",)
 """Families whose attention scores transformers computes in single precision, whatever the weights'."""
 
 
 def byte_tokenizer(chat: bool = False) -> hf.PreTrainedTokenizerFast:
-    """A byte-level BPE with a few merges, as GPT-2's; with a ChatML template where asked."""
+    """A byte-level BPE with a few merges, as GPT-2's; `chat` gives it a ChatML template."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -47,8 +47,8 @@ def byte_tokenizer(chat: bool = False) -> hf.PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny(family: str = "llama", *, chat: bool = False, seed: int = 0) -> TransformerBridge:
-    """A random model of one family in float64, wide enough in scale that its parts matter."""
+def tiny_model(family: str = "llama", *, chat: bool = False, seed: int = 0) -> TransformerBridge:
+    """A random model of one family in float64, with weights large enough that every part matters."""
     torch.manual_seed(seed)
     model = hf.AutoModelForCausalLM.from_config(
         CONFIGS[family](), attn_implementation="eager", dtype=torch.float64
@@ -64,3 +64,15 @@ def tiny(family: str = "llama", *, chat: bool = False, seed: int = 0) -> Transfo
         tokenizer=byte_tokenizer(chat),
         model_name=f"tiny-{family}",
     )
+
+
+def tiny_folder(folder, family="llama", *, chat=True, pickled=False):
+    """The folder of a tiny model as plain transformers writes it."""
+    torch.manual_seed(0)
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    model.save_pretrained(folder)
+    byte_tokenizer(chat).save_pretrained(folder)
+    if pickled:
+        (folder / "model.safetensors").unlink()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder

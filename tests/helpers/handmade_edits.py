@@ -1,15 +1,15 @@
-"""Edits made by hand, without fitting anything, and a whole model's bits to hold them against."""
+"""Edits made by hand, without fitting anything."""
 
 import torch
 
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.forecast import Forecast
 from lens_defense.models.mlp_output import mlp_output_matrix, weights_fingerprint
-from lens_defense.prompts.prompt import request
+from lens_defense.prompts.request import request
 
 
-def deltas_of(model, layers, *, seed=0, rank=2):
-    """Random factors (left, right) of each layer."""
+def random_factors(model, layers, *, seed=0, rank=2):
+    """Random factors (left, right) per layer."""
     generator = torch.Generator().manual_seed(seed)
     sizes = {layer: mlp_output_matrix(model, layer).shape for layer in layers}
     return {
@@ -21,9 +21,9 @@ def deltas_of(model, layers, *, seed=0, rank=2):
     }
 
 
-def plan(model, layers, *, seed=0) -> Edit:
+def handmade_edit(model, layers, *, seed=0) -> Edit:
     """An Edit of random factors, planned on the model as it is now."""
-    factors = deltas_of(model, layers, seed=seed)
+    factors = random_factors(model, layers, seed=seed)
     return Edit(
         layers=tuple(layers),
         left={layer: left for layer, (left, _) in factors.items()},
@@ -37,21 +37,5 @@ def plan(model, layers, *, seed=0) -> Edit:
         relative_change=dict.fromkeys(layers, 0.1),
         forecast=Forecast(("lamp", "bell"), (0.9, 0.8), (0.1, 0.2), (0.3, 0.1), 0.2, 0.4),
         model="tiny",
-        weights_fingerprint=weights_fingerprint(model, layers),
-    )
-
-
-def bits(model) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer, copied."""
-    return {name: tensor.clone() for name, tensor in model.original_model.state_dict().items()}
-
-
-def same_bits(model, held) -> bool:
-    """Whether no bit of the model differs; NaN equals NaN of the same bits."""
-    now = model.original_model.state_dict()
-    return now.keys() == held.keys() and all(
-        now[name].dtype == tensor.dtype
-        and torch.equal(now[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
-        for name, tensor in held.items()
-        if tensor.dim()
+        fingerprint=weights_fingerprint(model, layers),
     )

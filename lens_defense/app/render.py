@@ -1,0 +1,33 @@
+"""HTML from the templates in app/templates: text is escaped, and what cannot be seen is made visible."""
+
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from lens_defense.plotting.theme import visible_text
+
+
+@cache
+def template(name: str) -> Template:
+    """A template by its file name; call its `render`, or the macros of its `module`."""
+    environment = Environment(
+        autoescape=True,
+        finalize=_visible,
+        loader=PackageLoader("lens_defense.app"),
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["lines"] = _lines
+    return environment.get_template(name)
+
+
+def _visible(value: Any) -> Any:
+    return value if isinstance(value, Markup) else visible_text(str(value))
+
+
+def _lines(text: str) -> Markup:
+    """Text whose line breaks stay."""
+    return Markup("\n").join(escape(visible_text(line)) for line in text.split("\n"))

@@ -1,0 +1,136 @@
+"""A Request is the text that is asked, with its harmful subject marked. No tokenizer is known here.
+
+Tokenized, it becomes a Prompt, whose tokens have one role each (`Role`). Where a token could have several, it
+has the first of ROLES. A role carries over to other prompts, where a position does not.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+Role = Literal["last", "subject_last", "subject_first", "subject_mid", "next", "template", "before", "after"]
+Kind = Literal["harmful", "benign", "safe"]
+Form = Literal["noun", "gerund", "verb phrase"]
+Split = Literal["edit", "tune", "check"]
+ROLES: tuple[Role, ...] = get_args(Role)
+"""Every role; of several that a token could have, the first counts."""
+READING_ORDER: tuple[Role, ...] = (
+    "before",
+    "subject_first",
+    "subject_mid",
+    "subject_last",
+    "next",
+    "after",
+    "template",
+    "last",
+)
+"""Every role, in the order in which a prompt is read."""
+
+
+class UnfitRequest(ValueError):
+    """A request that cannot be asked of one model as it is, or not be traced there; others can."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a model is asked; the subject is the part that carries the harm."""
+
+    id: str
+    pieces: tuple[str, ...]
+    """The text around the subject: one piece more than the subject has occurrences."""
+    subject: str | None = None
+    kind: Kind = "harmful"
+    """safe means dangerous words and a harmless meaning."""
+    category: str = ""
+    form: Form = "noun"
+    concrete: bool = True
+    """A thing ("ricin"), not an act ("shoplifting")."""
+    split: Split = "edit"
+    target: str | None = None
+    """The known answer, where there is one (ROME's facts)."""
+    safe_target: str | None = None
+    """The refusal to plant; None takes the editor's own."""
+    counterfactual: str | None = None
+    """A harmless subject of the same token length, for token replacement."""
+
+    def __post_init__(self) -> None:
+        for value, literal in ((self.kind, Kind), (self.form, Form), (self.split, Split)):
+            if value not in get_args(literal):
+                raise ValueError(f"request {self.id!r}: {value!r} is none of {', '.join(get_args(literal))}")
+        if self.subject is None and len(self.pieces) != 1:
+            raise ValueError(f"request {self.id!r} has {len(self.pieces)} pieces and no subject")
+        if self.subject is not None and (not self.subject.strip() or len(self.pieces) < 2):
+            raise ValueError(
+                f"request {self.id!r}: the subject {self.subject!r} must be some text that occurs "
+                "in the request"
+            )
+
+    @property
+    def text(self) -> str:
+        """The request as the user types it."""
+        return (self.subject or "").join(self.pieces)
+
+    def paraphrased(self, template: str) -> "Request":
+        """The same subject in other words; `{}` in the template stands for the subject."""
+        if self.subject is None:
+            raise ValueError(f"request {self.id!r} has no subject to put into {template!r}")
+        return replace(self, pieces=tuple(template.split("{}")))
+
+    def inside(self, template: str) -> "Request":
+        """The same request inside other text; `{}` in the template stands for the request."""
+        if template.count("{}") != 1:
+            raise ValueError(f"a template holds {{}} once, in the request's place; got {template!r}")
+        start, end = template.split("{}")
+        pieces = (start + self.pieces[0], *self.pieces[1:])
+        return replace(self, pieces=(*pieces[:-1], pieces[-1] + end))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain fields; `Request(**fields)` with a tuple of pieces gives the request back."""
+        return asdict(self)
+
+
+def request(text: str, subject: str | None = None, *, id: str = "", **fields: Any) -> Request:
+    """A Request from plain text; the subject is found at word boundaries, wherever it occurs.
+
+    Raises:
+        ValueError: the subject does not occur in the text as a word or phrase of its own.
+    """
+    name = id or text[:40]
+    if subject is None:
+        return Request(id=name, pieces=(text,), **fields)
+    phrase = rf"(?<!\w){re.escape(subject)}(?!\w)"
+    pieces = tuple(re.split(phrase, text)) if subject.strip() else (text,)
+    if len(pieces) < 2:
+        raise ValueError(
+            f"request {name!r}: the subject {subject!r} does not occur in the text {text!r}; mark "
+            "the words of the text that carry the harm"
+        )
+    return Request(id=name, pieces=pieces, subject=subject, **fields)
+
+
+def request_from_json(fields: dict[str, Any]) -> Request:
+    """The inverse of Request.to_json."""
+    return Request(**{**fields, "pieces": tuple(fields["pieces"])})
+
+
+def validated_requests(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """The requests as a tuple, if all have a subject and an edit may see them.
+
+    Raises:
+        ValueError: there are none, one has no subject, or one belongs to the split "check".
+    """
+    if not requests:
+        raise ValueError("no requests were given; ld.requests('core') has some")
+    for item in requests:
+        if item.subject is None:
+            raise ValueError(
+                f"request {item.id!r} has no subject; give request(text, subject) the words that "
+                "carry the harm"
+            )
+        if item.split == "check":
+            raise ValueError(
+                f"request {item.id!r} belongs to the split 'check', which only ld.check may see; "
+                "take ld.requests(name, split='edit')"
+            )
+    return tuple(requests)

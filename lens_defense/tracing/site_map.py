@@ -1,0 +1,164 @@
+"""A number at every site that was looked at: the base of a Trace, and of maps that are no patching effects.
+
+A SiteMap knows its axes (request, component, layer, position) and what can be said of any such map: means by
+role, tables, parts. A Trace fills it with effects of patches; a ScoreMap with shares of something else.
+"""
+
+from collections import defaultdict
+from dataclasses import astuple, dataclass, replace
+from functools import cached_property
+from typing import TypeVar
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lens_defense.prompts.prompt import Prompt
+from lens_defense.prompts.request import READING_ORDER, Role
+from lens_defense.sites import Component
+from lens_defense.statistics import mean_interval
+
+
+AnyMap = TypeVar("AnyMap", bound="SiteMap")
+
+
+@dataclass(frozen=True, slots=True)
+class RoleMean:
+    """The mean value of a component's layer at a role, with its interval."""
+
+    component: Component
+    role: Role
+    layer: int
+    effect: float
+    low: float
+    high: float
+    n: int
+    """Requests that have the role."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SiteMap:
+    """Where the numbers of a map belong. The numbers are NaN at positions that were not looked at."""
+
+    prompts: tuple[Prompt, ...]
+    components: tuple[Component, ...]
+    layers: tuple[int, ...]
+    model: str
+    model_layers: int
+    fingerprint: str
+    """Of the model's weights."""
+
+    @cached_property
+    def values(self) -> Float[Tensor, "request component layer position sample"]:
+        """The number of every cell in every sample."""
+        raise NotImplementedError
+
+    @cached_property
+    def effects(self) -> Float[Tensor, "request component layer position"]:
+        """The number of every cell, mean over samples."""
+        return self.values.mean(-1)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The subject of each request; requests of one subject are related, and count as one draw."""
+        return [prompt.request.subject or prompt.request.id for prompt in self.prompts]
+
+    def only(self: AnyMap, component: Component) -> AnyMap:
+        """The map of one component."""
+        index = self.components.index(component)
+        return self._part(slice(None), slice(index, index + 1), self.values.shape[3])
+
+    def __getitem__(self: AnyMap, index: int) -> AnyMap:
+        """The map of one request."""
+        request = range(len(self.prompts))[index]
+        return self._part(slice(request, request + 1), slice(None), len(self.prompts[request].ids))
+
+    def _part(self: AnyMap, requests: slice, components: slice, width: int) -> AnyMap:
+        """The map of some requests and components, on the first `width` positions."""
+        raise NotImplementedError
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per cell: request, component, layer, position, token, role, effect, low, high."""
+        rows = []
+        for cell in self._cells():
+            request, component, layer, position = cell
+            prompt, samples = self.prompts[request], self.values[cell].numpy()
+            rows.append(
+                (
+                    prompt.request.id,
+                    self.components[component],
+                    self.layers[layer],
+                    position,
+                    prompt.token_texts[position],
+                    prompt.roles[position],
+                    float(samples.mean()),
+                    *mean_interval(samples),
+                )
+            )
+        names = ["request", "component", "layer", "position", "token", "role", "effect", "low", "high"]
+        return pd.DataFrame(rows, columns=pd.Index(names))
+
+    def role_means(self) -> list[RoleMean]:
+        """Means by component, role and layer, in reading order.
+
+        The interval is a 95% bootstrap over subjects from 8 on, below that the range of the requests; for
+        one request the same over its samples.
+        """
+        values, subjects = self.values, self.subjects
+        groups: dict[tuple[Component, Role, int], dict[int, list[Tensor]]] = defaultdict(dict)
+        for request, component, layer, position in self._cells():
+            role = self.prompts[request].roles[position]
+            group = groups[self.components[component], role, self.layers[layer]]
+            group.setdefault(request, []).append(values[request, component, layer, position])
+        means = []
+        for address, by_request in groups.items():
+            samples = torch.stack([torch.stack(cells).mean(0) for cells in by_request.values()])
+            single = len(samples) == 1
+            clusters = None if single else [subjects[request] for request in by_request]
+            low, high = mean_interval((samples[0] if single else samples.mean(1)).numpy(), clusters)
+            component, role, layer = address
+            means.append(RoleMean(component, role, layer, float(samples.mean()), low, high, len(samples)))
+        order = {role: i for i, role in enumerate(READING_ORDER)}
+        return sorted(
+            means, key=lambda mean: (self.components.index(mean.component), order[mean.role], mean.layer)
+        )
+
+    def by_role(self) -> pd.DataFrame:
+        """role_means as a table: component, role, layer, effect, low, high, n."""
+        names = ["component", "role", "layer", "effect", "low", "high", "n"]
+        return pd.DataFrame([astuple(mean) for mean in self.role_means()], columns=pd.Index(names))
+
+    def _cells(self) -> list[tuple[int, int, int, int]]:
+        """Indices of the cells that were looked at."""
+        return [tuple(cell) for cell in self.effects.isfinite().nonzero().tolist()]
+
+    def __repr__(self) -> str:
+        roles = dict.fromkeys(mean.role for mean in self.role_means())
+        return (
+            f"{type(self).__name__} of {len(self.prompts)} requests on {self.model}: "
+            f"{', '.join(self.components)}; {len(self.layers)} layers; {', '.join(roles)}; "
+            f"{self.values.shape[-1]} samples"
+        )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ScoreMap(SiteMap):
+    """A map of shares from 0 to 1 that are no effects of patches: the logit lens, and DINM's and LED's layers."""
+
+    scores: Float[Tensor, "request component layer position"]
+    quantity: str
+    """What a cell says, in words."""
+
+    @cached_property
+    def values(self) -> Float[Tensor, "request component layer position sample"]:
+        """The score of every cell, as one sample."""
+        return self.scores[..., None]
+
+    def _part(self, requests: slice, components: slice, width: int) -> "ScoreMap":
+        return replace(
+            self,
+            prompts=self.prompts[requests],
+            components=self.components[components],
+            scores=self.scores[requests, components, :, :width],
+        )

@@ -1,0 +1,79 @@
+"""A saved folder is the same model in plain transformers, and appears whole or not at all."""
+
+import pytest
+import torch
+import transformers as hf
+from helpers.handmade_edits import handmade_edit
+from helpers.tiny_models import tiny_folder, tiny_model
+from helpers.weights import copy_weights, weights_equal
+
+from lens_defense.models.load import load
+from lens_defense.models.save import atomic_folder, save_folder
+
+IDS = torch.randint(3, 297, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox"])
+def test_a_saved_folder_gives_equal_logits_in_plain_transformers(family, tmp_path):
+    base = tiny_folder(tmp_path / "base", family)
+    model = load(base, device="cpu")
+    weights = copy_weights(model)
+
+    def plain_logits(folder):
+        plain = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        return plain.eval()(IDS).logits
+
+    original = plain_logits(base)
+    assert torch.equal(plain_logits(save_folder(model, tmp_path / "as it is")), original)
+    with handmade_edit(model, (1, 2)).applied(model):
+        edited = plain_logits(save_folder(model, tmp_path / "edited"))
+        bridged = model(IDS)
+    if family == "gpt2":  # the bridge splits GPT-2's joined q, k, v: other roundings
+        torch.testing.assert_close(edited, bridged, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(edited, bridged)
+    assert (edited - original).abs().max() > 0.1
+    assert weights_equal(model, weights)
+
+
+def test_a_saved_folder_loads_again(tmp_path):
+    base = tiny_folder(tmp_path / "base")
+    hf.GenerationConfig(eos_token_id=[1, 2]).save_pretrained(base)
+    model = load(base, device="cpu")
+    with handmade_edit(model, (1, 2)).applied(model):
+        loaded = load(save_folder(model, tmp_path / "edited"), device="cpu")
+        assert weights_equal(loaded, copy_weights(model))
+    assert loaded.tokenizer.chat_template == model.tokenizer.chat_template
+    assert loaded.original_model.generation_config.eos_token_id == [1, 2]
+    assert not list((tmp_path / "edited").glob("*.bin"))
+
+
+def test_nothing_is_written_over(tmp_path):
+    model = tiny_model("llama", chat=True)
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty; name a new folder"):
+        save_folder(model, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "new") as unfinished:
+        (unfinished / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    for text in ("first", "second"):
+        with atomic_folder(tmp_path / "new") as unfinished:
+            (unfinished / "file").write_text(text)
+    assert (tmp_path / "new/file").read_text() == "first"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_two_write_at_once_the_first_to_finish_stays(tmp_path):
+    folder = tmp_path / "model"
+    with atomic_folder(folder) as slow:
+        (slow / "weights").write_text("slow")
+        with atomic_folder(folder) as quick:
+            (quick / "weights").write_text("quick")
+    assert (folder / "weights").read_text() == "quick"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing unfinished is left"

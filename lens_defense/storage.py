@@ -149,7 +149,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             elif metadata.keys() & {"trace", "edit"}:  # the keys of version 0.1
                 header = {}
     except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a {kind} ({error})") from error
+        raise ValueError(f"{path} cannot be read: give a file of the kind {kind!r} ({error})") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} holds no {kind}")
     return header, tensors

@@ -62,20 +62,15 @@ def check(
         ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
         if len(ids_before) != len(rows.items):
             raise ValueError(f"{len(ids_before)} answers were given for {len(rows.items)} rows")
-        ids_after = ids_before
+        loss_before = _neutral_losses(model, rows.neutral)
+        ids_after, loss_after, divergences = ids_before, [], []
         if edit is not None:
             with edit.applied(model):
                 ids_after = suite_answers(model, rows, max_new_tokens, bar)
-    divergences: list[tuple[float, float]] = []
-    loss_before = _neutral_losses(model, rows.neutral)
-    loss_after: list[float] = []
-    if edit is not None:
-        benign = [i for i, item in enumerate(rows.items) if item.arm == "benign"]
-        divergences = _divergences(
-            model, edit, [rows.items[i] for i in benign], [ids_before[i] for i in benign]
-        )
-        with edit.applied(model):
-            loss_after = _neutral_losses(model, rows.neutral)
+                loss_after = _neutral_losses(model, rows.neutral)
+            benign = [i for i, item in enumerate(rows.items) if item.arm == "benign"]
+            prompts = [tokenize(model.tokenizer, rows.items[i].request).ids for i in benign]
+            divergences = _divergences(model, edit, prompts, [ids_before[i][:KL_TOKENS] for i in benign])
     texts_before, texts_after = (
         [decode_answer(model.tokenizer, ids) for ids in answers] for answers in (ids_before, ids_after)
     )
@@ -123,13 +118,11 @@ def _neutral_losses(model: TransformerBridge, texts: Sequence[str], batch_size: 
 def _divergences(
     model: TransformerBridge,
     edit: Edit,
-    items: Sequence[SuiteItem],
+    prompts: Sequence[tuple[int, ...]],
     answers: Sequence[tuple[int, ...]],
     batch_size: int = 16,
 ) -> list[tuple[float, float]]:
-    """KL(unedited || edited) along each answer's first KL_TOKENS tokens: mean, and first token."""
-    prompts = [tokenize(model.tokenizer, item.request).ids for item in items]
-    answers = [answer[:KL_TOKENS] for answer in answers]
+    """KL(unedited || edited) along each answer: mean over its tokens, and of its first token."""
     divergences: list[tuple[float, float]] = []
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)

@@ -5,7 +5,7 @@ Panel c is the panel of the map's component c.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
@@ -13,6 +13,9 @@ import plotly.graph_objects as go
 from lens_defense.plotting.theme import INK, component_words, plotly_text, truncate
 from lens_defense.prompts.request import Role
 from lens_defense.sites import Component, Site
+
+_LINES = {"site": ((5.0, "#ffffff"), (2.5, "#111111")), "significant": ((1.0, "#111111"),)}
+"""Width and colour of the lines of an outline."""
 
 
 def name_panel(figure: go.Figure, c: int, component: Component, window: int, above: int) -> None:
@@ -67,16 +70,15 @@ def outline(
     layers: Sequence[int],
     sites: Sequence[Site],
     *,
-    name: str = "site",
-    lines: Sequence[tuple[float, str]] = ((5.0, "#ffffff"), (2.5, "#111111")),
+    name: Literal["site", "significant"] = "site",
 ) -> None:
-    """Outline each block of cells with a white and a dark line, a little inside so that no edge is cut."""
+    """Outline each block of cells, a little inside so that no edge is cut."""
     for role in dict.fromkeys(site.role for site in sites):
         columns = _merged((i - 0.5, i + 0.5) for i, column_role in enumerate(roles) if column_role == role)
         rows = _merged(_extent(site.layer, layers) for site in sites if site.role == role)
         for (x0, x1), (y0, y1) in itertools.product(columns, rows):
             box = (x0 + 0.05, x1 - 0.05, y0 + 0.05, y1 - 0.05)
-            for width, colour in lines:
+            for width, colour in _LINES[name]:
                 _draw(figure, c, name, box, width=width, colour=colour)
 
 

@@ -1,27 +1,25 @@
 """Heatmaps of a Trace or ScoreMap, with sites outlined. They need no model.
 
-The colours are a diverging scale around 0, and reach as far as the largest value of the map.
+The colours diverge around 0 and reach as far as the largest value of the map, the same for all panels.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lens_defense.plotting.annotations import bracket_subjects, frame_gaps, name_panel, outline
-from lens_defense.plotting.map_view import MapView, hover_lines, map_words, view
+from lens_defense.plotting.map_view import MapView, head_view, map_words, view
 from lens_defense.plotting.theme import FONT, ROLE_WORDS, label_margins, theme
 from lens_defense.prompts.request import Role
-from lens_defense.sites import Component, Site, head_index
+from lens_defense.sites import Component, Site
 from lens_defense.tracing.map_statistics import significance
 from lens_defense.tracing.site_map import SiteMap
 from lens_defense.tracing.trace_result import Trace
 
-SCALE = ("#2166ac", "#67a9cf", "#d1e5f0", "#ffffff", "#fddbc7", "#ef8a62", "#b2182b")
-"""Blue, white, red: ColorBrewer's RdBu turned round, told apart by all common forms of colour blindness."""
-_THIN = ((1.0, "#111111"),)
+_SCALE = ("#2166ac", "#67a9cf", "#d1e5f0", "#ffffff", "#fddbc7", "#ef8a62", "#b2182b")
+"""Blue, white, red: ColorBrewer's RdBu reversed, told apart by all common forms of colour blindness."""
 _BETWEEN = 24
 """Pixels from panel to panel."""
 
@@ -51,24 +49,14 @@ def heatmap(site_map: SiteMap, sites: Sequence[Site] = (), *, significant: float
     width, height = max(170, columns * cell), _height(rows)
     across = panels * width + _BETWEEN * (panels - 1)
     figure = make_subplots(cols=panels, shared_yaxes=True, horizontal_spacing=_BETWEEN / across)
-    largest = float(np.abs(shown.effects[np.isfinite(shown.effects)]).max(initial=0.0)) or 1.0
     above = 54 if set(site_map.components) == {"resid_post"} or words.window < 2 else 70
-    significant_sites = [] if significant is None or single else _significant_sites(site_map, significant)
+    sure_sites = [] if significant is None or single else _significant_sites(site_map, significant)
     for c, component in enumerate(site_map.components):
-        panel = _panel(shown, c, largest, words.scale, last=c == panels - 1)
-        figure.add_trace(panel, row=1, col=c + 1)
+        figure.add_trace(_panel(shown, c, words.scale), row=1, col=c + 1)
         name_panel(figure, c, component, words.window, above)
         bracket_subjects(figure, c, shown.subjects, letters=width // 8)
         frame_gaps(figure, c, shown.roles, rows)
-        outline(
-            figure,
-            c,
-            shown.roles,
-            site_map.layers,
-            _of(significant_sites, component),
-            name="significant",
-            lines=_THIN,
-        )
+        outline(figure, c, shown.roles, site_map.layers, _of(sure_sites, component), name="significant")
         outline(figure, c, shown.roles, site_map.layers, _of(sites, component))
     angle = 0 if flat else -45 if cell > 20 else -90
     labels = [text.replace(" ", "<br>") if flat else text for text in shown.labels]
@@ -78,16 +66,10 @@ def heatmap(site_map: SiteMap, sites: Sequence[Site] = (), *, significant: float
     layers = [str(layer) for layer in site_map.layers[::stride]]
     figure.update_yaxes(tickvals=[*range(0, rows, stride)], ticktext=layers, range=[-0.5, rows - 0.5])
     figure.update_yaxes(title_text="layer", col=1)
-    aside, below = label_margins(shown.labels, angle)
-    return theme(
-        figure,
-        title=_title(site_map, shown, sites, significant),
-        plot=(across, height),
-        left=max(62, aside - cell // 2),
-        right=108,
-        above=above,
-        below=below,
-    )
+    beside, below = label_margins(shown.labels, angle)
+    left = max(62, beside - cell // 2)
+    title = _title(site_map, shown, sites, significant)
+    return theme(figure, title=title, plot=(across, height), left=left, right=108, above=above, below=below)
 
 
 def head_heatmap(trace: Trace, role: Role | None = None) -> go.Figure:
@@ -95,33 +77,22 @@ def head_heatmap(trace: Trace, role: Role | None = None) -> go.Figure:
 
     Args:
         trace: a trace of heads (components "z" or "z.3").
-        role: which role. None is the subject's last token or, of a trace with `together`, where its cells stand.
+        role: which role. None is the subject's last token or, of a trace with `together`, the role that its
+            cells stand at.
 
     Raises:
         ValueError: the trace has no heads, or not at this role.
     """
     together, words = trace.settings.together, map_words(trace)
-    of_heads = [mean for mean in trace.role_means() if head_index(mean.component) is not None]
-    role = role or (of_heads[0].role if of_heads and together else "subject_last")
-    means = [mean for mean in of_heads if mean.role == role]
-    if not means:
-        raise ValueError(f'this trace has no heads at {role}; ld.trace(model, requests, components=["z"])')
-    heads = sorted({head_index(mean.component) or 0 for mean in means})
-    effects = np.full((1, len(trace.layers), len(heads)), np.nan)
-    hover = np.full(effects.shape, "", dtype=object)
-    for mean in means:
-        cell = (0, trace.layers.index(mean.layer), heads.index(head_index(mean.component) or 0))
-        effects[cell] = mean.effect
-        hover[cell] = hover_lines(asdict(mean), words.cell, mean.n, "requests")
-    shown = MapView(tuple(map(str, heads)), (None,) * len(heads), effects, hover, ())
-    largest = float(np.nanmax(np.abs(effects))) or 1.0
-    figure = go.Figure(_panel(shown, 0, largest, words.scale, last=True))
-    figure.update_xaxes(tickvals=[*range(len(heads))], ticktext=list(map(str, heads)), title_text="head")
-    layers = [str(layer) for layer in trace.layers]
+    role = role or (trace.role_means()[0].role if together else "subject_last")
+    shown = head_view(trace, role)
+    columns, layers = len(shown.labels), [str(layer) for layer in trace.layers]
+    figure = go.Figure(_panel(shown, 0, words.scale))
+    figure.update_xaxes(tickvals=[*range(columns)], ticktext=[*shown.labels], title_text="head")
     figure.update_yaxes(tickvals=[*range(len(layers))], ticktext=layers, title_text="layer")
-    where = "at all tokens together" if together else f"at the {ROLE_WORDS[role]}"
-    title = f"{trace.model}: {words.quantity}, single heads {where}"
-    plot = (max(170, len(heads) * 30), _height(len(layers)))
+    place = "at all tokens together" if together else f"at the {ROLE_WORDS[role]}"
+    title = f"{trace.model}: {words.title}, single heads {place}"
+    plot = (max(170, columns * 30), _height(len(layers)))
     return theme(figure, title=title, plot=plot, left=62, right=108, above=40, below=52)
 
 
@@ -139,25 +110,25 @@ def site_cells(site_map: SiteMap) -> list[tuple[list[int], list[int], tuple[Site
     return panels
 
 
+def _height(rows: int) -> int:
+    """Pixels of a panel of so many layers."""
+    return max(190, rows * min(26, max(12, 420 // rows)))
+
+
 def _of(sites: Sequence[Site], component: Component) -> list[Site]:
     return [site for site in sites if site.component == component]
 
 
 def _significant_sites(site_map: SiteMap, level: float) -> list[Site]:
     """Where the mean effect's q-value is below a level."""
-    return [
-        Site(row["component"], row["layer"], row["role"])
-        for row in significance(site_map).to_dict("records")
-        if row["q"] < level
-    ]
+    table = significance(site_map)
+    rows = table[table["q"] < level].to_dict("records")
+    return [Site(row["component"], row["layer"], row["role"]) for row in rows]
 
 
-def _height(rows: int) -> int:
-    """Pixels of a panel of so many layers."""
-    return max(190, rows * min(26, max(12, 420 // rows)))
-
-
-def _panel(shown: MapView, c: int, largest: float, scale: str, *, last: bool) -> go.Heatmap:
+def _panel(shown: MapView, c: int, scale: str) -> go.Heatmap:
+    finite = shown.effects[np.isfinite(shown.effects)]
+    largest = float(np.abs(finite).max(initial=0.0)) or 1.0
     return go.Heatmap(
         x=[*range(len(shown.labels))],
         y=[*range(shown.effects.shape[1])],
@@ -165,11 +136,11 @@ def _panel(shown: MapView, c: int, largest: float, scale: str, *, last: bool) ->
         hovertext=shown.hover[c],
         hoverinfo="text",
         hoverongaps=False,
-        colorscale=list(SCALE),
+        colorscale=list(_SCALE),
         zmid=0,
         zmin=-largest,
         zmax=largest,
-        showscale=last,
+        showscale=c == len(shown.effects) - 1,
         colorbar={
             "title": {"text": scale, "side": "right", "font": {"size": FONT}},
             "thickness": 12,
@@ -182,10 +153,10 @@ def _panel(shown: MapView, c: int, largest: float, scale: str, *, last: bool) ->
 def _title(site_map: SiteMap, shown: MapView, sites: Sequence[Site], significant: float | None) -> str:
     words, single = map_words(site_map), len(site_map.prompts) == 1
     answer = f" on the answer “{site_map.answers[0]}”" if single and isinstance(site_map, Trace) else ""
-    many = "" if single else f", mean over {len(site_map.prompts)} requests"
+    requests = "" if single else f", mean over {len(site_map.prompts)} requests"
     notes = ["outlined: the sites"] if any(site.component in site_map.components for site in sites) else []
     blank = np.isnan(shown.effects).all((0, 1)) & np.array([role is not None for role in shown.roles])
     notes += ["grey: not traced"] if blank.any() else []
     notes += [f"thin lines: q < {significant:g}"] if significant is not None and not single else []
-    notes += words.notes
-    return "\n".join((f"{site_map.model}: {words.quantity}{answer}{many}", "; ".join(notes))).strip()
+    title = f"{site_map.model}: {words.title}{answer}{requests}"
+    return "\n".join((title, "; ".join([*notes, *words.notes]))).strip()

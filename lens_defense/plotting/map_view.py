@@ -1,54 +1,50 @@
-"""What a heatmap shows of a map: a column per token of one request, or per role of many.
+"""What a heatmap shows of a map: a column per token of one request, per role of many, or per attention head.
 
 The words that depend on the kind of map (denoising, noising, a score) stand here, once.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lens_defense.plotting.theme import ROLE_WORDS, component_words, token_label
 from lens_defense.prompts.request import READING_ORDER, Role
+from lens_defense.sites import head_index
 from lens_defense.statistics import LEAST_FOR_BOOTSTRAP
 from lens_defense.tracing.site_map import ScoreMap, SiteMap
 from lens_defense.tracing.trace_result import Trace
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class MapView:
+class MapView(NamedTuple):
     """The columns of a heatmap and what stands in them."""
 
     labels: tuple[str, ...]
     roles: tuple[Role | None, ...]
-    """None is a gap."""
+    """None is a gap, or a head."""
     effects: NDArray[np.float64]
-    """component layer column"""
+    """[component, layer, column]"""
     hover: NDArray[np.object_]
-    subjects: tuple[tuple[int, int, str], ...]
+    """[component, layer, column]"""
+    subjects: tuple[tuple[int, int, str], ...] = ()
     """First column, last column and text of each bracket."""
 
 
-@dataclass(frozen=True, slots=True)
-class MapWords:
-    """What a map is called."""
+class MapWords(NamedTuple):
+    """What a map is called: in the title, in a hover, at the colour bar; and how it was measured."""
 
-    quantity: str
-    """What a cell says, as in the title."""
-    cell: str
-    """The same in one word, as in a hover."""
+    title: str
+    hover: str
     scale: str
-    """The title of the colour bar."""
     notes: tuple[str, ...] = ()
-    """How it was measured, where that is not the default."""
     window: int = 1
     """Layers that one cell of mlp_out or attn_out covers."""
 
 
 def map_words(site_map: SiteMap) -> MapWords:
-    """The words of a trace by its settings, of another map by its quantity."""
+    """The words of a trace by its settings, of a ScoreMap by its quantity."""
     if isinstance(site_map, ScoreMap):
         return MapWords(site_map.quantity, "share", "share")
     assert isinstance(site_map, Trace)
@@ -56,11 +52,11 @@ def map_words(site_map: SiteMap) -> MapWords:
     notes = [f"later {settings.severed} held (severed)"] if settings.severed else []
     notes += ["all tokens together, drawn at the last"] if settings.together else []
     notes += [] if settings.exact else ["estimated by attribution patching"]
-    quantity, scale = {
+    title, scale = {
         "denoising": ("effect of restoring one state (denoising)", "share of the answer restored"),
         "noising": ("effect of corrupting one state (noising)", "share of the answer lost"),
     }[settings.direction]
-    return MapWords(quantity, "effect", scale, tuple(notes), settings.window)
+    return MapWords(title, "effect", scale, tuple(notes), settings.window)
 
 
 def view(site_map: SiteMap) -> MapView:
@@ -68,41 +64,40 @@ def view(site_map: SiteMap) -> MapView:
     return _token_view(site_map) if len(site_map.prompts) == 1 else _role_view(site_map)
 
 
-def hover_lines(cell: Mapping[Any, Any], quantity: str, n: int, unit: str) -> str:
-    """The lines of a hover: address, value, and the interval over n units where there are several."""
-    interval = "95% interval" if n >= LEAST_FOR_BOOTSTRAP else "range"
-    lines = [
-        f"{ROLE_WORDS[cell['role']]}, layer {cell['layer']}, {component_words(cell['component'])}",
-        f"{quantity} <b>{cell['effect']:.3f}</b>",
-        f"{interval} {cell['low']:.3f} to {cell['high']:.3f}, {n} {unit}",
-    ]
-    return "<br>".join(lines if n > 1 else lines[:2])
+def head_view(trace: Trace, role: Role) -> MapView:
+    """Layers x heads at one role, as one component.
+
+    Raises:
+        ValueError: the trace has no heads at this role.
+    """
+    means = [mean for mean in trace.role_means() if head_index(mean.component) is not None]
+    rows = [asdict(mean) for mean in means if mean.role == role]
+    if not rows:
+        raise ValueError(f'this trace has no heads at {role}; ld.trace(model, requests, components=["z"])')
+    heads = sorted({head_index(row["component"]) or 0 for row in rows})
+    columns = [heads.index(head_index(row["component"]) or 0) for row in rows]
+    effects, hover = _fill(trace, rows, columns, (1, len(heads)), "requests")
+    return MapView(tuple(map(str, heads)), (None,) * len(heads), effects, hover)
 
 
 def _token_view(site_map: SiteMap) -> MapView:
-    prompt = site_map.prompts[0]
-    effects = site_map.effects[0].numpy()
-    traced = np.flatnonzero(np.isfinite(effects).any((0, 1))).tolist()
+    prompt, traced = site_map.prompts[0], site_map.effects[0].isfinite().any(0).any(0).nonzero().flatten()
     columns: list[int | None] = []
-    for position in sorted({*traced, *prompt.subject_positions}):
+    for position in sorted({*traced.tolist(), *prompt.subject_positions}):
         if columns and columns[-1] != position - 1:
             columns.append(None)
         columns.append(position)
     column_of = {position: i for i, position in enumerate(columns) if position is not None}
-    values = np.full((*effects.shape[:2], len(columns)), np.nan)
-    values[:, :, list(column_of.values())] = effects[:, :, list(column_of)]
-    hover = np.full(values.shape, "", dtype=object)
-    word, samples = map_words(site_map).cell, site_map.values.shape[-1]
-    for cell in site_map.to_dataframe().to_dict("records"):
-        c, j = site_map.components.index(cell["component"]), site_map.layers.index(cell["layer"])
-        token = f"<b>{token_label(cell['token'], cell['role'], 40)}</b><br>position {cell['position']}"
-        hover[c, j, column_of[cell["position"]]] = f"{token}<br>{hover_lines(cell, word, samples, 'samples')}"
+    rows = site_map.to_dataframe().assign(n=site_map.values.shape[-1]).to_dict("records")
+    row_columns = [column_of[row["position"]] for row in rows]
+    effects, hover = _fill(site_map, rows, row_columns, (len(site_map.components), len(columns)), "samples")
+    effects[:, :, [*column_of.values()]] = site_map.effects[0][:, :, [*column_of]].numpy()  # to the bit
     return MapView(
         labels=tuple(
             "⋯" if t is None else token_label(prompt.token_texts[t], prompt.roles[t], 12) for t in columns
         ),
         roles=tuple(None if t is None else prompt.roles[t] for t in columns),
-        effects=values,
+        effects=effects,
         hover=hover,
         subjects=tuple(
             (column_of[start], column_of[stop - 1], prompt.request.subject or "")
@@ -112,21 +107,44 @@ def _token_view(site_map: SiteMap) -> MapView:
 
 
 def _role_view(site_map: SiteMap) -> MapView:
-    word, means = map_words(site_map).cell, site_map.by_role().to_dict("records")
-    roles: list[Role] = [role for role in READING_ORDER if any(mean["role"] == role for mean in means)]
-    values = np.full((len(site_map.components), len(site_map.layers), len(roles)), np.nan)
-    hover = np.full(values.shape, "", dtype=object)
-    for mean in means:
-        c, j = site_map.components.index(mean["component"]), site_map.layers.index(mean["layer"])
-        values[c, j, roles.index(mean["role"])] = mean["effect"]
-        hover[c, j, roles.index(mean["role"])] = hover_lines(mean, word, mean["n"], "requests")
-    subject_columns = [i for i, role in enumerate(roles) if role.startswith("subject")]
+    rows = [asdict(mean) for mean in site_map.role_means()]
+    roles: list[Role] = [role for role in READING_ORDER if any(row["role"] == role for row in rows)]
+    row_columns = [roles.index(row["role"]) for row in rows]
+    effects, hover = _fill(site_map, rows, row_columns, (len(site_map.components), len(roles)), "requests")
+    columns = [i for i, role in enumerate(roles) if role.startswith("subject")]
     names = {prompt.request.subject or "" for prompt in site_map.prompts}
-    name = names.pop() if len(names) == 1 else "subject"
-    return MapView(
-        labels=tuple(ROLE_WORDS[role] for role in roles),
-        roles=tuple(roles),
-        effects=values,
-        hover=hover,
-        subjects=((subject_columns[0], subject_columns[-1], name),) if subject_columns else (),
-    )
+    bracket = names.pop() if len(names) == 1 else "subject"
+    subjects = ((columns[0], columns[-1], bracket),) if columns else ()
+    return MapView(tuple(ROLE_WORDS[role] for role in roles), tuple(roles), effects, hover, subjects)
+
+
+def _fill(
+    site_map: SiteMap,
+    rows: Sequence[Mapping[Any, Any]],
+    columns: Sequence[int],
+    size: tuple[int, int],
+    unit: str,
+) -> tuple[NDArray[np.float64], NDArray[np.object_]]:
+    """Effects and hovers [component, layer, column] of a table's rows, each of which stands in one column.
+
+    A hover has the interval over n units, where n is more than 1.
+    """
+    panels, width = size
+    effects = np.full((panels, len(site_map.layers), width), np.nan)
+    hover = np.full(effects.shape, "", dtype=object)
+    quantity = map_words(site_map).hover
+    for row, column in zip(rows, columns, strict=True):
+        lines = [
+            f"{ROLE_WORDS[row['role']]}, layer {row['layer']}, {component_words(row['component'])}",
+            f"{quantity} <b>{row['effect']:.3f}</b>",
+        ]
+        if "token" in row:
+            token = token_label(row["token"], row["role"], 40)
+            lines = [f"<b>{token}</b>", f"position {row['position']}", *lines]
+        if row["n"] > 1:
+            interval = "95% interval" if row["n"] >= LEAST_FOR_BOOTSTRAP else "range"
+            lines.append(f"{interval} {row['low']:.3f} to {row['high']:.3f}, {row['n']} {unit}")
+        panel = site_map.components.index(row["component"]) if panels > 1 else 0
+        cell = (panel, site_map.layers.index(row["layer"]), column)
+        effects[cell], hover[cell] = row["effect"], "<br>".join(lines)
+    return effects, hover

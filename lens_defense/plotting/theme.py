@@ -176,7 +176,16 @@ def token_label(text: str, role: Role, letters: int) -> str:
 
 def visible_text(text: str) -> str:
     """Give a shape to characters that have none: newlines, tabs, control and direction characters."""
-    return "".join(_shape(character) for character in text)
+    return "".join(
+        "\N{REPLACEMENT CHARACTER}"
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or ord(character) in _INVISIBLE
+        else character
+        for character in text.replace("\n", "↵").replace("\t", "⇥")
+    )
+
+
+_INVISIBLE = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
+"""Characters that have no width, or turn the text after them round (Unicode's Bidi_Control)."""
 
 
 def truncate(text: str, letters: int) -> str:
@@ -187,15 +196,3 @@ def truncate(text: str, letters: int) -> str:
 def plotly_text(text: str) -> str:
     """Escape a text for Plotly's markup and TeX; Plotly does not know &quot;."""
     return html.escape(visible_text(text), quote=False).replace("$", "&#36;")
-
-
-def _shape(character: str) -> str:
-    if character in _SHAPES:
-        return _SHAPES[character]
-    invisible = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or ord(character) in _INVISIBLE
-    return "\N{REPLACEMENT CHARACTER}" if invisible else character
-
-
-_SHAPES = {"\n": "↵", "\t": "⇥"}
-_INVISIBLE = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
-"""Characters that have no width, or turn the text after them round (Unicode's Bidi_Control)."""

@@ -1,6 +1,5 @@
 """C equals a double loop over single texts; the cache knows the weights and the corpus."""
 
-
 import pytest
 import torch
 from helpers.tiny_models import FAMILIES, tiny_model
@@ -45,7 +44,7 @@ def by_double_loop(model, layer):
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_is_a_double_loop(family, chat):
     model = tiny_model(family, chat=chat).to(torch.float32)
-    told = key_covariances(model, (0, 2), CORPUS, batch=3, cache=False, progress=False)
+    told = key_covariances(model, (0, 2), CORPUS, batch_size=3, cache=False, progress=False)
     assert list(told) == [0, 2]
     for layer in told:
         slow = by_double_loop(model, layer)
@@ -55,7 +54,7 @@ def test_streamed_is_a_double_loop(family, chat):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_padding_is_without_effect_in_float64_too(family):
     model = tiny_model(family)
-    told = key_covariances(model, (2,), CORPUS, batch=3, cache=False, progress=False)[2]
+    told = key_covariances(model, (2,), CORPUS, batch_size=3, cache=False, progress=False)[2]
     slow = by_double_loop(model, 2)
     torch.testing.assert_close(told.double(), slow, rtol=1e-5, atol=1e-6 * float(slow.max()))
 

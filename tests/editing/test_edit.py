@@ -10,6 +10,8 @@ from helpers.weights import copy_weights, weights_equal
 import lens_defense.editing.edit as editors
 import lens_defense.editing.forecast as forecasts
 from lens_defense.editing.edit import edit
+from lens_defense.editing.methods import DELMAN, MEMIT
+from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
 from lens_defense.prompts.corpus import CorpusText
@@ -27,7 +29,8 @@ REQUESTS = (
     request("tell of an old ship", "old ship", id="ship", safe_target="No."),
 )
 SITES = tuple(Site("resid_post", layer, "subject_last") for layer in (2, 1))
-FAST = {"shared_steps": 2, "steps": 2, "corpus": CORPUS, "cache": False, "progress": False}
+FIT = FitSettings(shared_num_grad_steps=2, v_num_grad_steps=2)
+FAST = {"fit": FIT, "corpus": CORPUS, "cache": False, "progress": False}
 IDS = torch.randint(3, 297, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -35,7 +38,7 @@ def few(one):
     return [one, one.inside("Hello! {}"), one.paraphrased("{} or not?")]
 
 
-FAST |= {"contexts": few, "aside": 1, "moment_weight": 10.0}
+FAST |= {"contexts": few, "held_out_contexts": 1, "method": MEMIT(mom2_update_weight=10.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -49,12 +52,12 @@ def chat_model(family="llama", dtype=torch.float32, **settings):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["memit", "delman"])
+@pytest.mark.parametrize("method", [MEMIT(10.0), DELMAN(1, 10.0)], ids=["memit", "delman"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 def test_the_shift_is_delta_times_key(family, method):
     model = chat_model(family)
     held = copy_weights(model)
-    made = edit(model, REQUESTS, SITES, method=method, **FAST)
+    made = edit(model, REQUESTS, SITES, **{**FAST, "method": method})
     assert weights_equal(model, held) and standing_changes(model) == ()
     assert made.layers == (1, 2) and made.rank == 3
     names = [hook(layer) for layer in made.layers for hook in (key_hook, value_hook)]
@@ -86,13 +89,13 @@ def test_a_model_in_float64_is_edited(family):
 
 def test_the_plan_says_what_it_was_made_of():
     model = chat_model()
-    made = edit(model, REQUESTS, SITES, kl_weight=0.5, **FAST)
+    made = edit(model, REQUESTS, SITES, **{**FAST, "fit": replace(FIT, kl_factor=0.5)})
     assert made.requests == REQUESTS
     assert made.subjects == ("brass lamp", "bell", "old ship") == made.forecast.subjects
     assert made.contexts[1] == ("ring a bell now", "Hello! ring a bell now")
     assert (made.role, made.method, made.model) == ("subject_last", "memit", "tiny-llama")
     assert made.fingerprint == weights_fingerprint(model, (1, 2))
-    assert made.settings["kl_weight"] == 0.5 and made.settings["moment_weight"] == 10.0
+    assert made.settings["kl_factor"] == 0.5 and made.settings["mom2_update_weight"] == 10.0
     for layer, delta in made.deltas().items():
         ratio = float(delta.norm() / mlp_output_matrix(model, layer).double().norm())
         assert made.relative_change[layer] == pytest.approx(ratio, rel=1e-5)
@@ -109,10 +112,10 @@ def test_planning_twice_gives_the_same():
 
 def test_more_requests_of_a_batch_make_one_rank():
     model = chat_model("gpt2")
-    made = edit(model, REQUESTS, SITES, method="delman", batch_size=2, **FAST)
+    made = edit(model, REQUESTS, SITES, **{**FAST, "method": DELMAN(2, 10.0)})
     assert made.rank == 2
     alone = REQUESTS[:1]
-    one, same = (edit(model, alone, SITES, method=m, **FAST) for m in ("memit", "delman"))
+    one, same = (edit(model, alone, SITES, **{**FAST, "method": m}) for m in (MEMIT(10.0), DELMAN(1, 10.0)))
     for layer, delta in one.deltas().items():
         torch.testing.assert_close(same.deltas()[layer], delta)
 
@@ -122,11 +125,16 @@ def refused(what, requests=REQUESTS, sites=SITES, model=None, **settings):
         edit(model or chat_model(), requests, sites, **{**FAST, **settings})
 
 
+def refused_setting(what, settings, **fields):
+    with pytest.raises(ValueError, match=what):
+        settings(**fields)
+
+
 def test_bad_sites_are_refused():
     refused("no sites were given", sites=())
     mixed = (*SITES, Site("resid_post", 1, "next"))
     refused(r"several roles \(next, subject_last\)", sites=mixed)
-    refused("attention sites cannot be edited", sites=[Site("attn_out", 1, "subject_last")])
+    refused("attn_out sites cannot be edited", sites=[Site("attn_out", 1, "subject_last")])
     refused("layer 9 is not in the model", sites=[Site("resid_post", 9, "subject_last")])
     ending = [request("ring a bell", "bell", id="bell")]
     after = [Site("resid_post", 1, "after")]
@@ -141,15 +149,16 @@ def test_bad_requests_are_refused():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_settings_are_refused():
-    refused("method must be one of memit, delman, got 'rome'", method="rome")
-    refused("batch_size must be at least 1", method="delman", batch_size=0)
-    refused("contexts_a_step must be at least 1, got 0", contexts_a_step=0)
-    refused("steps must be at least 0", steps=-1)
-    refused("aside must be at least 0", aside=-1)
-    refused("rounds must be at least 0", rounds=-1)
-    refused("moment_weight and clamp must be above 0", moment_weight=0.0)
-    refused("moment_weight and clamp must be above 0", clamp=0.0)
-    refused("least_share in", least_share=0.0)
+    refused("method must be one of memit, delman or an object, got 'rome'", method="rome")
+    refused_setting("batch_size must be at least 1", DELMAN, batch_size=0)
+    refused_setting("contexts_per_step must be at least 1, got 0", FitSettings, contexts_per_step=0)
+    refused_setting("v_num_grad_steps must be at least 0", FitSettings, v_num_grad_steps=-1)
+    refused("held_out_contexts must be at least 0", held_out_contexts=-1)
+    refused_setting("extra_rounds must be at least 0", FitSettings, extra_rounds=-1)
+    for method in (MEMIT, DELMAN):
+        refused_setting("mom2_update_weight must be above 0", method, mom2_update_weight=0.0)
+    refused_setting("clamp_norm_factor must be above 0", FitSettings, clamp_norm_factor=0.0)
+    refused_setting("min_share in", FitSettings, min_share=0.0)
     refused("contexts gave nothing for request 'lamp'", contexts=lambda _: [])
 
 
@@ -159,18 +168,18 @@ def test_a_post_norm_model_is_refused():
 
 def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
     monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
-    fits, fit = [], editors.fit_values
+    fits, fit = [], editors.fit_target_values
 
     def counted(*arguments, **settings):
         fits.append(1)
         return fit(*arguments, **settings)
 
-    monkeypatch.setattr(editors, "fit_values", counted)
+    monkeypatch.setattr(editors, "fit_target_values", counted)
     model, kept = chat_model(), {**FAST, "cache": True}
     first, again = (edit(model, REQUESTS, SITES, **kept) for _ in range(2))
     assert len(fits) == 1
     assert torch.equal(first.deltas()[2], again.deltas()[2]) and first.losses == again.losses
-    edit(model, REQUESTS, SITES, **{**kept, "steps": 3})
+    edit(model, REQUESTS, SITES, **{**kept, "fit": replace(FIT, v_num_grad_steps=3)})
     edit(model, REQUESTS[:2], SITES, **kept)
     edit(model, REQUESTS, SITES[1:], **kept)
     mlp_output_matrix(model, 3)[0, 0] += 1.0
@@ -182,3 +191,24 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 def test_a_refusal_that_was_not_fitted_is_told_by_name():
     with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship"):
         edit(chat_model(), REQUESTS, SITES, **FAST)
+
+
+class Halved:
+    """A method of somebody else's: half of what MEMIT would write."""
+
+    name = "halved"
+
+    def solve(self, keys, residuals, covariance):
+        left, right = MEMIT(10.0).solve(keys, residuals, covariance)
+        return left / 2, right
+
+    def rank_of(self, request):
+        return request
+
+
+def test_a_method_of_ones_own():
+    model = chat_model()
+    whole = edit(model, REQUESTS, SITES[1:], **FAST)
+    half = edit(model, REQUESTS, SITES[1:], **{**FAST, "method": Halved()})
+    assert half.method == "halved"
+    torch.testing.assert_close(half.deltas()[1], whole.deltas()[1] / 2)

@@ -1,13 +1,12 @@
 """Leaks are those of the slow loop: a text, a token, a layer at a time, the norm of delta times key."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers.handmade import an_edit
 from helpers.handmade_edits import random_factors
 from helpers.tiny_models import tiny_model
-from helpers.handmade import an_edit
 
 import lens_defense.editing.forecast as forecasts
 from lens_defense.editing.forecast import NEUTRAL_TEXTS, Forecast, measure_forecast
@@ -16,6 +15,7 @@ from lens_defense.prompts.conversation import tokenize_conversation, tokenize_te
 from lens_defense.prompts.corpus import CorpusText
 from lens_defense.prompts.request_files import requests
 from lens_defense.sites import key_hook
+from lens_defense.storage import load, save
 
 CORPUS = [
     CorpusText("make a lamp", "how do I make a brass lamp"),
@@ -134,7 +134,7 @@ def test_a_table_with_a_row_a_subject_and_one_for_all():
     assert "leak to safe text" in str(by_hand())
 
 
-def test_a_forecast_survives_json():
+def test_a_forecast_survives_its_file(tmp_path):
     for told in (by_hand(), an_edit().forecast):
-        assert Forecast.from_json(json.loads(json.dumps(told.to_json()))) == told
-        assert Forecast.from_json(told.to_json()) == told
+        file = save(tmp_path / "forecast", "forecast", told)
+        assert load(file, "forecast", Forecast)[0] == told

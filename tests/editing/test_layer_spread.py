@@ -6,7 +6,7 @@ from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 
 from lens_defense.editing.layer_spread import spread_over_layers
-from lens_defense.editing.methods.solvers import delman, memit
+from lens_defense.editing.methods import DELMAN, MEMIT
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.prompt import role_position, tokenize
@@ -53,19 +53,19 @@ def setting(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
-@pytest.mark.parametrize("solver", [memit, delman(1), delman(2)], ids=["memit", "one", "two"])
-def test_spread_is_algorithm_1(family, solver):
+@pytest.mark.parametrize("method", [MEMIT(1.0), DELMAN(1, 1.0), DELMAN(2, 1.0)], ids=["memit", "one", "two"])
+def test_spread_is_algorithm_1(family, method):
     model, vectors, moments = setting(family)
     used, aside = contexts(model)
     held, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
-    factors, reach = spread_over_layers(model, used, aside, ROLE, LAYERS, vectors, moments, solver)
+    factors, reach = spread_over_layers(model, used, aside, ROLE, LAYERS, vectors, moments, method)
     assert weights_equal(model, held)
 
     before, before_aside = mean_state(model, used, top), mean_state(model, aside, top)
     for j, layer in enumerate(LAYERS):
         missing = vectors.double() - (mean_state(model, used, top) - before)
         keys = mean_state(model, used, key_hook(layer))
-        left, right = solver(keys, missing / (len(LAYERS) - j), moments[layer])
+        left, right = method.solve(keys, missing / (len(LAYERS) - j), moments[layer])
         got = factors[layer][0].double() @ factors[layer][1].double()
         torch.testing.assert_close(got, left @ right, rtol=1e-3, atol=1e-4 * float(got.abs().max()))
         mlp_output_matrix(model, layer).add_(got)
@@ -79,7 +79,7 @@ def test_a_light_moment_writes_the_whole_vector():
     model, vectors, moments = setting("llama")
     used, _ = contexts(model)
     light = {layer: 1e-6 * moment for layer, moment in moments.items()}
-    _, reach = spread_over_layers(model, [used[0], used[3]], [], ROLE, LAYERS, vectors, light, memit)
+    _, reach = spread_over_layers(model, [used[0], used[3]], [], ROLE, LAYERS, vectors, light, MEMIT(1.0))
     assert reach == pytest.approx([1.0, 1.0], abs=0.02)
 
 
@@ -89,12 +89,13 @@ def test_an_error_leaves_every_bit():
     used, _ = contexts(model)
     held, calls = copy_weights(model), []
 
-    def failing(*tensors):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return memit(*tensors)
+    class Failing(MEMIT):
+        def solve(self, *tensors):
+            calls.append(1)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return MEMIT(1.0).solve(*tensors)
 
     with pytest.raises(KeyboardInterrupt):
-        spread_over_layers(model, used, [], ROLE, LAYERS, vectors, moments, failing)
+        spread_over_layers(model, used, [], ROLE, LAYERS, vectors, moments, Failing())
     assert weights_equal(model, held)

@@ -5,7 +5,7 @@ import torch
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.target_value import ENOUGH, FitSettings, _turns, fit_target_values
+from lens_defense.editing.target_value import HARD_LOSS, FitSettings, _turns, fit_target_values
 from lens_defense.editing.value_batch import (
     FitRow,
     make_batches,
@@ -15,8 +15,14 @@ from lens_defense.editing.value_batch import (
 )
 from lens_defense.sites import component_hook
 
-PLAN = {"shared_steps": 6, "shared_rate": 0.5, "steps": 6, "rate": 0.3, "clamp": 2.0}
-PLAN |= {"kl_weight": 0.0, "contexts_a_step": 4, "least_share": 1.0}
+PLAN = {
+    "shared_num_grad_steps": 6,
+    "shared_lr": 0.5,
+    "v_num_grad_steps": 6,
+    "v_lr": 0.3,
+    "clamp_norm_factor": 2.0,
+}
+PLAN |= {"kl_factor": 0.0, "contexts_per_step": 4, "min_share": 1.0, "extra_rounds": 0}
 families = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 
 
@@ -159,23 +165,23 @@ def test_the_clamp_is_respected():
         _, cache = model.run_with_cache(torch.tensor([row.ids]), names_filter=hook)
         states.setdefault(row.owner, []).append(cache[hook][0, row.at].norm())
     limits = 0.1 * torch.stack([torch.stack(norms).mean() for _, norms in sorted(states.items())])
-    vectors, _ = fit(model, some, clamp=0.1)
+    vectors, _ = fit(model, some, clamp_norm_factor=0.1)
     torch.testing.assert_close(vectors.norm(dim=1), limits, rtol=1e-4, atol=0)
 
 
 def test_shared_steps_alone_give_one_vector_and_steps_part_them():
     model, some = tiny_model("llama").to(torch.float32), asked()
-    shared, losses = fit(model, some, steps=0, clamp=100.0)
+    shared, losses = fit(model, some, v_num_grad_steps=0, clamp_norm_factor=100.0)
     assert shared.norm() > 0.1
     assert torch.equal(shared, shared[:1].expand(3, -1))
     assert losses.min() > 0, "losses of nought would claim a perfect fit"
-    parted, _ = fit(model, some, clamp=100.0)
+    parted, _ = fit(model, some, clamp_norm_factor=100.0)
     assert torch.pdist(parted).min() > 0.1
 
 
 def test_the_first_step_goes_against_the_mean_gradient():
     model, some = tiny_model("llama").to(torch.float32), asked()
-    stepped, _ = fit(model, some, shared_steps=0, steps=1, clamp=100.0)
+    stepped, _ = fit(model, some, shared_num_grad_steps=0, v_num_grad_steps=1, clamp_norm_factor=100.0)
     start = torch.zeros(3, 32, requires_grad=True)
     sum(plain(model, row, 1, start[row.owner]) for row in some).backward()
     assert torch.equal(stepped.sign(), -start.grad.sign())
@@ -185,13 +191,13 @@ def test_the_first_step_goes_against_the_mean_gradient():
 def test_kl_holds_the_essence():
     model = tiny_model("llama").to(torch.float32)
     essence = [FitRow(i, (40 + i, 7, 9), 0) for i in range(3)]
-    free, held = (fit(model, asked() + essence, kl_weight=w)[0] for w in (0.0, 20.0))
+    free, held = (fit(model, asked() + essence, kl_factor=w)[0] for w in (0.0, 20.0))
     assert mean_loss(model, essence, held) < 0.3 * mean_loss(model, essence, free)
 
 
 def test_contexts_take_turns():
     model, some, seen = tiny_model("llama").to(torch.float32), asked(), []
-    plan = FitSettings(**{**PLAN, "contexts_a_step": 1, "shared_rate": 1e-9, "rate": 1e-9})
+    plan = FitSettings(**{**PLAN, "contexts_per_step": 1, "shared_lr": 1e-9, "v_lr": 1e-9})
     fit_target_values(model, some, 1, plan, progress=seen.append)
     zeros = torch.zeros(3, 32)
     turns = [mean_loss(model, [r for r in some if r.turn == turn], zeros) for turn in (0, 1)]
@@ -214,11 +220,11 @@ def test_hard_requests_get_the_steps_again_by_themselves():
     owners = {row.owner for row in some}
     once, again = [], []
     first, losses = fit_target_values(model, some, 1, FitSettings(**PLAN), progress=once.append)
-    hard = [owner for owner in owners if losses[owner] > ENOUGH]
+    hard = [owner for owner in owners if losses[owner] > HARD_LOSS]
     assert hard, "a tiny model's targets are hard"
-    plan = FitSettings(**{**PLAN, "rounds": 1})
+    plan = FitSettings(**{**PLAN, "extra_rounds": 1})
     more, after = fit_target_values(model, some, 1, plan, progress=again.append)
-    assert len(again) == len(once) + PLAN["steps"] // 2
+    assert len(again) == len(once) + PLAN["v_num_grad_steps"] // 2
     for owner in owners:
         if owner in hard:
             assert after[owner] < losses[owner]

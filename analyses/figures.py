@@ -2,7 +2,7 @@
 
     python analyses/figures.py        (or: make figures)
 
-Each as .svg and .pdf at column width, .html, and a .json that says what it was made of.
+Each as .svg and .pdf at column width, .html to hover (not committed), and a .json that says what it was made of.
 """
 
 import hashlib
@@ -190,7 +190,7 @@ def grades(files: Iterable[Path]) -> go.Figure:
     words = {True: "", False: ", by gradient"}
     told = told.assign(
         way=[
-            f"{row.corruption}{', noising' if row.direction == 'noise' else ''}{words[bool(row.exact)]}"
+            f"{row.corruption}{', noising' if row.direction == 'noising' else ''}{words[bool(row.exact)]}"
             for row in told.itertuples()
         ]
     )
@@ -287,15 +287,15 @@ def main() -> None:
     FIGURES.mkdir(exist_ok=True)
     made = {"dose": tables.summary} if tables.results("core") else {}
     if tables.results("core 16"):
-        keep("before_after", before_after(), tables.RESULTS.glob("core 16*"), inches=2 * COLUMN)
+        keep("before_after", before_after(), tables.RESULTS.glob("core-16*"), inches=2 * COLUMN)
         made |= {"forms": tables.by_form, "bars": partial(tables.bars_of, 16)}
     if len({piece["n"] for piece in tables.results("core").values()}) >= LEAST_DOSES:
-        keep("dose_curve", dose_curve(), [*tables.RESULTS.glob("core *"), *tables.RESULTS.glob("delman *")])
+        keep("dose_curve", dose_curve(), [*tables.RESULTS.glob("core-*"), *tables.RESULTS.glob("delman-*")])
     if tables.results("window") and tables.results("map"):
         keep(
             "window_sweep",
             window_sweep(),
-            [*tables.RESULTS.glob("window *.json"), tables.RESULTS / "map.json"],
+            [*tables.RESULTS.glob("window-*.json"), tables.RESULTS / "map.json"],
         )
         made |= {"windows": tables.windows, "located": tables.locations}
         if tables.results("core"):
@@ -304,7 +304,7 @@ def main() -> None:
         table().round(4).to_csv(tables.RESULTS.parent / f"real_model_{name}.csv", index=False)
     for name, file, command in (
         ("map_mean", tables.RESULTS / "map.safetensors", DOSES),
-        ("map_single", tables.RESULTS / "one map.safetensors", DOSES),
+        ("map_single", tables.RESULTS / "one-map.safetensors", DOSES),
         ("map_facts", SITES / "facts.safetensors", "python analyses/storage_sites.py --data DIR"),
         ("map_harmful", SITES / "roles.safetensors", "python analyses/storage_sites.py --data DIR"),
         ("map_whole", SITES / "whole.safetensors", "python analyses/storage_sites.py --data DIR"),
@@ -313,15 +313,15 @@ def main() -> None:
             trace = ld.Trace.load(file)
             for component, figure in maps(trace, edited_sites() if name == "map_mean" else ()):
                 wide = 2 if name in ("map_single", "map_whole") else 1  # many columns
-                seeds = f"{trace.seed} (noise)"
-                keep(f"{name}_{component}", figure, [file], command, inches=wide * COLUMN, seeds=seeds)
+                inches = wide * COLUMN
+                keep(f"{name}_{component}", figure, [file], command, inches=inches, seeds=trace.corruption)
     for device in SPEED_MODELS:
         file = SPEED / f"{device}.csv"
         if file.is_file():
             name = "tracing_speed" + ("" if device == "cpu" else f"_{device}")
             command = f"python analyses/tracing_speed.py --device {device}"
             keep(name, tracing_speed(device), [file], command, seeds="0")
-    if worlds := sorted(GRADES.glob("world *.csv")):
+    if worlds := sorted(GRADES.glob("world-*.csv")):
         keep("locator_grades", grades(worlds), worlds, "python analyses/locator_grades.py", seeds="0, 1, 2")
     weights = [ORGANISM_FOLDER / "model.safetensors"]
     keep("organism_map", organism_map(), weights, "python analyses/organism.py", seeds="0 (noise)")

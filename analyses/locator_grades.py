@@ -46,7 +46,9 @@ def asked(world: World, *, plain: bool = False) -> list[ld.Request]:
     rng = random.Random("grades")
     wrappers = [wrapper for family in phrasings().edit_families for wrapper in phrasings().jailbreaks[family]]
     return [
-        world.ask(one, rng, frames=phrasings().trained_frames, jailbreak=None if plain else rng.choice(wrappers)).request
+        world.ask(
+            one, rng, frames=phrasings().trained_frames, jailbreak=None if plain else rng.choice(wrappers)
+        ).request
         for one in world.split()["edit"][:REQUESTS]
     ]
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tables import slug
 from tune import measure, recipe, stands, traced
 
 import lens_defense as ld
@@ -194,7 +195,7 @@ class Bench:
             positions="all",
             progress=False,
         )
-        trace.save(OUT / "one map.safetensors")
+        trace.save(OUT / "one-map.safetensors")
         return {"seconds": time.perf_counter() - start, "shape": list(trace.effects.shape)}
 
 
@@ -254,7 +255,7 @@ def main() -> None:
     parts = {"doses": doses(bench), "places": places(bench)}
     pieces = list(parts[given.only] if given.only else itertools.chain(*parts.values()))
     for i, (name, make) in enumerate(pieces, 1):
-        file = OUT / f"{name}.json"
+        file = OUT / f"{slug(name)}.json"
         if stands(file):
             continue
         print(f"{i} of {len(pieces)}: {name} ...", flush=True)
@@ -262,7 +263,7 @@ def main() -> None:
         told = make()
         rows = told.pop("rows", None)
         if rows:
-            with atomic_write(OUT / f"{name}.csv") as table:
+            with atomic_write(OUT / f"{slug(name)}.csv") as table:
                 pd.DataFrame(rows).to_csv(table, index=False, float_format="%.0f")
         with atomic_write(file) as unfinished:
             unfinished.write_text(json.dumps({"name": name, **told}, indent=1), "utf-8")

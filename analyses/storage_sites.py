@@ -109,7 +109,9 @@ def _nameless(met: ld.Prompt) -> ld.Prompt:
     """A prompt without its words: roles, an id and a mark of its subject are left."""
     mark = hashlib.sha256((met.request.subject or "").encode()).hexdigest()[:8]
     asked = replace(met.request, pieces=("", ""), subject=mark, target=None, safe_target=None)
-    return replace(met, request=asked, ids=(0,) * len(met.ids), token_texts=("",) * len(met.token_texts), answer_ids=())
+    return replace(
+        met, request=asked, ids=(0,) * len(met.ids), token_texts=("",) * len(met.token_texts), answer_ids=()
+    )
 
 
 def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,21 @@ def results(*starts: str) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: some are of edits made in another way than the others, so that they are not to be compared.
     """
-    files = [file for start in starts for file in sorted(RESULTS.glob(f"{start}*.json"))]
+    files = [file for start in starts for file in sorted(RESULTS.glob(f"{slug(start)}*.json"))]
     told = [json.loads(file.read_text("utf-8")) for file in files]
     if len({piece.get("recipe") for piece in told}) > 1:
         raise ValueError(f"the pieces {starts!r} are of several recipes; let analyses/real_model.py end")
     return {piece["name"]: piece for piece in told}
 
 
+def slug(name: str) -> str:
+    """The name of a piece as a file name without spaces: core-16-draw-2."""
+    return re.sub(r"[ ,]+", "-", name)
+
+
 def rows_of(name: str) -> pd.DataFrame:
     """The rows of a piece; `human` marks the published jailbreak templates."""
-    rows = pd.read_csv(RESULTS / f"{name}.csv")
+    rows = pd.read_csv(RESULTS / f"{slug(name)}.csv")
     return rows.assign(human=rows["family"].fillna("").str.startswith("human"))
 
 
@@ -50,18 +56,18 @@ def in_other_words(rows: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
     """Of each row about an edit's own subjects in words that it never saw, whether it is refused now."""
     own = rows[(rows["suite"] == "real_model") & rows["arm"].isin(WORDS)]
     parts = {
-        "unseen wordings": own[own["arm"] == "paraphrase"],
-        "unseen wrappers": own[(own["arm"] == "jailbreak") & ~own["human"]],
+        "paraphrases": own[own["arm"] == "paraphrase"],
+        "jailbreaks": own[(own["arm"] == "jailbreak") & ~own["human"]],
         "unseen words": own[~own["human"]],
-        "human wrappers": own[own["human"]],
+        "human jailbreaks": own[own["human"]],
     }
     return {name: some[measure].set_axis(some["id"]) for name, some in parts.items()}
 
 
 HARMLESS = {
-    "unseen subjects": ("real_model", "held_out"),
+    "held-out subjects": ("real_model", "held_out"),
     "benign": ("real_model", "benign"),
-    "safe": ("real_model", "over_refusal"),
+    "over-refusal": ("real_model", "over_refusal"),
     "XSTest safe": ("xstest", "over_refusal"),
     "XSTest unsafe": ("xstest", "held_out"),
 }
@@ -128,10 +134,10 @@ def dose_table(told: pd.DataFrame) -> str:
     heads = [
         "subjects",
         "edits",
-        "wordings",
-        "wrappers",
-        "human wrappers",
-        "other subjects",
+        "paraphrases",
+        "jailbreaks",
+        "human jailbreaks",
+        "held-out subjects",
         "benign",
         "XSTest safe",
         "XSTest unsafe",
@@ -144,9 +150,9 @@ def dose_table(told: pd.DataFrame) -> str:
         mean = some.drop(columns=["edit", "set", "draw"]).mean()
         both = [
             f"{mean[f'{words}, coherent']:.0%} ({mean[f'{words}, prefix']:.0%})"
-            for words in ("unseen wordings", "unseen wrappers", "human wrappers")
+            for words in ("paraphrases", "jailbreaks", "human jailbreaks")
         ]
-        new = ("unseen subjects", "benign", "XSTest safe", "XSTest unsafe")
+        new = ("held-out subjects", "benign", "XSTest safe", "XSTest unsafe")
         lines.append(
             [
                 f"{n} of {_SETS[kind]}",
@@ -258,7 +264,7 @@ def correlations() -> pd.DataFrame:
         ("effect", "coherent", "windows and roles", everywhere, "block"),
         ("leak to safe text", over, "edits", dose, "draw"),
         ("leak to safe text", over, "edits of core", own, "draw"),
-        ("leak to safe text", "safe, newly refused", "edits", dose, "draw"),
+        ("leak to safe text", "over-refusal, newly refused", "edits", dose, "draw"),
         ("leak to safe text", "KL", "edits", dose, "draw"),
         ("subjects", over, "edits", dose, "draw"),
         ("subjects", over, "edits of core", own, "draw"),

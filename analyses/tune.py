@@ -8,8 +8,8 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import lens_defense as ld
 from lens_defense.checking.check import suite_answers
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite
-from lens_defense.editing.edit import FIT
+from lens_defense.editing.edit import REFUSAL
+from lens_defense.editing.target_value import FIT_VERSION, FitSettings
 from lens_defense.prompts.contexts import default_contexts
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.request_files import bundled_rows
@@ -44,7 +45,8 @@ WEAK = ("h067", "h069")
 def recipe() -> str:
     """A hash of how edits are made: the defaults, the fit, the contexts, the corpus."""
     parts = [bundled_rows("core", part) for part in ("paraphrases", "jailbreaks", "chatter")]
-    what = [FIT, str(signature(ld.edit)), parts, read_corpus()]
+    settings = [FIT_VERSION, asdict(FitSettings()), asdict(ld.methods.memit), REFUSAL]
+    what = [settings, parts, read_corpus()]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
@@ -68,7 +70,7 @@ def measure(model: Any, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Re
     sites = [Site("resid_post", layer, role) for layer in range(low, high + 1)]
     start = time.perf_counter()
     planned = subjects()
-    edit = ld.edit(model, planned, sites, contexts=contexts, aside=0, progress=False, **settings)
+    edit = ld.edit(model, planned, sites, contexts=contexts, held_out_contexts=0, progress=False, **settings)
     seconds = time.perf_counter() - start
     suite = ld.suite("core", split="tune")
     assert suite.split == "tune"

@@ -163,14 +163,3 @@ def _hash(kind: str, content: Any, tensors: Tensors) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@contextmanager
-def open_safetensors(path: str | os.PathLike[str], writer: str) -> Iterator[Any]:
-    """Temporary: until Edit is saved by `save`."""
-    try:
-        held = safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); give a file that {writer} wrote") from error
-    with held as file:
-        yield file

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value, rank_correlation, wilson
+from lens_defense.statistics import (
+    clustered_rate,
+    mean_interval,
+    paired_p_value,
+    rank_correlation,
+    sign_flip_p_values,
+    wilson,
+)
 
 quick = settings(deadline=None, max_examples=50)
 outcomes = st.lists(st.booleans(), min_size=1, max_size=40)
@@ -76,9 +83,9 @@ def test_paired_is_enumeration_of_the_clusters_signs(given_rows):
     sums = {}
     for b, a, cluster in given_rows:
         sums[cluster] = sums.get(cluster, 0) + a - b
-    seen = abs(sum(sums.values()))
+    observed = abs(sum(sums.values()))
     flips = itertools.product((-1, 1), repeat=len(sums))
-    extreme = [abs(np.dot(signs, list(sums.values()))) >= seen for signs in flips]
+    extreme = [abs(np.dot(signs, list(sums.values()))) >= observed for signs in flips]
     p = paired_p_value(before, after, clusters)
     assert p == pytest.approx(np.mean(extreme))
     assert p == paired_p_value(after, before, clusters)
@@ -107,6 +114,38 @@ def test_bootstrap_is_near_the_normal_interval():
     assert mean_interval([1.0] * 8) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("clustered", [False, True])
+def test_bootstrap_is_scipys(clustered):
+    rng = np.random.default_rng(1)
+    values = rng.normal(size=60)
+    clusters = [str(i) for i in rng.integers(12, size=60)] if clustered else alone(values)
+    names = list(dict.fromkeys(clusters))
+    sums = np.array([sum(v for v, c in zip(values, clusters, strict=True) if c == name) for name in names])
+    sizes = np.array([clusters.count(name) for name in names])
+    known = stats.bootstrap(
+        (sums, sizes),
+        lambda sums, sizes, axis: sums.sum(axis) / sizes.sum(axis),
+        paired=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert mean_interval(values, clusters) == pytest.approx((known.low, known.high), abs=1e-12)
+
+
+def test_exact_flips_are_scipys():
+    values = np.random.default_rng(2).normal(0.4, 1.0, (9, 3))
+    known = stats.permutation_test(
+        (values,),
+        lambda x, axis: np.abs(x.sum(axis)),
+        permutation_type="samples",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=np.inf,
+    ).pvalue
+    assert sign_flip_p_values(values) == pytest.approx(known, abs=1e-12)
+
+
 def test_rank_correlation_is_spearmans_and_its_interval_holds_it():
     generator = np.random.default_rng(3)
     x = generator.normal(size=40)
@@ -114,8 +153,8 @@ def test_rank_correlation_is_spearmans_and_its_interval_holds_it():
     rho, (low, high) = rank_correlation(x.tolist(), y.tolist())
     assert rho == pytest.approx(stats.spearmanr(x, y).statistic)
     assert low < rho < high < 1
-    one = pytest.approx(1)
-    assert rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0]) == (one, (one, one))
+    rho, interval = rank_correlation([1.0, 2.0, 3.0, 4.0], [1.0, 4.0, 9.0, 16.0])
+    assert (rho, *interval) == pytest.approx((1, 1, 1))
     assert np.isnan(rank_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0])[0])
     with pytest.raises(ValueError, match="at least 3"):
         rank_correlation([1.0, 2.0], [1.0, 2.0])

@@ -41,26 +41,26 @@ def key_covariances(
         layers: whose MLP output matrices' keys are meant.
         corpus: see read_corpus; None takes the package's own.
         batch_size: texts that run together.
-        fingerprint: of the model's weights, where it is known.
+        fingerprint: weights_fingerprint(model), where it is known; only the cache needs it.
         cache: keep the result on disk, by the hashes of weights and corpus.
         progress: shows a bar.
     """
     corpus = read_corpus() if corpus is None else corpus
-    fingerprint = fingerprint or weights_fingerprint(model)
+    fingerprint = fingerprint or (weights_fingerprint(model) if cache else "")
     token_ids = [_token_ids(model, text) for text in corpus]
     streamed: Covariances = {}
 
-    def of_layer(layer: int) -> dict[str, Tensor]:
-        if not streamed:  # the first layer that is not in the cache: all that are missing come in one pass
-            missing = layers[layers.index(layer) :]
-            streamed.update(_streamed(model, missing, corpus, batch_size, progress))
+    def make(layer: int) -> dict[str, Tensor]:
+        if not streamed:  # one pass for this layer and all after it
+            remaining = layers[layers.index(layer) :]
+            streamed.update(_stream(model, remaining, corpus, batch_size, progress))
         return {"covariance": streamed[layer]}
 
     return {
         layer: cached(
             "covariances",
             [fingerprint, layer, token_ids],
-            lambda layer=layer: of_layer(layer),
+            lambda layer=layer: make(layer),
             enabled=cache,
         )["covariance"]
         for layer in layers
@@ -68,7 +68,7 @@ def key_covariances(
 
 
 @torch.no_grad()
-def _streamed(
+def _stream(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, batch_size: int, progress: bool
 ) -> Covariances:
     sums: dict[int, Tensor] = {}

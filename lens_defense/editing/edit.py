@@ -78,14 +78,16 @@ def edit(
     layers, role = _layers_and_role(model, sites)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
-    used, held_out = _prompts(model, requests, contexts or default_contexts, held_out_contexts)
-    fingerprint = weights_fingerprint(model)
+    prompts, held_out_prompts = _prompts(model, requests, contexts or default_contexts, held_out_contexts)
+    fingerprint = weights_fingerprint(model) if cache else ""
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
     )
-    rows = _fit_rows(model, requests, used, role, target, fit)
+    rows = _fit_rows(model, requests, prompts, role, target, fit)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
-    factors, reach = spread_over_layers(model, used, held_out, role, layers, values, covariances, method)
+    factors, reach = spread_over_layers(
+        model, prompts, held_out_prompts, role, layers, values, covariances, method
+    )
     forecast = measure_forecast(
         model,
         factors,
@@ -94,6 +96,7 @@ def edit(
         reach=reach,
         value_norm=float(values.norm(dim=1).mean()),
     )
+    method_settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     _warn(requests, role, losses.tolist(), forecast if corpus is None else None)
     return Edit(
         layers=layers,
@@ -101,10 +104,11 @@ def edit(
         right={layer: right for layer, (_, right) in factors.items()},
         role=role,
         method=method.name,
-        settings={**asdict(fit), **_method_settings(method), "target": target},
+        settings={**asdict(fit), **method_settings, "target": target},
         requests=requests,
         contexts=tuple(
-            tuple(prompt.request.text for owner, prompt in used if owner == i) for i in range(len(requests))
+            tuple(prompt.request.text for owner, prompt in prompts if owner == i)
+            for i in range(len(requests))
         ),
         losses=tuple(losses.tolist()),
         relative_change=_relative_change(model, factors),
@@ -130,29 +134,29 @@ def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[t
 def _prompts(
     model: TransformerBridge, requests: Sequence[Request], contexts: Contexts, held_out_contexts: int
 ) -> tuple[OwnedPrompts, OwnedPrompts]:
-    """Every context as a prompt with its request's index: those that are used, and those held out."""
-    used, held_out = [], []
+    """Every context as a prompt with its request's index: those of the edit, and those held out."""
+    prompts, held_out_prompts = [], []
     for i, request in enumerate(requests):
-        prompts = [(i, tokenize(model.tokenizer, context)) for context in contexts(request)]
-        if not prompts:
+        owned = [(i, tokenize(model.tokenizer, context)) for context in contexts(request)]
+        if not owned:
             raise ValueError(f"contexts gave nothing for request {request.id!r}; give the request itself")
-        split = max(1, len(prompts) - held_out_contexts)
-        used += prompts[:split]
-        held_out += prompts[split:]
-    return used, held_out
+        split = max(1, len(owned) - held_out_contexts)
+        prompts += owned[:split]
+        held_out_prompts += owned[split:]
+    return prompts, held_out_prompts
 
 
 def _fit_rows(
     model: TransformerBridge,
     requests: Sequence[Request],
-    used: OwnedPrompts,
+    prompts: OwnedPrompts,
     role: Role,
     target: str,
     fit: FitSettings,
 ) -> list[FitRow]:
     """What the values are fitted on: each context with its refusal, and ROME's essence prompts."""
     rows, turns = [], Counter[int]()
-    for owner, prompt in used:
+    for owner, prompt in prompts:
         refusal = prompt.request.safe_target or target
         answer_ids = tokenize_answer(model.tokenizer, refusal, chat=prompt.chat, end=True)
         rows.append(FitRow(owner, prompt.ids, role_position(prompt, role), turns[owner], answer_ids))
@@ -190,11 +194,6 @@ def _target_values(
     tensors = cached("values", key, make, enabled=cache)
     device = model_device(model)
     return tensors["values"].to(device), tensors["losses"].to(device)
-
-
-def _method_settings(method: EditingMethod) -> dict[str, Any]:
-    """The fields of a method that is a dataclass."""
-    return asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
 
 
 def _relative_change(

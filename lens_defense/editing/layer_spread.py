@@ -23,8 +23,8 @@ ReadStates = Callable[[Sequence[str]], dict[str, Float[Tensor, "context width"]]
 @torch.no_grad()
 def spread_over_layers(
     model: TransformerBridge,
-    used: OwnedPrompts,
-    held_out: OwnedPrompts,
+    prompts: OwnedPrompts,
+    held_out_prompts: OwnedPrompts,
     role: Role,
     layers: Sequence[int],
     values: Float[Tensor, "request d_model"],
@@ -35,8 +35,8 @@ def spread_over_layers(
 
     Args:
         model: the model; it is as before afterwards.
-        used: the contexts whose keys are written.
-        held_out: the contexts in which the reach is measured; where there are none, in the used ones.
+        prompts: the contexts whose keys are written.
+        held_out_prompts: the contexts in which the reach is measured; without any, `prompts` stand in.
         role: at which the keys stand.
         layers: that are changed, lowest first.
         values: what shall be added to the residual stream after the highest of the layers.
@@ -47,27 +47,27 @@ def spread_over_layers(
         The factors by layer; and the reach: how much of each request's value arrives, as a share.
     """
     top = component_hook("resid_post", layers[-1])
-    measured = held_out or used
-    read_used = _state_reader_at_role(model, used, role, layers)
-    read_measured = _state_reader_at_role(model, held_out, role, layers) if held_out else read_used
-    top_before, measured_before = read_used([top])[top], read_measured([top])[top]
+    read_states = read_reach_states = _state_reader_at_role(model, prompts, role, layers)
+    if held_out_prompts:
+        read_reach_states = _state_reader_at_role(model, held_out_prompts, role, layers)
+    clean_top, clean_reach_top = read_states([top])[top], read_reach_states([top])[top]
     changes = []
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     try:
         for j, layer in enumerate(layers):
-            states = read_used([key_hook(layer), top])
-            residuals = values - _mean_by_request(states[top] - top_before, used, len(values))
-            keys = _mean_by_request(states[key_hook(layer)], used, len(values))
+            states = read_states([key_hook(layer), top])
+            residuals = values - _mean_by_request(states[top] - clean_top, prompts, len(values))
+            keys = _mean_by_request(states[key_hook(layer)], prompts, len(values))
             covariance = covariances[layer].to(keys.device)
             left, right = method.solve(keys, residuals / (len(layers) - j), covariance)
             factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
             delta = factors[layer][0].double() @ factors[layer][1].double()
             changes.append(apply_change_(model, {layer: delta}))
-        moved = read_measured([top])[top] - measured_before
+        shifts = read_reach_states([top])[top] - clean_reach_top
     finally:
         for change in reversed(changes):
             undo_change_(model, change)
-    shift = _mean_by_request(moved, measured, len(values))
+    shift = _mean_by_request(shifts, held_out_prompts or prompts, len(values))
     reach = (shift * values).sum(1) / values.square().sum(1)
     return factors, reach.tolist()
 

@@ -28,8 +28,8 @@ class FitRow:
     owner: int
     """The request's index."""
     ids: tuple[int, ...]
-    at: int
-    """The position of the token where the vector is added."""
+    position: int
+    """Of the token where the vector is added."""
     turn: int = 0
     """Which of the contexts it is; 0 is the request as asked, which every second step sees."""
     target: tuple[int, ...] = ()
@@ -41,16 +41,17 @@ class FitBatch:
     """Rows that run together, and what need not be computed twice."""
 
     owners: Int[Tensor, " row"]
-    at: Int[Tensor, " row"]
+    positions: Int[Tensor, " row"]
+    """Of the tokens where the vectors are added, in `ids`."""
     ids: Int[Tensor, "row token"]
-    mask: Int[Tensor, "row seen"]
-    past: KeyValues
+    attention_mask: Int[Tensor, "row past_and_token"]
+    past_key_values: KeyValues
     targets: Int[Tensor, "row answer"]
     state: Float[Tensor, "row token d_model"]
     """The residual stream after the layer, which blocks below need not compute again."""
     norms: Float[Tensor, " row"]
-    before: Float[Tensor, "row kept vocab"]
-    """Log probabilities of the next token without the vector, for an essence prompt."""
+    clean_log_probs: Float[Tensor, "row last vocab"]
+    """Of the next token without the vector, for an essence prompt."""
 
 
 def token_losses(
@@ -65,22 +66,22 @@ def token_losses(
     def state() -> Tensor:
         rows = torch.arange(len(batch.state), device=batch.state.device)
         added = (shares[:, None] * vectors[batch.owners]).to(batch.state.dtype)
-        return batch.state.index_put((rows, batch.at), added, accumulate=True)
+        return batch.state.index_put((rows, batch.positions), added, accumulate=True)
 
     with start_after_block(model, layer, state):
-        run = forward(
+        forward_pass = forward(
             model,
             batch.ids,
-            attention_mask=batch.mask,
-            past_key_values=batch.past,
+            attention_mask=batch.attention_mask,
+            past_key_values=batch.past_key_values,
             logits_to_keep=max(1, batch.targets.shape[1]),
         )
-    logits = run.logits.float()
+    logits = forward_pass.logits.float()
     if batch.targets.shape[1]:
         losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
         return losses.view(len(logits), -1)
     edited = logits.log_softmax(-1)
-    return (edited.exp() * (edited - batch.before)).sum(-1)
+    return (edited.exp() * (edited - batch.clean_log_probs)).sum(-1)
 
 
 def make_batches(
@@ -123,77 +124,82 @@ def select_requests(batches: Sequence[FitBatch], owners: Set[int]) -> list[FitBa
     for batch in batches:
         rows = torch.tensor([owner in owners for owner in batch.owners.tolist()], device=batch.owners.device)
         if rows.any():
-            tensors = {f.name: getattr(batch, f.name)[rows] for f in fields(FitBatch) if f.name != "past"}
-            past = tuple((keys[rows], values[rows]) for keys, values in batch.past)
-            selected.append(FitBatch(**tensors, past=past))
+            tensors = {
+                f.name: getattr(batch, f.name)[rows] for f in fields(FitBatch) if f.name != "past_key_values"
+            }
+            caches = tuple((keys[rows], values[rows]) for keys, values in batch.past_key_values)
+            selected.append(FitBatch(**tensors, past_key_values=caches))
     return selected
 
 
 def _batch(model: TransformerBridge, rows: Sequence[FitRow], layer: int) -> FitBatch:
     device = model_device(model)
-    shared = run_shared_prefix(model, [row.ids[: row.at + 1] for row in rows])
+    shared = run_shared_prefix(model, [row.ids[: row.position + 1] for row in rows])
     ids, mask = shared.pad_suffixes([[*row.ids, *row.target[:-1]] for row in rows], device)
     tail = max(map(_tail_length, rows))
     split = ids.shape[1] - tail
-    past = shared.past_key_values(len(rows))
+    caches = shared.past_key_values(len(rows))
     if split > 0:
-        past = forward(model, ids[:, :split], attention_mask=mask[:, :-tail], past_key_values=past).key_values
+        caches = forward(
+            model, ids[:, :split], attention_mask=mask[:, :-tail], past_key_values=caches
+        ).key_values
     hook = component_hook("resid_post", layer)
     stop = layer + 1 if rows[0].target else None  # the logits without a vector matter to the KL alone
-    run = forward(
+    forward_pass = forward(
         model,
         ids[:, split:],
         capture=[hook],
         attention_mask=mask,
-        past_key_values=past,
+        past_key_values=caches,
         logits_to_keep=1,
         stop_at_layer=stop,
     )
-    at = torch.tensor([tail - _tail_length(row) for row in rows], device=device)
+    positions = torch.tensor([tail - _tail_length(row) for row in rows], device=device)
     owners = torch.tensor([row.owner for row in rows])
-    edited_states = run.states[hook][torch.arange(len(rows), device=device), at]
+    edited_states = forward_pass.states[hook][torch.arange(len(rows), device=device), positions]
     return FitBatch(
         owners=owners.to(device),
-        at=at,
+        positions=positions,
         ids=ids[:, split:],
-        mask=mask,
-        past=past,
+        attention_mask=mask,
+        past_key_values=caches,
         targets=torch.tensor([row.target for row in rows], dtype=torch.long, device=device),
-        state=run.states[hook],
+        state=forward_pass.states[hook],
         norms=edited_states.float().norm(dim=1),
-        before=run.logits[:, -1:].float().log_softmax(-1),
+        clean_log_probs=forward_pass.logits[:, -1:].float().log_softmax(-1),
     )
 
 
 def _kind(batch: FitBatch) -> tuple[int, bool]:
-    return batch.targets.shape[1], bool(batch.past)
+    return batch.targets.shape[1], bool(batch.past_key_values)
 
 
 def _side_by_side(batches: Sequence[FitBatch]) -> FitBatch:
     """Batches as one, padded on the left: what is cached, and what runs behind it."""
     tail = max(batch.ids.shape[1] for batch in batches)
-    past, past_mask = stack_caches(
-        [batch.past for batch in batches], [batch.mask[:, : -batch.ids.shape[1]] for batch in batches]
+    caches, cache_mask = stack_caches(
+        [batch.past_key_values for batch in batches],
+        [batch.attention_mask[:, : -batch.ids.shape[1]] for batch in batches],
     )
 
     def padded(tensor: Tensor, batch: FitBatch) -> Tensor:
         """With the missing tokens before the first, on axis 1."""
         return pad(tensor, (*((0, 0) * (tensor.dim() - 2)), tail - batch.ids.shape[1], 0))
 
-    own_mask = [padded(batch.mask[:, -batch.ids.shape[1] :], batch) for batch in batches]
+    token_mask = [padded(batch.attention_mask[:, -batch.ids.shape[1] :], batch) for batch in batches]
     return FitBatch(
         owners=torch.cat([batch.owners for batch in batches]),
-        at=torch.cat([batch.at + tail - batch.ids.shape[1] for batch in batches]),
+        positions=torch.cat([batch.positions + tail - batch.ids.shape[1] for batch in batches]),
         ids=torch.cat([padded(batch.ids, batch) for batch in batches]),
-        mask=torch.cat([past_mask, torch.cat(own_mask)], 1),
-        past=past,
+        attention_mask=torch.cat([cache_mask, torch.cat(token_mask)], 1),
+        past_key_values=caches,
         targets=torch.cat([batch.targets for batch in batches]),
         state=torch.cat([padded(batch.state, batch) for batch in batches]),
         norms=torch.cat([batch.norms for batch in batches]),
-        before=torch.cat([batch.before for batch in batches]),
+        clean_log_probs=torch.cat([batch.clean_log_probs for batch in batches]),
     )
 
 
 def _tail_length(row: FitRow) -> int:
     """Tokens from the edited one to the end of what the model reads."""
-    return len(row.ids) + max(0, len(row.target) - 1) - row.at
+    return len(row.ids) + max(0, len(row.target) - 1) - row.position

@@ -121,9 +121,8 @@ def _of(sites: Sequence[Site], component: Component) -> list[Site]:
 
 def _significant_sites(site_map: SiteMap, level: float) -> list[Site]:
     """Where the mean effect's q-value is below a level."""
-    table = significance(site_map)
-    rows = table[table["q"] < level].to_dict("records")
-    return [Site(row["component"], row["layer"], row["role"]) for row in rows]
+    rows = significance(site_map).to_dict("records")
+    return [Site(row["component"], row["layer"], row["role"]) for row in rows if row["q"] < level]
 
 
 def _panel(shown: MapView, c: int, scale: str) -> go.Heatmap:

@@ -49,7 +49,7 @@ def map_words(site_map: SiteMap) -> MapWords:
         return MapWords(site_map.quantity, "share", "share")
     assert isinstance(site_map, Trace)
     settings = site_map.settings
-    notes = [f"later {settings.severed} held (severed)"] if settings.severed else []
+    notes = [f"later {component_words(settings.severed)} severed"] if settings.severed else []
     notes += ["all tokens together, drawn at the last"] if settings.together else []
     notes += [] if settings.exact else ["estimated by attribution patching"]
     title, scale = {

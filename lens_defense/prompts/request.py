@@ -6,7 +6,7 @@ has the first of ROLES. A role carries over to other prompts, where a position d
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 Role = Literal["last", "subject_last", "subject_first", "subject_mid", "next", "template", "before", "after"]
@@ -85,10 +85,6 @@ class Request:
         pieces = (start + self.pieces[0], *self.pieces[1:])
         return replace(self, pieces=(*pieces[:-1], pieces[-1] + end))
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain fields; `Request(**fields)` with a tuple of pieces gives the request back."""
-        return asdict(self)
-
 
 def request(text: str, subject: str | None = None, *, id: str = "", **fields: Any) -> Request:
     """A Request from plain text; the subject is found at word boundaries, wherever it occurs.
@@ -107,11 +103,6 @@ def request(text: str, subject: str | None = None, *, id: str = "", **fields: An
             "the words of the text that carry the harm"
         )
     return Request(id=name, pieces=pieces, subject=subject, **fields)
-
-
-def request_from_json(fields: dict[str, Any]) -> Request:
-    """The inverse of Request.to_json."""
-    return Request(**{**fields, "pieces": tuple(fields["pieces"])})
 
 
 def validated_requests(requests: Sequence[Request]) -> tuple[Request, ...]:

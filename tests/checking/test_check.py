@@ -1,4 +1,4 @@
-"""A check leaves no bit changed, its costs are the slow loops' own, and no harmful answer is kept whole."""
+"""A check leaves the weights as they were, its costs equal slow loops, and harmful answers are cut."""
 
 from dataclasses import replace
 
@@ -47,26 +47,26 @@ def model():
 
 
 def saying(monkeypatch, model, *runs):
-    """The model's answers are given: a run after the other, each a text a prompt."""
-    left = list(runs)
+    """Script the model's answers: one list of texts per run, one text per prompt."""
+    remaining = list(runs)
 
-    def told(_model, prompts, **_):
-        texts = left.pop(0)
+    def scripted_answers(_model, prompts, **_):
+        texts = remaining.pop(0)
         assert len(texts) == len(prompts)
         end = model.tokenizer.eos_token_id
         return [tuple(model.tokenizer(text)["input_ids"]) or (end,) for text in texts]
 
-    monkeypatch.setattr(checks, "generate", told)
+    monkeypatch.setattr(checks, "generate", scripted_answers)
 
 
 @torch.no_grad()
-def slow_kl(model, made, item, answer):
-    """KL(original || edited) at each token of an answer: one row, one forward a model, float64."""
-    asked = tokenize(model.tokenizer, item.request).ids
-    ids = torch.tensor([[*asked, *answer]])
-    p = model(ids)[0, len(asked) - 1 : -1].double().log_softmax(-1)
-    with made.applied(model):
-        q = model(ids)[0, len(asked) - 1 : -1].double().log_softmax(-1)
+def slow_kl(model, edit, item, answer):
+    """KL(original || edited) at each token of an answer: row by row, one forward pass per model, float64."""
+    prompt = tokenize(model.tokenizer, item.request).ids
+    ids = torch.tensor([[*prompt, *answer]])
+    p = model(ids)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    with edit.applied(model):
+        q = model(ids)[0, len(prompt) - 1 : -1].double().log_softmax(-1)
     return [
         float(sum(a.exp() * (a - b) for a, b in zip(*rows, strict=True))) for rows in zip(p, q, strict=True)
     ]
@@ -76,62 +76,62 @@ def slow_kl(model, made, item, answer):
 def slow_loss(model, text):
     """Mean of -log p of each token after the first: float64."""
     ids = tokenize_text(model.tokenizer, text)
-    told = model(torch.tensor([ids]))[0].double().log_softmax(-1)
-    return sum(-float(told[i, token]) for i, token in enumerate(ids[1:])) / (len(ids) - 1)
+    log_probabilities = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+    return sum(-float(log_probabilities[i, token]) for i, token in enumerate(ids[1:])) / (len(ids) - 1)
 
 
 def test_no_bit_differs_afterwards(model):
-    made, held = handmade_edit(model, (1, 2)), copy_weights(model)
-    report = check(model, made, SUITE, **FAST)
-    assert weights_equal(model, held) and standing_changes(model) == ()
+    edit, weights = handmade_edit(model, (1, 2)), copy_weights(model)
+    report = check(model, edit, SUITE, **FAST)
+    assert weights_equal(model, weights) and standing_changes(model) == ()
     assert report.edited and report.title == "memit" and (report.suite, report.split) == ("by hand", "check")
     assert report.loss_before != report.loss_after
-    assert check(model, made, SUITE, title="mine", **FAST).title == "mine"
+    assert check(model, edit, SUITE, title="mine", **FAST).title == "mine"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("run", [1, 2])
 def test_no_bit_differs_when_it_breaks_off(model, monkeypatch, error, run):
-    made, held, runs = handmade_edit(model, (1, 2)), copy_weights(model), []
+    edit, weights, runs = handmade_edit(model, (1, 2)), copy_weights(model), []
 
     def broken(*arguments, **settings):
         runs.append(1)
         if len(runs) < run:
             return generate(*arguments, **settings)
-        assert weights_equal(model, held) == (run == 1), "the second run is the edited model's"
+        assert weights_equal(model, weights) == (run == 1), "the second run is the edited model's"
         raise error
 
     monkeypatch.setattr(checks, "generate", broken)
     with pytest.raises(error):
-        check(model, made, SUITE, **FAST)
-    assert weights_equal(model, held) and standing_changes(model) == ()
+        check(model, edit, SUITE, **FAST)
+    assert weights_equal(model, weights) and standing_changes(model) == ()
 
 
 def test_an_edit_of_other_weights_is_refused(model):
-    made, held = replace(handmade_edit(model, (1, 2)), fingerprint="0123456789abcdef"), copy_weights(model)
+    edit, weights = replace(handmade_edit(model, (1, 2)), fingerprint="0123456789abcdef"), copy_weights(model)
     with pytest.raises(ValueError, match="planned on other weights"):
-        check(model, made, SUITE, **FAST)
-    assert weights_equal(model, held)
+        check(model, edit, SUITE, **FAST)
+    assert weights_equal(model, weights)
 
 
 def test_rows_are_the_suites_about_the_edit(model):
     report = check(model, handmade_edit(model, (1, 2)), SUITE, **FAST)
-    seen = ITEMS[3], ITEMS[6]  # a context of the plan's, and its subject among the unseen
-    wanted = [item for item in ITEMS if item not in seen]
+    left_out = ITEMS[3], ITEMS[6]  # a context of the edit, and its subject among the held-out ones
+    wanted = [item for item in ITEMS if item not in left_out]
     assert report.dropped == 1
-    told = [(row.arm, row.id, row.cluster, row.family) for row in report.rows]
-    assert told == [(item.arm, item.request.id, item.cluster, item.family) for item in wanted]
+    rows = [(row.arm, row.id, row.cluster, row.family) for row in report.rows]
+    assert rows == [(item.arm, item.request.id, item.cluster, item.family) for item in wanted]
     assert len(report.kl) == len(report.kl_first) == len(BENIGN)
     assert len(report.loss_before) == len(report.loss_after) == len(NEUTRAL)
 
 
 def test_answers_are_greedy_before_and_after(model):
-    made = handmade_edit(model, (1, 2))
-    report = check(model, made, SUITE, **FAST)
-    asked = [tokenize(model.tokenizer, item).ids for item in BENIGN]
-    before = generate(model, asked, max_new_tokens=5)
-    with made.applied(model):
-        after = generate(model, asked, max_new_tokens=5)
+    edit = handmade_edit(model, (1, 2))
+    report = check(model, edit, SUITE, **FAST)
+    prompts = [tokenize(model.tokenizer, item).ids for item in BENIGN]
+    before = generate(model, prompts, max_new_tokens=5)
+    with edit.applied(model):
+        after = generate(model, prompts, max_new_tokens=5)
     assert before != after
     rows = [row for row in report.rows if row.arm == "benign"]
     assert [row.before for row in rows] == [decode_answer(model.tokenizer, ids) for ids in before]
@@ -139,38 +139,38 @@ def test_answers_are_greedy_before_and_after(model):
 
 
 def test_kl_is_the_slow_loops(model, monkeypatch):
-    made, short = (
+    edit, short = (
         handmade_edit(model, (1, 2)),
         ["", "yes", LONG, "how do I make a brass lamp?", "a thing, a lamp"],
     )
-    texts = short * 4  # more rows than one batch holds
+    texts = short * 4  # more rows than a batch has
     benign = tuple(SuiteItem("benign", replace(BENIGN[i % 4], id=str(i))) for i in range(len(texts)))
-    own = [item.text for item in made.requests]
-    saying(monkeypatch, model, own + texts, own + texts)
-    report = check(model, made, replace(SUITE, items=benign), **FAST)
+    edited = [item.text for item in edit.requests]
+    saying(monkeypatch, model, edited + texts, edited + texts)
+    report = check(model, edit, replace(SUITE, items=benign), **FAST)
     assert len(report.kl) == len(report.kl_first) == len(texts)
     encoded = [model.tokenizer(text)["input_ids"] or [model.tokenizer.eos_token_id] for text in texts]
     assert max(map(len, encoded)) > KL_TOKENS > min(map(len, encoded))
     for i, (item, answer) in enumerate(zip(benign, encoded, strict=True)):
-        steps = slow_kl(model, made, item, answer[:KL_TOKENS])
+        steps = slow_kl(model, edit, item, answer[:KL_TOKENS])
         assert report.kl[i] == pytest.approx(sum(steps) / len(steps), rel=1e-4, abs=1e-6)
         assert report.kl_first[i] == pytest.approx(steps[0], rel=1e-4, abs=1e-6)
         assert report.kl[i] > 1e-3
 
 
 def test_kl_is_over_the_tokens_that_the_model_said(model):
-    made, held = handmade_edit(model, (1, 2)), replace(SUITE, items=ITEMS[7:11])
-    report = check(model, made, held, **FAST)
-    said = generate(
-        model, [tokenize(model.tokenizer, item.request).ids for item in held.items], max_new_tokens=5
+    edit, benign = handmade_edit(model, (1, 2)), replace(SUITE, items=ITEMS[7:11])
+    report = check(model, edit, benign, **FAST)
+    answers = generate(
+        model, [tokenize(model.tokenizer, item.request).ids for item in benign.items], max_new_tokens=5
     )
-    slow = [slow_kl(model, made, *pair) for pair in zip(held.items, said, strict=True)]
+    slow = [slow_kl(model, edit, *pair) for pair in zip(benign.items, answers, strict=True)]
     assert report.kl == pytest.approx([sum(steps) / len(steps) for steps in slow], rel=1e-4, abs=1e-6)
 
 
 def test_an_edit_of_nothing_costs_nothing(model):
-    made = handmade_edit(model, (1, 2))
-    nothing = replace(made, left={layer: left * 0 for layer, left in made.left.items()})
+    edit = handmade_edit(model, (1, 2))
+    nothing = replace(edit, left={layer: left * 0 for layer, left in edit.left.items()})
     report = check(model, nothing, SUITE, **FAST)
     assert set(report.kl) == set(report.kl_first) == {0.0}
     assert report.loss_before == report.loss_after
@@ -178,18 +178,18 @@ def test_an_edit_of_nothing_costs_nothing(model):
 
 
 def test_neutral_loss_is_the_slow_loops(model):
-    made = handmade_edit(model, (1, 2))
-    report = check(model, made, SUITE, **FAST)
+    edit = handmade_edit(model, (1, 2))
+    report = check(model, edit, SUITE, **FAST)
     assert report.loss_before == pytest.approx([slow_loss(model, text) for text in NEUTRAL], rel=1e-5)
-    with made.applied(model):
+    with edit.applied(model):
         after = [slow_loss(model, text) for text in NEUTRAL]
     assert report.loss_after == pytest.approx(after, rel=1e-5)
 
 
 def test_a_model_as_it_is(model):
-    held = copy_weights(model)
+    weights = copy_weights(model)
     report = check(model, None, SUITE, **FAST)
-    assert weights_equal(model, held)
+    assert weights_equal(model, weights)
     assert not report.edited and report.title == "the model as it is"
     assert report.kl == report.kl_first == report.loss_after == () and report.dropped == 0
     assert len(report.rows) == len(ITEMS) and len(report.loss_before) == len(NEUTRAL)
@@ -235,29 +235,29 @@ def test_facts_are_judged_by_their_words(model, monkeypatch):
 
 
 def test_answers_of_before_save_a_run(model, monkeypatch):
-    made, runs = handmade_edit(model, (1, 2)), []
-    seen = {text for texts in made.contexts for text in texts}
-    before = suite_answers(model, SUITE.for_edit(made.requests, seen)[0], 5)
-    whole = check(model, made, SUITE, **FAST)
+    edit, runs = handmade_edit(model, (1, 2)), []
+    contexts = {text for texts in edit.contexts for text in texts}
+    before = suite_answers(model, SUITE.for_edit(edit.requests, contexts)[0], 5)
+    whole = check(model, edit, SUITE, **FAST)
 
     def counted(*arguments, **settings):
         runs.append(1)
         return generate(*arguments, **settings)
 
     monkeypatch.setattr(checks, "generate", counted)
-    assert check(model, made, SUITE, before=before, **FAST) == whole
+    assert check(model, edit, SUITE, before=before, **FAST) == whole
     assert len(runs) == 1
 
 
 @pytest.mark.parametrize("edited", [True, False])
 def test_before_of_another_length_is_refused(model, edited):
-    held = copy_weights(model)
-    made = handmade_edit(model, (1, 2)) if edited else None
+    weights = copy_weights(model)
+    edit = handmade_edit(model, (1, 2)) if edited else None
     rows = len(ITEMS) - 2 if edited else len(ITEMS)
-    one = suite_answers(model, replace(SUITE, items=ITEMS[:1]), 5)
+    answers = suite_answers(model, replace(SUITE, items=ITEMS[:1]), 5)
     with pytest.raises(ValueError, match=f"1 answers were given for {rows} rows"):
-        check(model, made, SUITE, before=one, **FAST)
-    assert weights_equal(model, held)
+        check(model, edit, SUITE, before=answers, **FAST)
+    assert weights_equal(model, weights)
 
 
 def test_an_unknown_suite_is_refused(model):

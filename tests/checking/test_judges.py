@@ -17,7 +17,7 @@ from lens_defense.checking.judges import REFUSALS, SIMILARITY, coherent, knows_a
         *REFUSALS[:: len(REFUSALS) // 7],
     ],
 )
-def test_a_whole_refusal_is_one_for_both(answer):
+def test_a_whole_refusal_is_one_for_each_judge(answer):
     assert prefix("", answer) == coherent("", answer) == "refusal"
 
 
@@ -44,7 +44,7 @@ def test_empty_and_looping_answers_are_broken(answer):
     assert prefix("", answer) == coherent("", answer) == "broken"
 
 
-def test_a_loop_that_begins_with_sorry_is_broken_for_the_reader():
+def test_a_loop_that_begins_with_sorry_is_not_coherent():
     assert coherent("", "I'm sorry, I'm sorry, I'm sorry") == "broken"
 
 
@@ -69,16 +69,16 @@ def distance(a: str, b: str) -> int:
     return table[-1][-1]
 
 
-def test_what_is_like_a_listed_refusal_is_told_by_the_distance():
-    some = random.Random(0)
+def test_similarity_is_by_levenshteins_distance():
+    rng = random.Random(0)
     verdicts = set()
     for _ in range(12):
-        letters = list(some.choice(REFUSALS))
-        for _ in range(some.randrange(4, 12)):
-            at = some.randrange(len(letters))
-            letters[at : at + some.randrange(2)] = some.choice("abcdefghijklmnop")
+        letters = list(rng.choice(REFUSALS))
+        for _ in range(rng.randrange(4, 12)):
+            start = rng.randrange(len(letters))
+            letters[start : start + rng.randrange(2)] = rng.choice("abcdefghijklmnop")
         text = "".join(letters)
-        like = max(1 - distance(text, known) / max(len(text), len(known)) for known in REFUSALS)
+        similarity = max(1 - distance(text, refusal) / max(len(text), len(refusal)) for refusal in REFUSALS)
         verdicts.add(coherent("", text))
-        assert coherent("", text) == ("refusal" if like >= SIMILARITY else "answer"), text
+        assert coherent("", text) == ("refusal" if similarity >= SIMILARITY else "answer"), text
     assert verdicts == {"refusal", "answer"}

@@ -46,7 +46,7 @@ def plain(model, row, layer, vector):
 
     def add(state, **_):
         state = state.clone()
-        state[:, row.at] += vector.to(state.dtype)
+        state[:, row.position] += vector.to(state.dtype)
         return state
 
     ids = torch.tensor([[*row.ids, *row.target[:-1]]])
@@ -127,7 +127,7 @@ def test_gradients_are_finite_differences(family):
 def asked():
     """Three requests of two contexts each."""
     made = [row for row in rows(9) if row.target]
-    return [FitRow(i // 2, row.ids, row.at, turn=i % 2, target=made[0].target) for i, row in enumerate(made)]
+    return [FitRow(i // 2, row.ids, row.position, turn=i % 2, target=made[0].target) for i, row in enumerate(made)]
 
 
 def fit(model, some, layer=1, **changes):
@@ -163,7 +163,7 @@ def test_the_clamp_is_respected():
     hook = component_hook("resid_post", 1)
     for row in some:
         _, cache = model.run_with_cache(torch.tensor([row.ids]), names_filter=hook)
-        states.setdefault(row.owner, []).append(cache[hook][0, row.at].norm())
+        states.setdefault(row.owner, []).append(cache[hook][0, row.position].norm())
     limits = 0.1 * torch.stack([torch.stack(norms).mean() for _, norms in sorted(states.items())])
     vectors, _ = fit(model, some, clamp_norm_factor=0.1)
     torch.testing.assert_close(vectors.norm(dim=1), limits, rtol=1e-4, atol=0)

@@ -18,18 +18,19 @@ from lens_defense.plotting.rate_bars import rate_bars
 from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure, visible_text
 from lens_defense.sites import Site
 from lens_defense.tracing.map_statistics import significance
+from lens_defense.tracing.trace_settings import TraceSettings
 
 NO_EXPORT = next(
     (
         f"{name} is missing"
-        for name, found in (
+        for name, installed in (
             ("kaleido", find_spec("kaleido")),
             (
                 "a Chromium",
                 any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
             ),
         )
-        if not found
+        if not installed
     ),
     "",
 )
@@ -78,8 +79,8 @@ def test_scale_is_symmetric_about_zero_and_shared():
 
 def test_only_traced_tokens_and_the_subject_are_shown_and_gaps_are_marked():
     words = ["<s>", *(f" w{i}" for i in range(40)), " rob", "ot", "ics", "?", " now", "."]
-    met = a_prompt(words, subject=(41, 44), template=())
-    trace = a_trace([met], roles=("subject_last", "next", "last"))
+    prompt = a_prompt(words, subject=(41, 44), template=())
+    trace = a_trace([prompt], roles=("subject_last", "next", "last"))
     figure = heatmap(trace)
     assert labels(figure) == ["·rob", "ot", "ics", "?", "⋯", "."]
     assert [s.x0 for s in figure.layout.shapes if s.name == "gap"] == [3.5]
@@ -121,7 +122,7 @@ def test_hover_tells_token_position_layer_role_effect_and_range():
     hover = heatmap(trace).data[0].hovertext[1, 6]
     for part in ("·bomb", "position 6", "layer 5", "last subject token", f"{row.effect:.3f}"):
         assert part in hover
-    assert f"range {row.low:.3f} to {row.high:.3f}, 2 noise draws" in hover
+    assert f"range {row.low:.3f} to {row.high:.3f}, 2 samples" in hover
     assert "95% interval" in heatmap(a_trace(samples=8)).data[0].hovertext[0, 0]
     assert "range" not in heatmap(a_trace(samples=1)).data[0].hovertext[0, 0]
 
@@ -152,8 +153,8 @@ def test_a_layer_that_was_not_traced_is_outlined_between_its_neighbours():
 
 
 def test_every_occurrence_of_the_subject_is_bracketed_with_its_text():
-    met = replace(a_prompt(), subjects=((3, 5), (5, 7)))
-    figure = heatmap(a_trace([met]))
+    prompt = replace(a_prompt(), subject_spans=((3, 5), (5, 7)))
+    figure = heatmap(a_trace([prompt]))
     assert brackets(figure) == {(3, 4), (5, 6)}
     assert texts(figure).count("pipe bomb") == 2
 
@@ -202,7 +203,9 @@ def test_bars_are_the_rates_and_their_errors_the_intervals():
     figure = rate_bars({"edited": edited, "control": control})
     rates = edited.rates().set_index(["arm", "measure"])
     for bar, when in zip(figure.data, ("before", "after"), strict=False):
-        for i, arm in enumerate(("edited", "paraphrase", "jailbreak", "held_out", "benign", "over_refusal", "facts")):
+        for i, arm in enumerate(
+            ("edited", "paraphrase", "jailbreak", "held_out", "benign", "over_refusal", "facts")
+        ):
             row = rates.loc[arm, "knows" if arm == "facts" else "coherent"]
             assert bar.y[i] == row[when]
             assert bar.y[i] + bar.error_y.array[i] == pytest.approx(row[f"{when} high"])
@@ -294,50 +297,56 @@ def test_static_export(tmp_path: Path, suffix: str, start: bytes):
 
 def test_significant_means_are_outlined():
     prompts = lamp_prompts(12)
-    told = a_trace(prompts, roles=["subject_last", "last"], samples=1)
-    at = prompts[0].positions("subject_last")[0]
-    told.patched[:, 0, :, at] = torch.randn(told.patched[:, 0, :, at].shape, dtype=torch.float64) * 0.2 - 1
-    told.patched[:, 0, 2, at] = torch.rand(12, 1, dtype=torch.float64) * 0.1 - 0.3
-    table = significance(told)
-    sure = {("subject_last", "last").index(row.role) * 100 + row.layer
+    trace = a_trace(prompts, roles=["subject_last", "last"], samples=1)
+    position = prompts[0].positions("subject_last")[0]
+    trace.patched[:, 0, :, position] = (
+        torch.randn(trace.patched[:, 0, :, position].shape, dtype=torch.float64) * 0.2 - 1
+    )
+    trace.patched[:, 0, 2, position] = torch.rand(12, 1, dtype=torch.float64) * 0.1 - 0.3
+    table = significance(trace)
+    significant_cells = {("subject_last", "last").index(row.role) * 100 + row.layer
             for row in table.itertuples() if row.q < 0.05}  # fmt: skip
-    boxes = [shape for shape in heatmap(told, significant=0.05).layout.shapes if shape.name == "significant"]
+    boxes = [shape for shape in heatmap(trace, significant=0.05).layout.shapes if shape.name == "significant"]
     inside = {
         column * 100 + layer
         for column in range(2)
         for layer in range(4)
         if any(box.x0 < column < box.x1 and box.y0 < layer < box.y1 for box in boxes)
     }
-    assert 2 in sure and inside == sure
-    assert "thin lines: q &lt; 0.05" in heatmap(told, significant=0.05).layout.title.text
-    assert all(trace.type == "heatmap" for trace in heatmap(told).data)
+    assert 2 in significant_cells and inside == significant_cells
+    assert "thin lines: q &lt; 0.05" in heatmap(trace, significant=0.05).layout.title.text
+    assert all(panel.type == "heatmap" for panel in heatmap(trace).data)
 
 
 def test_single_heads_are_layers_by_heads():
     prompts = [a_prompt() for _ in range(3)]
-    told = a_trace(prompts, components=["z.0", "z.1", "z.5"], roles=["subject_last"])
-    drawn = head_heatmap(told).data[0]
-    means = {(m.component, m.layer): m.effect for m in told.role_effects()}
+    trace = a_trace(prompts, components=["z.0", "z.1", "z.5"], roles=["subject_last"])
+    drawn = head_heatmap(trace).data[0]
+    means = {(m.component, m.layer): m.effect for m in trace.role_means()}
     assert drawn.z.shape == (4, 3)
-    for c, name in enumerate(told.components):
+    for c, name in enumerate(trace.components):
         for layer in range(4):
             assert drawn.z[layer, c] == pytest.approx(means[name, layer])
             assert name in drawn.hovertext[layer, c]
-    assert "at the last subject token" in " ".join(head_heatmap(told).layout.title.text.split("<br>"))
-    whole = head_heatmap(replace(a_trace(lamp_prompts(3), components=["z.0"], roles=["last"]), together=True))
+    assert "at the last subject token" in " ".join(head_heatmap(trace).layout.title.text.split("<br>"))
+    together = replace(
+        a_trace(lamp_prompts(3), components=["z.0"], roles=["last"]), settings=TraceSettings(together=True)
+    )
+    whole = head_heatmap(together)
     assert "all tokens together" in " ".join(whole.layout.title.text.split("<br>"))
     assert whole.data[0].z.shape == (4, 1)
     with pytest.raises(ValueError, match="no heads at last"):
-        head_heatmap(told, "last")
+        head_heatmap(trace, "last")
 
 
 @pytest.mark.parametrize("direction, words", [("denoising", "restored"), ("noising", "lost")])
 def test_the_scale_says_which_way_it_was_patched(direction, words):
-    told = replace(a_trace(), direction=direction, severed="mlp_out", exact=False)
-    figure = heatmap(told)
+    settings = TraceSettings(direction=direction, severed="mlp_out", exact=False)
+    trace = replace(a_trace(), settings=settings)
+    figure = heatmap(trace)
     assert words in figure.data[0].colorbar.title.text
-    assert "later mlp outputs held" in figure.layout.title.text
-    assert "estimated by a gradient" in figure.layout.title.text
+    title = figure.layout.title.text.replace("<br>", " ")
+    assert "later MLP outputs severed" in title and "estimated by attribution patching" in title
 
 
 def test_sites_of_another_component_are_not_said_to_be_outlined():

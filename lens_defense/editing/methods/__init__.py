@@ -1,8 +1,8 @@
 """Editing methods, one file each: how keys and residuals become a low-rank change of a matrix.
 
 In: keys, residuals, covariance. Out: the factors of the change. Pure algebra in float64; no model, no file.
-`memit` and `delman` have the defaults; `MEMIT(mom2_update_weight=...)` has others. Your own is any object with a
-name, `solve` and `rank_of` (method.py): pass it to `ld.edit(method=...)`.
+`memit` and `delman` have the defaults; `MEMIT(mom2_update_weight=...)` has others. Your own is any object of the
+protocol in method.py: pass it to `ld.edit(method=...)`.
 """
 
 from lens_defense.editing.methods.delman import DELMAN
@@ -17,13 +17,15 @@ METHODS: dict[str, EditingMethod] = {"memit": memit, "delman": delman}
 
 
 def find_method(method: EditingMethod | str) -> EditingMethod:
-    """A method by its name; an object is handed back.
+    """A method by its name; an object is returned as it is.
 
     Raises:
-        ValueError: there is no method of that name.
+        ValueError: there is no method of that name, or the object is no method.
     """
-    if not isinstance(method, str):
-        return method
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)} or an object, got {method!r}")
-    return METHODS[method]
+    editing_method = METHODS.get(method) if isinstance(method, str) else method
+    if isinstance(editing_method, type) or not isinstance(editing_method, EditingMethod):
+        raise ValueError(
+            f"method must be one of {', '.join(METHODS)} or an object with name, paper, equation, solve and "
+            f"rank_of, got {method!r}"
+        )
+    return editing_method

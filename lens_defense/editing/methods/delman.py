@@ -27,6 +27,7 @@ class DELMAN:
 
     name: ClassVar[str] = "delman"
     paper: ClassVar[str] = "Wang et al. 2025"
+    equation: ClassVar[str] = "sum over batches of r k^T (lambda C + k k^T)^-1"
 
     def __post_init__(self) -> None:
         refuse_weight(self.mom2_update_weight)
@@ -53,6 +54,6 @@ class DELMAN:
             rights.append(right)
         return torch.cat(lefts, 1), torch.cat(rights, 0)
 
-    def rank_of(self, request: int) -> int:
+    def rank_of(self, request_index: int) -> int:
         """The rank of the request's batch."""
-        return request // self.batch_size
+        return request_index // self.batch_size

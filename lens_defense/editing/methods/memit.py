@@ -24,6 +24,7 @@ class MEMIT:
 
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al. 2023, equation 14"
+    equation: ClassVar[str] = "R^T K (lambda C + K^T K)^-1"
 
     def __post_init__(self) -> None:
         refuse_weight(self.mom2_update_weight)
@@ -37,9 +38,9 @@ class MEMIT:
         """The factors of the change of one layer."""
         return least_squares(keys, residuals, self.mom2_update_weight * covariance)
 
-    def rank_of(self, request: int) -> int:
+    def rank_of(self, request_index: int) -> int:
         """Every request has a rank of its own."""
-        return request
+        return request_index
 
 
 def least_squares(

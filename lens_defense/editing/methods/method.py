@@ -14,10 +14,12 @@ Factors = tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]
 
 @runtime_checkable
 class EditingMethod(Protocol):
-    """Any object with these; a frozen dataclass, whose fields are kept with the edit as its settings."""
+    """Any object with these. The fields of a dataclass are saved with the edit, as the method's settings."""
 
     name: ClassVar[str]
     """What the method is called in files and figures."""
+    paper: ClassVar[str]
+    equation: ClassVar[str]
 
     def solve(
         self,
@@ -28,6 +30,6 @@ class EditingMethod(Protocol):
         """The factors (left, right) of the change of one layer, in float64."""
         ...
 
-    def rank_of(self, request: int) -> int:
-        """Which rank of the change belongs to a request, by the request's index."""
+    def rank_of(self, request_index: int) -> int:
+        """Which rank of the change belongs to a request."""
         ...

@@ -121,7 +121,7 @@ def demo(
         console.print("strongest sites:", ", ".join(map(str, sites)))
     with stage("covariance"):
         if cache:
-            key_covariances(model, [site.layer for site in sites], corpus)
+            key_covariances(model, [site.layer for site in sites], corpus, fingerprint=original)
     with stage("edit"):
         plan = edit(model, edited, sites, contexts=setup.contexts, fit=setup.fit, corpus=corpus, cache=cache)
         plan.save(out / "edit.safetensors")

@@ -21,6 +21,7 @@ from lens_defense.app.render import template
 from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.methods import METHODS
 from lens_defense.models.generate import generate
 from lens_defense.plotting.heatmap import heatmap, site_cells
 from lens_defense.prompts.conversation import decode_answer
@@ -67,7 +68,7 @@ class Explorer:
             widgets.HTML() for _ in range(4)
         )
         self.log = widgets.Output()
-        self.method = widgets.Dropdown(options=_METHODS, description="method")
+        self.method = widgets.Dropdown(options=tuple(METHODS), description="method")
         self.method.observe(lambda _: self._drop_plan(), "value")
         self.question = widgets.Text(placeholder="ask anything, then press Ask", layout={"width": "70%"})
         self.buttons = {
@@ -258,7 +259,6 @@ class Explorer:
         self.status_html.value = str(_html().status(message, len(self.ledger.edits)))
 
 
-_METHODS = ("memit", "delman")
 _TIPS = {
     "plan": "plan an edit at the selected cells; nothing is changed yet",
     "apply": "make the planned change",

@@ -1,7 +1,7 @@
 """Planning an edit: from requests and sites to a low-rank change of each layer. No weight is changed.
 
-At the sites' role, the keys of the requests are made to write what starts a refusal. The value is fitted at the
-highest of the sites' layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
+At the sites' role, the keys of the requests are made to write what starts a refusal. The value is fitted at
+the highest of the sites' layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
 spread). How keys and residuals become a change is the method's (methods/).
 """
 
@@ -9,7 +9,6 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -60,8 +59,8 @@ def edit(
         model: a pre-norm model with dense MLPs, whose weights are as they are meant to stay.
         requests: what shall be refused, each with a subject; none of the split "check".
         sites: where, of one role; their layers are edited, their component says where the effect was seen.
-        method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), their
-            names, or an object of your own.
+        method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
+            name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: default_contexts.
         held_out_contexts: how many contexts, from the end, are kept for the forecast's reach.
         target: the refusal, unless a request brings its own `safe_target`.
@@ -96,7 +95,6 @@ def edit(
         reach=reach,
         value_norm=float(values.norm(dim=1).mean()),
     )
-    method_settings = asdict(method) if is_dataclass(method) and not isinstance(method, type) else {}
     _warn(requests, role, losses.tolist(), forecast if corpus is None else None)
     return Edit(
         layers=layers,
@@ -104,7 +102,7 @@ def edit(
         right={layer: right for layer, (_, right) in factors.items()},
         role=role,
         method=method.name,
-        settings={**asdict(fit), **method_settings, "target": target},
+        settings={**asdict(fit), **(asdict(method) if is_dataclass(method) else {}), "target": target},
         requests=requests,
         contexts=tuple(
             tuple(prompt.request.text for owner, prompt in prompts if owner == i)
@@ -216,8 +214,8 @@ def _warn(
     if forecast and forecast.risky:
         sentences.append(
             f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
-            f"{forecast.THRESHOLD} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, or "
-            "raise mom2_update_weight"
+            f"{forecast.THRESHOLD} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, "
+            "or raise mom2_update_weight"
         )
     if not role.startswith("subject"):
         sentences.append(

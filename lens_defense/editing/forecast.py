@@ -1,9 +1,9 @@
 """What is to be expected of an edit before it is applied: reach where it is meant, leak where it is not.
 
-Reach: in contexts kept aside, the share of a request's vector that arrives at the top edited layer.
-Leak: the norm of (change times key), summed over the edited layers, over the mean norm of a value;
-the largest over a text's tokens, mean over texts; on texts of the package's corpus (which C knows) and on
-safe-sounding ones (which it does not). On the latter it goes with over-refusal over edits of more and fewer
+Reach: in held-out contexts, the share of a request's value that arrives at the highest edited layer.
+Leak: the norm of change times key, summed over the edited layers, over the mean norm of a value; the largest
+over a text's tokens, mean over texts. It is measured on texts of the package's corpus, which C knows, and on
+safe-sounding ones, which it does not. The latter correlates with over-refusal over edits of more and fewer
 subjects at the subject's last token (analyses/results, real_model_correlations). It says nothing of other
 roles: an edit at the prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
 """
@@ -85,8 +85,8 @@ def measure_forecast(
         factors: left and right of each layer.
         subjects: one per request.
         ranks: for each request, which of the factors' ranks is its own.
-        reach: for each request, the share of its vector that arrives.
-        value_norm: mean norm of the requests' vectors, the unit of the leaks.
+        reach: for each request, the share of its value that arrives.
+        value_norm: mean norm of the requests' values, the unit of the leaks.
     """
     corpus = read_corpus()
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
@@ -95,7 +95,7 @@ def measure_forecast(
     (ranks_neutral, leak_neutral), (ranks_safe, leak_safe) = (
         _leaks(model, factors, texts) for texts in (neutral, safe)
     )
-    unit = value_norm or 1.0  # a place that cannot act gives vectors of nothing, which leak nothing
+    unit = value_norm or 1.0  # values of norm 0 make a change of 0, which leaks nothing
     return Forecast(
         subjects=tuple(subjects),
         reach=tuple(reach),
@@ -111,7 +111,7 @@ def _leaks(
     factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
     corpus: Corpus,
 ) -> tuple[Float[Tensor, " rank"], float]:
-    """Norms of (change times key), of each rank alone and of the whole: largest of a text, mean over texts."""
+    """Norms of change times key, of each rank and of the whole: largest of a text, mean over texts."""
     layers = sorted(factors)
     rank_leaks, whole_leaks = [], []
     for keys in iterate_keys(model, layers, corpus):

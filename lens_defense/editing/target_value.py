@@ -5,10 +5,10 @@
 with the KL of ROME on "{subject} is a", the vector added at the subject's last token.
 
 All requests are fitted together (value_batch.py). Contexts take turns, so that many cost no more than a few;
-every second step sees the request as asked. A step adds a random share of the vector, since in unseen words less
-of it arrives. First ONE vector shared by all is fitted; then a vector each, started from it, the rate decaying
-linearly: the shared start is what makes the planted refusals coherent. Requests whose target is still hard after
-that get half of the second part again, by themselves.
+every second step sees the request as asked. A step adds a random share of the vector, since less of it arrives
+in unseen words. First ONE vector shared by all requests is fitted. Then each request gets a vector of its own,
+started from the shared one, with a rate that decays linearly: the shared start makes the planted refusals
+coherent. Requests whose target is still hard after that get half of these steps again, by themselves.
 """
 
 from collections import deque

@@ -89,8 +89,8 @@ def make_batches(
 ) -> list[FitBatch]:
     """Rows of one context and like length from the edited token on, behind a cache of what comes before.
 
-    Requests in one context share all that stands before the subject. Every row ends at the last column; so the
-    targets line up, and the head runs on them alone.
+    Requests in one context share all that stands before the subject. Every row ends at the last column, so
+    that the targets line up and the head runs on them alone.
     """
 
     def kind(row: FitRow) -> tuple[int, int]:

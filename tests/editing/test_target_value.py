@@ -127,7 +127,8 @@ def test_gradients_are_finite_differences(family):
 def asked():
     """Three requests of two contexts each."""
     made = [row for row in rows(9) if row.target]
-    return [FitRow(i // 2, row.ids, row.position, turn=i % 2, target=made[0].target) for i, row in enumerate(made)]
+    target = made[0].target
+    return [FitRow(i // 2, row.ids, row.position, i % 2, target) for i, row in enumerate(made)]
 
 
 def fit(model, some, layer=1, **changes):

@@ -1,8 +1,8 @@
 """Editing methods, one file each: how keys and residuals become a low-rank change of a matrix.
 
 In: keys, residuals, covariance. Out: the factors of the change. Pure algebra in float64; no model, no file.
-`memit` and `delman` have the defaults; `MEMIT(mom2_update_weight=...)` has others. Your own is any object of the
-protocol in method.py: pass it to `ld.edit(method=...)`.
+`memit` and `delman` have the defaults; `MEMIT(mom2_update_weight=...)` has others. Your own is any object of
+the protocol in method.py: pass it to `ld.edit(method=...)`.
 """
 
 from lens_defense.editing.methods.delman import DELMAN

@@ -1,7 +1,7 @@
 """What an editing method is: how keys and residuals of requests become a low-rank change of a matrix.
 
-A change Delta (d_out, d_in) shall add the residual r_i where the key k_i comes in, and little elsewhere, as the
-covariance C = E[k k^T] measures elsewhere. Factors are returned, so that Delta = left @ right.
+A change Delta (d_out, d_in) shall add the residual r_i where the key k_i comes in, and little elsewhere. The
+covariance C = E[k k^T] says what comes in elsewhere. A method returns factors: Delta = left @ right.
 """
 
 from typing import ClassVar, Protocol, runtime_checkable

@@ -25,13 +25,15 @@ lint: .venv/.stamp-test
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 	.venv/bin/lint-imports
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 docs: .venv/.stamp-test
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
+# From the committed results; figures/*.html are interactive and stay out of git.
 figures: .venv/.stamp-test
-	.venv/bin/python analyses/figures.py $(ARGS)
+	.venv/bin/python analyses/tables.py
+	.venv/bin/python analyses/figures.py
 
 # What the tools and the tests leave behind. .venv stays, but the next make looks again at what is
 # installed in it.

@@ -3,13 +3,14 @@
 # Chat turns and answers sampled from smollm2 itself, from its bare system prompt on: no text of
 # anybody's is needed, and C holds keys of what the model is asked. Turns that are not plain ASCII, or
 # that touch a harmful subject of the package, are dropped. Every other benign and safe request of the tune
-# split follows with the model's greedy answer, and so do the requests of suites/core/harmless.jsonl, so that C
+# split follows with the model's greedy answer, and so do the requests of data/core/harmless.jsonl, so that C
 # knows dangerous words in harmless use, and letters, plans and commands; the forecast measures its leak on the
 # other half of tune's.
 #
 #     python analyses/corpus.py
 
 # %%
+import itertools
 import json
 import re
 from pathlib import Path
@@ -23,9 +24,10 @@ from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
 from lens_defense.prompts.request_files import bundled_rows
 
-TURNS, SEED, BYTES = 400, 0, 57_000
-HARMLESS_TOKENS, SHORT = 48, 16
-OUT = Path(__file__).parents[1] / "lens_defense" / "suites" / "core" / "corpus.jsonl"
+TURNS, SEED, MAX_BYTES = 400, 0, 57_000
+TUNE_TOKENS, ORDINARY_TOKENS = 48, 16
+"""Lengths of the answers to tune's harmless requests, and to ordinary ones."""
+OUT = Path(__file__).parents[1] / "lens_defense" / "data" / "core" / "corpus.jsonl"
 UNWANTED = re.compile(
     r"\b(kill|murder|weapon|bomb|explos|drug|suicid|rape|sex|nude|porn|naz|terror|hack|malware|"
     r"virus|poison|steal|fraud|racis|slur|gun|shoot|abus|assault|attack|blood|death|dead|child)",
@@ -38,7 +40,7 @@ generator = torch.Generator().manual_seed(SEED)
 
 
 def sample(logits):
-    """One token a row at temperature 1."""
+    """One token per row at temperature 1."""
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -49,7 +51,7 @@ subjects = [
 ]
 
 
-def fit(text):
+def is_fit(text):
     """Plain, harmless text of some length."""
     return (
         text.isascii()
@@ -61,36 +63,31 @@ def fit(text):
 
 turns = generate(model, [before] * TURNS, max_new_tokens=60, pick=sample)
 users = [decode_answer(model.tokenizer, ids) for ids in turns if ids[-1] == model.tokenizer.eos_token_id]
-users = [text for text in dict.fromkeys(users) if fit(text)]
-asked = [tokenize(model.tokenizer, request(text)).ids for text in users]
-answers = [
-    decode_answer(model.tokenizer, ids) for ids in generate(model, asked, max_new_tokens=80, pick=sample)
-]
+users = [text for text in dict.fromkeys(users) if is_fit(text)]
+prompts = [tokenize(model.tokenizer, request(text)).ids for text in users]
+answer_ids = generate(model, prompts, max_new_tokens=80, pick=sample)
+answers = [decode_answer(model.tokenizer, ids) for ids in answer_ids]
 
 # %%
 rows = [
-    {"user": user, "assistant": answer} for user, answer in zip(users, answers, strict=True) if fit(answer)
+    {"user": user, "assistant": answer} for user, answer in zip(users, answers, strict=True) if is_fit(answer)
 ]
-kept = 0
-for i, row in enumerate(rows):
-    kept += len(json.dumps(row)) + 1
-    if kept > BYTES:
-        rows = rows[:i]
-        break
+sizes = itertools.accumulate(len(json.dumps(row)) + 1 for row in rows)
+rows = [row for row, size in zip(rows, sizes, strict=True) if size <= MAX_BYTES]
 
 
-def answered(asked, tokens):
+def answered(requests, max_new_tokens):
     """Requests with the model's greedy answers."""
-    prompts = [tokenize(model.tokenizer, item).ids for item in asked]
-    told = generate(model, prompts, max_new_tokens=tokens, pick=greedy)
+    prompts = [tokenize(model.tokenizer, item).ids for item in requests]
+    answers = generate(model, prompts, max_new_tokens=max_new_tokens, pick=greedy)
     return [
         {"user": item.text, "assistant": decode_answer(model.tokenizer, ids)}
-        for item, ids in zip(asked, told, strict=True)
+        for item, ids in zip(requests, answers, strict=True)
     ]
 
 
 tune = [item for kind in ("benign", "safe") for item in ld.requests("core", split="tune", kind=kind)[::2]]
-more = [request(row["text"]) for row in bundled_rows("core", "harmless")]
-harmless = [*answered(tune, HARMLESS_TOKENS), *answered(more, SHORT)]
+ordinary = [request(row["text"]) for row in bundled_rows("core", "harmless")]
+rows += [*answered(tune, TUNE_TOKENS), *answered(ordinary, ORDINARY_TOKENS)]
 with OUT.open("w", encoding="utf-8") as file:
-    file.writelines(json.dumps(row) + "\n" for row in [*rows, *harmless])
+    file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -15,84 +15,76 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tune import traced
+from tune import traced_requests
 
 import lens_defense as ld
-from lens_defense.checking.judges import prefix
 from lens_defense.editing.edit import REFUSAL
 from lens_defense.statistics import rank_correlation
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.corruptions import ablation
-from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
+from lens_defense.tracing.corruptions import GaussianNoise, MeanAblation, TokenReplacement
 from lens_defense.tracing.map_statistics import agreement, request_effects
+from lens_defense.tracing.site_map import SiteMap
 
 OUT = Path(__file__).parent / "results" / "locator_agreement.csv"
 
 
 # %%
-def methods(model: Any, asked: list[ld.Request]) -> dict[str, Callable[[], ld.Trace]]:
+def locators(model: Any, requests: list[ld.Request]) -> dict[str, Callable[[], SiteMap]]:
     """Ways to locate, by what they are called; the first is the default."""
 
-    def mapped(**settings: Any) -> Callable[[], ld.Trace]:
-        return lambda: ld.trace(model, asked, progress=False, **{"floor": 0.01, **settings})
+    def traced(**settings: Any) -> Callable[[], ld.Trace]:
+        return lambda: ld.trace(model, requests, progress=False, min_difference=0.01, **settings)
 
     return {
-        "noise 3": mapped(),
-        "noise 3, another seed": mapped(seed=1),
-        "noise 1": mapped(corruption=ld.noise(model, scale=1.0)),
-        "noise 10": mapped(corruption=ld.noise(model, scale=10.0)),
-        "replacement": mapped(corruption=ld.replacement(model)),
-        "mean ablation": mapped(corruption=ablation(model, "mean")),
-        "noise 3, noising": mapped(direction="noising"),
-        "replacement, noising": mapped(corruption=ld.replacement(model), direction="noising"),
-        "noise 3, gradient screen": mapped(exact=False),
-        "replacement, gradient screen": mapped(corruption=ld.replacement(model), exact=False),
-        "logit lens": lambda: logit_lens(model, asked),
-        "toxic layer (DINM)": lambda: toxic_layers(model, asked, REFUSAL),
-        "safety layers (LED)": lambda: safety_layers(model, asked, prefix, progress=False),
+        "noise 3": traced(),
+        "noise 3, another seed": traced(corruption=GaussianNoise(seed=1)),
+        "noise 1": traced(corruption=GaussianNoise(scale=1.0)),
+        "noise 10": traced(corruption=GaussianNoise(scale=10.0)),
+        "replacement": traced(corruption=TokenReplacement()),
+        "mean ablation": traced(corruption=MeanAblation()),
+        "noise 3, noising": traced(direction="noising"),
+        "replacement, noising": traced(corruption=TokenReplacement(), direction="noising"),
+        "noise 3, gradient screen": traced(exact=False),
+        "replacement, gradient screen": traced(corruption=TokenReplacement(), exact=False),
+        "logit lens": lambda: ld.lenses.logit_lens(model, requests),
+        "toxic layer (DINM)": lambda: ld.lenses.toxic_layers(model, requests, REFUSAL),
+        "safety layers (LED)": lambda: ld.lenses.safety_layers(
+            model, requests, ld.judges.prefix, progress=False
+        ),
     }
 
 
-def means(trace: ld.Trace) -> dict[tuple[str, int], float]:
+def mean_effects(site_map: SiteMap) -> dict[tuple[str, int], float]:
     """Mean effects by role and layer."""
-    addresses, effects = request_effects(trace)
-    return {
-        (role, layer): float(v) for (_, role, layer), v in zip(addresses, np.nanmean(effects, 0), strict=True)
-    }
+    addresses, effects = request_effects(site_map)
+    means = np.nanmean(effects, 0)
+    return {(role, layer): float(mean) for (_, role, layer), mean in zip(addresses, means, strict=True)}
 
 
 # %%
 model = ld.load("smollm2")
-asked = traced()
 rows: list[dict[str, Any]] = []
-reference: dict[tuple[str, int], float] = {}
-exact: dict[str, ld.Trace] = {}
-for name, make in methods(model, asked).items():
+maps: dict[str, SiteMap] = {}
+for name, make in locators(model, traced_requests()).items():
     start = time.perf_counter()
     try:
-        told = make()
+        site_map = maps[name] = make()
     except ValueError as error:
         rows.append({"way": name, "refused": str(error)[:90]})
-        print(rows[-1], flush=True)
         continue
-    effects = means(told)
-    reference = reference or effects
-    shared = sorted(set(effects) & set(reference))
+    effects, reference = mean_effects(site_map), mean_effects(maps["noise 3"])
     role, layer = max(effects, key=lambda key: effects[key])
-    row: dict[str, Any] = {
-        "way": name,
-        "requests": len(told.prompts),
-        "strongest role": role,
-        "strongest layer": layer,
-    }
+    row: dict[str, Any] = {"way": name, "requests": len(site_map.prompts)}
+    row |= {"strongest_role": role, "strongest_layer": layer}
     if len({role for role, _ in effects}) > 1:
-        sites = ld.locate(told)
-        row |= {"located": f"{sites[0].role} {sites[0].layer} to {sites[-1].layer}"}
+        sites = ld.locate(site_map)
+        shared = sorted(set(effects) & set(reference))
         rho, (low, high) = rank_correlation([effects[k] for k in shared], [reference[k] for k in shared])
+        row |= {"located_role": sites[0].role, "first_layer": sites[0].layer, "last_layer": sites[-1].layer}
         row |= {"cells": len(shared), "rho": rho, "low": low, "high": high}
-    if (measured := exact.get(name.removesuffix(", gradient screen"))) is not None:
-        row["rho of single cells"], row["recall@10"] = agreement(told, measured, k=10)
-    exact[name] = told
+    measured = maps.get(name.removesuffix(", gradient screen"))
+    if measured is not None and measured is not site_map:
+        row["rho_of_single_cells"], row["recall_at_10"] = agreement(site_map, measured, k=10)
     rows.append({**row, "seconds": time.perf_counter() - start})
     print(rows[-1], flush=True)
 with atomic_write(OUT) as file:

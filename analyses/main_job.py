@@ -16,7 +16,7 @@ for request in requests:
 
 # %% [markdown]
 # ## Trace
-# The subject's embeddings are spoiled with Gaussian noise of three standard deviations; then one state of the
+# The subject's embeddings are corrupted by Gaussian noise of three standard deviations; then one state of the
 # clean run is restored at a time. An effect of 1 means that the state brings the whole answer back. What is
 # measured is the log probability of the model's own greedy answer, eight tokens of it.
 
@@ -50,7 +50,7 @@ ld.heatmap(trace[0], sites)
 # %% [markdown]
 # ## Edit
 # A plan, not an act: low-rank factors for each layer. The forecast says what to expect: `reach` is the share of a
-# value that arrives in wordings kept aside (1 is all of it); the leaks are the share of a value's norm that harmless
+# value that arrives in paraphrases held out (1 is all of it); the leaks are the share of a value's norm that harmless
 # text would see. A leak to safe text of .15 and more is called risky.
 
 # %%
@@ -59,7 +59,7 @@ edit
 
 # %% [markdown]
 # ## Check
-# Made, measured, unmade. Wordings and wrappers are those that the edit never saw. Two judges: *refused* is told by the
+# Made, measured, unmade. Paraphrases and jailbreaks are those that the edit never saw. Two judges: *refused* looks at the
 # first words alone ("I'm sorry ..."), *refused, coherent* wants the whole answer to be a refusal that makes sense; the
 # small model begins like a refusal now and then without being edited. `p` tests whether before and after differ.
 # Intervals are 95%, by subject.
@@ -72,9 +72,7 @@ report
 # The same as a figure: what the edit should refuse by the strict judge, what it should leave alone by the lenient one.
 
 # %%
-from lens_defense.plotting.rate_bars import rate_bars
-
-rate_bars({"edited": report})
+ld.plots.rate_bars({"edited": report})
 
 # %% [markdown]
 # ## For good, and back

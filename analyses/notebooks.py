@@ -20,30 +20,31 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def cells_of(name: str) -> nbformat.NotebookNode:
     """The notebook of a script, not executed."""
-    made = jupytext.read(HERE / f"{name}.py")
-    made.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    for i, cell in enumerate(made.cells):
+    notebook = jupytext.read(HERE / f"{name}.py")
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i}"
         cell.metadata = {}
-    return made
+    return notebook
 
 
 def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbformat.NotebookNode:
     """The notebook with its outputs; pictures want a Chromium."""
-    made = cells_of(name)
+    notebook = cells_of(name)
     renderer = "plotly_mimetype+png" if pictures else "plotly_mimetype"
-    kernel = {**os.environ, "PLOTLY_RENDERER": renderer}
-    client = NotebookClient(made, timeout=seconds, resources={"metadata": {"path": str(HERE)}})
-    client.execute(env=kernel)
-    made.metadata.pop("widgets", None)  # the state of bars and forms: megabytes, and dead without a kernel
-    for cell in made.cells:
+    client = NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(HERE)}})
+    client.execute(env={**os.environ, "PLOTLY_RENDERER": renderer})
+    notebook.metadata.pop(
+        "widgets", None
+    )  # the state of bars and forms: megabytes, and dead without a kernel
+    for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times differ from run to run
         if cell.cell_type == "code":
-            for told in cell.outputs:  # of a form its picture is left; of a bar nothing
-                if told.get("data", {}).pop(WIDGET, None) and "text/html" not in told.data:
-                    told.data.clear()
-            cell.outputs = [told for told in cell.outputs if told.get("data", True)]
-    return made
+            for output in cell.outputs:  # of a form its picture is left; of a bar nothing
+                if output.get("data", {}).pop(WIDGET, None) and "text/html" not in output.data:
+                    output.data.clear()
+            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+    return notebook
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Where smollm2 keeps what it should not say, and where it keeps facts
 # Every request of the DELMAN set traced on smollm2 by the log probability of its own answer, in a random order, so
-# that the first n are a sample; beside it ROME's question on facts that smollm2 knows. Resumable: a file a request
+# that the first n are a sample; beside it ROME's question on facts that smollm2 knows. Resumable: one file per request
 # in the package's cache. What is committed holds ids and effects, no request and no answer.
 #
-#     python analyses/storage_sites.py --data DIR [--only facts|roles|whole] [--first N] [--whole N]
+#     python analyses/storage_sites.py --data DIR [--only facts|harmful|whole] [--first N] [--whole N]
 #
-# DIR holds delman/HarmBench.json (README: sources).
+# DIR holds delman/HarmBench.json (docs/results/index.md: sources).
 
 # %%
 import argparse
@@ -18,12 +18,12 @@ from typing import Any
 
 import pandas as pd
 import torch
+from tidy import replace_rows
 
 import lens_defense as ld
-from lens_defense.storage import atomic_write, cache_folder
-from lens_defense.tracing.clean_corrupted import answered
+from lens_defense.storage import cache_folder
+from lens_defense.tracing.clean_corrupted import prompts_with_answers
 from lens_defense.tracing.map_statistics import reliability, request_effects
-from lens_defense.tracing.survey import survey
 
 OUT = Path(__file__).parent / "results" / "storage_sites"
 COMPONENTS = ("resid_post", "mlp_out", "attn_out")
@@ -69,31 +69,34 @@ FACTS = (
     ("A baby {} is called a", "cow", "calf"),
     ("The first president of the {} was George", "United States", "Washington"),
 )
-"""Written for this; kept where the model's next token is right."""
+"""Text, subject, answer: written for this; taken where the model's next token is right."""
 
 
 # %%
-def known(model: Any) -> list[ld.Request]:
+def known_facts(model: Any) -> list[ld.Request]:
     """The facts whose next token the model gets right."""
-    asked = [
+    facts = [
         replace(ld.request(text.format(subject), subject, id=f"{i:02}", kind="benign"), target=target)
         for i, (text, subject, target) in enumerate(FACTS)
     ]
-    own = answered(model, [replace(item, target=None) for item in asked], None, 1, False)
-    wanted = answered(model, asked, None, 1, False)
-    return [item for item, a, b in zip(asked, own, wanted, strict=True) if a.answer[0] == b.answer[0]]
+    unanswered = [replace(fact, target=None) for fact in facts]
+    own, true = (
+        prompts_with_answers(model, requests, None, answer_tokens=1, chat=False)
+        for requests in (unanswered, facts)
+    )
+    return [fact for fact, a, b in zip(facts, own, true, strict=True) if a.answer_ids[0] == b.answer_ids[0]]
 
 
-def harmful(data: Path) -> list[ld.Request]:
+def harmful_requests(data: Path) -> list[ld.Request]:
     """The DELMAN set in a random order, each answered as the model answers."""
-    every = ld.requests(data / "delman/HarmBench.json", distinct=False)
-    rows = [replace(item, target=None, safe_target=None) for item in every]
-    random.Random(0).shuffle(rows)
-    return rows
+    rows = ld.requests(data / "delman/HarmBench.json", distinct=False)
+    requests = [replace(item, target=None, safe_target=None) for item in rows]
+    random.Random(0).shuffle(requests)
+    return requests
 
 
-def lean(trace: ld.Trace) -> ld.Trace:
-    """The same effects in little room: no samples, no text of an answer."""
+def without_texts(trace: ld.Trace) -> ld.Trace:
+    """The same effects in little room: no samples, no token and no answer; roles and marks of subjects are left."""
     n = len(trace.prompts)
     return replace(
         trace,
@@ -101,70 +104,69 @@ def lean(trace: ld.Trace) -> ld.Trace:
         clean=torch.ones(n, dtype=torch.float64),
         corrupted=torch.zeros(n, 1, dtype=torch.float64),
         answers=("",) * n,
-        prompts=tuple(_nameless(met) for met in trace.prompts),
+        prompts=tuple(_without_text(prompt) for prompt in trace.prompts),
     )
 
 
-def _nameless(met: ld.Prompt) -> ld.Prompt:
-    """A prompt without its words: roles, an id and a mark of its subject are left."""
-    mark = hashlib.sha256((met.request.subject or "").encode()).hexdigest()[:8]
-    asked = replace(met.request, pieces=("", ""), subject=mark, target=None, safe_target=None)
-    return replace(
-        met, request=asked, ids=(0,) * len(met.ids), token_texts=("",) * len(met.token_texts), answer_ids=()
-    )
+def _without_text(prompt: ld.Prompt) -> ld.Prompt:
+    mark = hashlib.sha256((prompt.request.subject or "").encode()).hexdigest()[:8]
+    request = replace(prompt.request, pieces=("", ""), subject=mark, target=None, safe_target=None)
+    n = len(prompt.ids)
+    return replace(prompt, request=request, ids=(0,) * n, token_texts=("",) * n, answer_ids=())
 
 
-def told(trace: ld.Trace, name: str, left_out: int) -> dict[str, Any]:
-    """What a set of maps says in numbers."""
-    row: dict[str, Any] = {
-        "set": name,
-        "requests": len(trace.prompts),
-        "left out": left_out,
-    }
+def summarized(trace: ld.Trace, left_out: int) -> list[dict[str, Any]]:
+    """One row per component: in how many requests the strongest cell lies in the subject, and reliability."""
+    rows = []
     for component in trace.components:
-        one = trace.only(component)
-        addresses, effects = request_effects(one)
-        best = [addresses[i][1] for i in pd.DataFrame(effects).fillna(-9).to_numpy().argmax(1)]
-        row[f"{component}: strongest in the subject"] = sum(r.startswith("subject") for r in best) / len(best)
-        if len(set(one.subject_spans)) >= 4:  # fewer make no halves
-            middle, (low, high) = reliability(one)
-            row[f"{component}: reliability"] = middle
-            row[f"{component}: reliability low"], row[f"{component}: reliability high"] = low, high
-    return row
+        single = trace.only(component)
+        addresses, effects = request_effects(single)
+        strongest = [addresses[i][1] for i in pd.DataFrame(effects).fillna(-9).to_numpy().argmax(1)]
+        middle, (low, high) = reliability(single)
+        rows.append(
+            {
+                "component": component,
+                "requests": len(trace.prompts),
+                "left_out": left_out,
+                "strongest_in_subject": sum(role.startswith("subject") for role in strongest)
+                / len(strongest),
+                "reliability": middle,
+                "reliability_low": low,
+                "reliability_high": high,
+            }
+        )
+    return rows
 
 
 # %%
 def main() -> None:
     """Trace what has no file yet, and write what there is."""
-    asked = argparse.ArgumentParser(description="storage sites of a real model; see the top of this file")
-    asked.add_argument("--data", type=Path, required=True, help="folder of the published sets")
-    asked.add_argument("--only", choices=("facts", "roles", "whole"))
-    asked.add_argument("--first", type=int, help="of the random order of requests")
-    asked.add_argument(
+    parser = argparse.ArgumentParser(description="storage sites of a real model; see the top of this file")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the published sets")
+    parser.add_argument("--only", choices=("facts", "harmful", "whole"))
+    parser.add_argument("--first", type=int, help="of the random order of requests")
+    parser.add_argument(
         "--whole", type=int, default=WHOLE, help="how many are traced at every token and layer"
     )
-    asked.add_argument("--device", help="cpu or cuda; without it, a GPU where there is one")
-    given = asked.parse_args()
-    OUT.mkdir(parents=True, exist_ok=True)
-    model, kept = ld.load("smollm2", device=given.device), cache_folder() / "storage_sites"
-    some = harmful(given.data)[: given.first]
-    by_role = {"positions": ROLES, "components": COMPONENTS}
-    pieces: dict[str, tuple[list[ld.Request], dict[str, Any]]] = {
-        "facts": (known(model), {**by_role, "layers": "all", "answer_tokens": 1, "chat": False}),
-        "roles": (some, by_role),
-        "whole": (some, {"positions": "all", "components": COMPONENTS, "layers": "all"}),
+    parser.add_argument("--device", help="cpu or cuda; without it, a GPU where there is one")
+    args = parser.parse_args()
+    model = ld.load("smollm2", device=args.device)
+    harmful = harmful_requests(args.data)[: args.first]
+    by_role = ld.TraceSettings(components=COMPONENTS, positions=ROLES)
+    sets = {
+        "facts": (known_facts(model), replace(by_role, layers="all", answer_tokens=1, chat=False)),
+        "harmful": (harmful, by_role),
+        "whole": (harmful, replace(by_role, positions="all", layers="all")),
     }
-    for name, (requests, settings) in pieces.items():
-        if given.only not in (None, name):
+    for name, (requests, settings) in sets.items():
+        if args.only not in (None, name):
             continue
-        enough = given.whole if name == "whole" else None
-        trace, refused = survey(model, requests, kept / name, enough=enough, **settings)
+        folder, enough = cache_folder() / "storage_sites" / name, args.whole if name == "whole" else None
+        trace, refused = ld.survey(model, requests, folder, settings, enough=enough)
         assert trace is not None
-        lean(trace).save(OUT / f"{name}.safetensors")
-        row = told(trace, name, len(refused))
-        with atomic_write(OUT / f"{name}.csv") as file:
-            pd.DataFrame([row]).round(4).T.to_csv(file, header=False)
-        print(row, flush=True)
+        without_texts(trace).save(OUT / f"{name}.safetensors")
+        replace_rows(OUT / "summary.csv", {"set": name}, summarized(trace, len(refused)), digits=4)
+        print(trace, flush=True)
 
 
 if __name__ == "__main__":

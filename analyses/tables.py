@@ -1,69 +1,33 @@
-"""What the results of analyses/real_model.py say: tables, which the figures and the README are made of."""
+"""What the results say: the tables that docs/ includes, made of analyses/results/.
 
-import json
+    python analyses/tables.py
+
+Each function of TABLES gives one table, written to results/tables/NAME.md. Rates have 95% intervals.
+"""
+
 import random
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from tidy import read_table
 
 import lens_defense as ld
 from lens_defense.statistics import clustered_rate, rank_correlation
+from lens_defense.storage import atomic_write
+from lens_defense.tracing.site_map import RoleMean
 from lens_defense.tracing.trace_result import join_traces
 
-RESULTS = Path(__file__).parent / "results/real_model"
-WORDS = ("paraphrase", "jailbreak")
+RESULTS = Path(__file__).parent / "results"
 LARGE = 16
 """Subjects from which on an edit costs something."""
 WIDTH = 5
 """Layers of a window."""
-
-
-def results(*starts: str) -> dict[str, dict[str, Any]]:
-    """The pieces whose name begins so.
-
-    Raises:
-        ValueError: some are of edits made in another way than the others, so that they are not to be compared.
-    """
-    files = [file for start in starts for file in sorted(RESULTS.glob(f"{slug(start)}*.json"))]
-    told = [json.loads(file.read_text("utf-8")) for file in files]
-    if len({piece.get("recipe") for piece in told}) > 1:
-        raise ValueError(f"the pieces {starts!r} are of several recipes; let analyses/real_model.py end")
-    return {piece["name"]: piece for piece in told}
-
-
-def slug(name: str) -> str:
-    """The name of a piece as a file name without spaces: core-16-draw-2."""
-    return re.sub(r"[ ,]+", "-", name)
-
-
-def rows_of(name: str) -> pd.DataFrame:
-    """The rows of a piece; `human` marks the published jailbreak templates."""
-    rows = pd.read_csv(RESULTS / f"{slug(name)}.csv")
-    return rows.assign(human=rows["family"].fillna("").str.startswith("human"))
-
-
-def new_refusals(rows: pd.DataFrame, suite: str, *arms: str, measure: str = "prefix") -> pd.Series:
-    """Of each row, whether it was answered before and is refused now; what was refused before counts as not."""
-    some = rows[(rows["suite"] == suite) & rows["arm"].isin(arms)]
-    return some[f"{measure} after"].gt(some[f"{measure} before"]).astype(int).set_axis(some["id"])
-
-
-def in_other_words(rows: pd.DataFrame, measure: str) -> dict[str, pd.Series]:
-    """Of each row about an edit's own subjects in words that it never saw, whether it is refused now."""
-    own = rows[(rows["suite"] == "real_model") & rows["arm"].isin(WORDS)]
-    parts = {
-        "paraphrases": own[own["arm"] == "paraphrase"],
-        "jailbreaks": own[(own["arm"] == "jailbreak") & ~own["human"]],
-        "unseen words": own[~own["human"]],
-        "human jailbreaks": own[own["human"]],
-    }
-    return {name: some[measure].set_axis(some["id"]) for name, some in parts.items()}
-
-
+SETS = {"core": "core", "delman": "DELMAN's"}
+UNSEEN = ("paraphrases", "jailbreaks", "human jailbreaks")
 HARMLESS = {
     "held-out subjects": ("real_model", "held_out"),
     "benign": ("real_model", "benign"),
@@ -74,206 +38,466 @@ HARMLESS = {
 """What an edit should leave alone, by suite and arm."""
 
 
-def summary() -> pd.DataFrame:
-    """One row an edit of the dose curve: shares, costs, forecast."""
+# %% edits of more and fewer subjects
+def edits() -> pd.DataFrame:
+    """One row per edit of the dose curve.
+
+    Raises:
+        ValueError: they were made in different ways, so they are not to be compared.
+    """
+    return _of_one_recipe(read_table(RESULTS / "real_model/edits.csv"))
+
+
+def question_rows(edits: Iterable[str]) -> pd.DataFrame:
+    """The questions of some edits; `human` marks published jailbreak templates."""
+    rows = read_table(RESULTS / "real_model/rows.csv")
+    rows = rows[rows["edit"].isin(list(edits))]
+    return rows.assign(human=rows["family"].fillna("").str.startswith("human"))
+
+
+def new_refusals(rows: pd.DataFrame, suite: str, arm: str) -> pd.Series:
+    """Of each row, whether it was answered before and is refused now; what was refused before counts as not."""
+    rows = rows[(rows["suite"] == suite) & (rows["arm"] == arm)]
+    return rows["prefix_after"].gt(rows["prefix_before"]).astype(int).set_axis(rows["id"])
+
+
+def unseen_refusals(rows: pd.DataFrame, column: str) -> dict[str, pd.Series]:
+    """Of each row about an edit's own subjects in words that it never saw, whether it is refused."""
+    rows = rows[(rows["suite"] == "real_model") & rows["arm"].isin(["paraphrase", "jailbreak"])]
+    parts = {
+        "paraphrases": rows["arm"] == "paraphrase",
+        "jailbreaks": (rows["arm"] == "jailbreak") & ~rows["human"],
+        "paraphrases and jailbreaks": ~rows["human"],
+        "human jailbreaks": rows["human"],
+    }
+    return {name: rows.loc[part, column].set_axis(rows.loc[part, "id"]) for name, part in parts.items()}
+
+
+def dose_summary() -> pd.DataFrame:
+    """One row per edit: shares, costs, forecast."""
     table = []
-    for name, piece in results("core", "delman").items():
-        rows = rows_of(name)
+    for edit in edits().to_dict("records"):
+        rows = question_rows([edit["edit"]])
+        refused = {
+            "coherent": unseen_refusals(rows, "coherent_after"),
+            "prefix": unseen_refusals(rows, "prefix_after"),
+            "prefix before": unseen_refusals(rows, "prefix_before"),
+        }
         table.append(
             {
-                "edit": name,
-                "set": name.split()[0],
-                "draw": name.split()[-1] if name.startswith("core") else "delman",
-                "subjects": piece["n"],
+                "edit": edit["edit"],
+                "set": edit["set"],
+                "draw": "delman" if edit["set"] == "delman" else str(int(edit["draw"])),
+                "subjects": edit["subjects"],
                 **{
-                    f"{words}, {judge}": hits.mean()
-                    for judge in ("coherent", "prefix")
-                    for words, hits in in_other_words(rows, f"{judge} after").items()
+                    f"{name}, {judge}": hits.mean()
+                    for judge, groups in refused.items()
+                    for name, hits in groups.items()
                 },
                 **{
-                    f"{words}, prefix before": hits.mean()
-                    for words, hits in in_other_words(rows, "prefix before").items()
+                    f"{name}, newly refused": new_refusals(rows, *arm).mean()
+                    for name, arm in HARMLESS.items()
                 },
-                **{
-                    f"{what}, newly refused": new_refusals(rows, *arm).mean()
-                    for what, arm in HARMLESS.items()
-                },
-                "KL": piece["kl"],
-                "loss": piece["loss"][1] / piece["loss"][0] - 1,
-                "facts lost": int((rows["knows after"] < rows["knows before"]).sum()),
-                "leak to safe text": piece["forecast"][1],
+                "KL": edit["kl"],
+                "loss": edit["loss_after"] / edit["loss_before"] - 1,
+                "facts lost": int((rows["knows_after"] < rows["knows_before"]).sum()),
+                "leak to safe text": edit["leak_safe"],
             }
         )
     return pd.DataFrame(table).sort_values(["set", "subjects", "edit"], ignore_index=True)
 
 
-def bars_of(n: int) -> pd.DataFrame:
-    """The rates of all edits of n subjects of "core", with 95% intervals by request: what the bars are about."""
-    every = pd.concat([rows_of(name) for name in results("core") if name.startswith(f"core {n},")])
-    shares = {f"{name}, coherent": hits for name, hits in in_other_words(every, "coherent after").items()}
-    shares |= {f"{name}, prefix": hits for name, hits in in_other_words(every, "prefix after").items()}
-    shares |= {
-        f"{name}, prefix before": hits for name, hits in in_other_words(every, "prefix before").items()
-    }
-    shares |= {f"{name}, newly refused": new_refusals(every, *arm) for name, arm in HARMLESS.items()}
-    return _rates(shares.items(), ["rate of"])
-
-
-def _rates(shares: Iterable[tuple[Any, pd.Series]], names: list[str]) -> pd.DataFrame:
-    """Each share with its 95% interval; rows of one request, which several edits were asked, are related."""
+def dose() -> pd.DataFrame:
+    """Means over the draws of each dose: coherent refusals (by prefix), what is newly refused, costs."""
     table = []
-    for key, hits in shares:
-        rate, (low, high) = clustered_rate(hits.astype(bool).tolist(), hits.index.astype(str).tolist())
-        keys = (key,) if isinstance(key, str) else key
-        table.append((*keys, len(hits), hits.index.nunique(), rate, low, high))
-    return pd.DataFrame(table, columns=pd.Index([*names, "rows", "requests", "rate", "low", "high"]))
-
-
-def dose_table(told: pd.DataFrame) -> str:
-    """The README's table: means over the draws of each dose."""
-    heads = [
-        "subjects",
-        "edits",
-        "paraphrases",
-        "jailbreaks",
-        "human jailbreaks",
-        "held-out subjects",
-        "benign",
-        "XSTest safe",
-        "XSTest unsafe",
-        "KL",
-        "loss",
-        "facts lost",
-    ]
-    lines = [heads, ["---"] * len(heads)]
-    for (kind, n), some in told.groupby(["set", "subjects"]):
-        mean = some.drop(columns=["edit", "set", "draw"]).mean()
-        both = [
-            f"{mean[f'{words}, coherent']:.0%} ({mean[f'{words}, prefix']:.0%})"
-            for words in ("paraphrases", "jailbreaks", "human jailbreaks")
-        ]
-        new = ("held-out subjects", "benign", "XSTest safe", "XSTest unsafe")
-        lines.append(
-            [
-                f"{n} of {_SETS[kind]}",
-                f"{len(some)}",
-                *both,
-                *(f"{mean[f'{arm}, newly refused']:.1%}" for arm in new),
-                f"{mean['KL']:.4f}",
-                f"{mean['loss']:+.2%}",
-                f"{mean['facts lost']:.1f}",
-            ]
+    for (name, subjects), rows in dose_summary().groupby(["set", "subjects"]):
+        mean = rows.drop(columns=["edit", "set", "draw"]).mean()
+        table.append(
+            {
+                "subjects": f"{subjects} of {SETS[name]}",
+                "edits": len(rows),
+                **{
+                    words: f"{mean[f'{words}, coherent']:.0%} ({mean[f'{words}, prefix']:.0%})"
+                    for words in UNSEEN
+                },
+                **{
+                    arm: f"{mean[f'{arm}, newly refused']:.1%}"
+                    for arm in ("held-out subjects", "benign", "XSTest safe", "XSTest unsafe")
+                },
+                "KL": f"{mean['KL']:.4f}",
+                "loss": f"{mean['loss']:+.2%}",
+                "facts lost": f"{mean['facts lost']:.1f}",
+            }
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return pd.DataFrame(table)
 
 
-_SETS = {"core": "core", "delman": "DELMAN's"}
+def rates_of_dose(subjects: int) -> pd.DataFrame:
+    """The rates of all edits of so many subjects of "core", with intervals by request."""
+    table = edits()
+    rows = question_rows(table.loc[(table["set"] == "core") & (table["subjects"] == subjects), "edit"])
+    judges = {"coherent": "coherent_after", "prefix": "prefix_after", "prefix before": "prefix_before"}
+    hits = {
+        f"{name}, {judge}": group
+        for judge, column in judges.items()
+        for name, group in unseen_refusals(rows, column).items()
+    }
+    hits |= {f"{name}, newly refused": new_refusals(rows, *arm) for name, arm in HARMLESS.items()}
+    return _rates([((name,), group) for name, group in hits.items()], ["rate of"])
 
 
-def by_form() -> pd.DataFrame:
-    """By set, arm and grammatical form, over the edits of sixteen subjects and more, with 95% intervals.
+def rates_by_form() -> pd.DataFrame:
+    """By set, arm and grammatical form, over the edits of sixteen subjects and more.
 
     Of the edit's own subjects what is refused coherently now, of all others what is newly refused by prefix.
     """
-    shares: list[tuple[Any, pd.Series]] = []
-    for kind in _SETS:
-        names = [name for name, piece in results("core", "delman").items() if piece["n"] >= LARGE]
-        every = [rows_of(name) for name in names if name.startswith(kind)]
-        for form, some in pd.concat(every).groupby("form") if every else ():
-            own = in_other_words(some, "coherent after")
-            new = {what: new_refusals(some, *arm) for what, arm in HARMLESS.items()}
-            told = {f"{name}, refused": hits for name, hits in own.items() if name != "unseen words"}
-            told |= {f"{name}, newly refused": hits for name, hits in new.items()}
-            shares += [((kind, name, form), hits) for name, hits in told.items() if len(hits)]
-    return _rates(shares, ["set", "rate of", "form"])
+    table, hits = edits(), []
+    for name in SETS:
+        rows = question_rows(table.loc[(table["set"] == name) & (table["subjects"] >= LARGE), "edit"])
+        for form, part in rows.groupby("form"):
+            own = unseen_refusals(part, "coherent_after")
+            groups = {f"{words}, refused": own[words] for words in UNSEEN}
+            groups |= {f"{arm}, newly refused": new_refusals(part, *place) for arm, place in HARMLESS.items()}
+            hits += [((name, words, form), group) for words, group in groups.items() if len(group)]
+    return _rates(hits, ["set", "rate of", "form"])
 
 
+def _rates(groups: Iterable[tuple[tuple[str, ...], pd.Series]], names: Sequence[str]) -> pd.DataFrame:
+    """Each group's share and its interval; rows of one request, which several edits were asked, are related."""
+    table = []
+    for key, hits in groups:
+        rate, (low, high) = clustered_rate(hits.astype(bool).tolist(), hits.index.astype(str).tolist())
+        table.append((*key, len(hits), hits.index.nunique(), rate, low, high))
+    return pd.DataFrame(table, columns=pd.Index([*names, "rows", "requests", "rate", "low", "high"]))
+
+
+# %% where to edit, and what the forecast says
 def windows() -> pd.DataFrame:
-    """One row an edit of five layers at a role: the trace's mean effect there, and what the edit did.
+    """One row per edit of five layers at a role: the trace's mean effect there, and what the edit did.
 
-    Every window at the subject's last token that was made, and the located layers at other roles.
+    Every window at the subject's last token, and the located layers at other roles.
     """
-    effects = pd.DataFrame(results("map")["map"]["effects"])
-    effects = effects[effects["component"] == "resid_post"].set_index(["role", "layer"])["effect"]
-    edits = [
-        (int(name.split()[1]), "subject_last", piece)
-        if name.startswith("window")
-        else (located(), name.split()[-1], piece)
-        for name, piece in results("window", "located").items()
-    ]
-    table = [
+    table = _of_one_recipe(read_table(RESULTS / "real_model/windows.csv"))
+    means = ld.Trace.load(RESULTS / "real_model/map.safetensors").only("resid_post").role_means()
+    effects = {(mean.role, mean.layer): mean.effect for mean in means}
+    coherent, prefix = (
+        table[[f"paraphrase_{judge}", f"jailbreak_{judge}"]] for judge in ("coherent", "prefix")
+    )
+    windows = pd.DataFrame(
         {
-            "first layer": low,
-            "role": role,
-            "effect": effects[role].loc[low : low + 4].mean(),
-            "coherent": np.mean([piece[arm][1] for arm in WORDS]),
-            "prefix": np.mean([piece[arm][0] for arm in WORDS]),
-            "KL": piece["kl"],
-            "new refusals": piece["new refusals"],
-            "facts lost": piece["facts lost"],
+            "first layer": table["first_layer"],
+            "role": table["role"],
+            "effect": [
+                np.mean(
+                    [
+                        effects[role, layer]
+                        for layer in range(first, first + WIDTH)
+                        if (role, layer) in effects
+                    ]
+                )
+                for first, role in zip(table["first_layer"], table["role"], strict=True)
+            ],
+            "coherent": coherent.mean(axis=1),
+            "prefix": prefix.mean(axis=1),
+            "KL": table["kl"],
+            "new refusals": table["new_refusals"],
+            "facts lost": table["facts_lost"],
         }
-        for low, role, piece in edits
-    ]
+    )
     order = ["subject_last", "subject_first", "next", "last"]
+    rank = windows["role"].map(order.index)
+    return (
+        windows.assign(rank=rank).sort_values(["rank", "first layer"], ignore_index=True).drop(columns="rank")
+    )
+
+
+def locations() -> pd.DataFrame:
+    """Where `locate` points by default, from maps of more or fewer requests: the first and the last layer."""
+    twelve = ld.Trace.load(RESULTS / "real_model/map.safetensors").only("resid_post")
+    single = [twelve[i] for i in range(len(twelve.prompts))]
+    maps = [("all twelve of tune and edit", twelve)]
+    for seed in range(8):
+        six = sorted(random.Random(seed).sample(range(len(single)), 6))
+        maps.append((f"six of them, seed {seed}", join_traces([single[i] for i in six])))
+    maps += [(f"request {i} alone", trace) for i, trace in enumerate(single)]
+    harmful = ld.Trace.load(RESULTS / "storage_sites/harmful.safetensors").only("resid_post")
+    maps.append((f"{len(harmful.prompts)} of DELMAN's", harmful))
+    located = [(name, ld.locate(trace)) for name, trace in maps]
+    rows = [(name, sites[0].role, sites[0].layer, sites[-1].layer) for name, sites in located]
+    return pd.DataFrame(rows, columns=pd.Index(["map", "role", "first layer", "last layer"]))
+
+
+def correlations() -> pd.DataFrame:
+    """Does the map say where to edit, and does the forecast say what it costs: Spearman's rho.
+
+    What is drawn again for the interval is what is not related: blocks of five neighbouring windows, which share
+    layers, and roles; and whole draws, whose doses are nested, with DELMAN's as one more.
+    """
+    all_windows, all_edits = windows(), dose_summary()
+    block = all_windows["role"] + (all_windows["first layer"] // WIDTH).astype(str)
+    all_windows = all_windows.assign(block=block)
+    at_subject = all_windows[all_windows["role"] == "subject_last"]
+    of_core = all_edits[all_edits["set"] == "core"]
+    xstest = "XSTest safe, newly refused"
+    pairs = [
+        ("effect", "coherent", "windows", at_subject, "block"),
+        ("effect", "KL", "windows", at_subject, "block"),
+        ("effect", "coherent", "windows and roles", all_windows, "block"),
+        ("leak to safe text", xstest, "edits", all_edits, "draw"),
+        ("leak to safe text", xstest, "edits of core", of_core, "draw"),
+        ("leak to safe text", "over-refusal, newly refused", "edits", all_edits, "draw"),
+        ("leak to safe text", "KL", "edits", all_edits, "draw"),
+        ("subjects", xstest, "edits", all_edits, "draw"),
+        ("subjects", xstest, "edits of core", of_core, "draw"),
+    ]
+    table = []
+    for x, y, over, rows, cluster in pairs:
+        values = (rows[name].astype(float).tolist() for name in (x, y))
+        rho, (low, high) = rank_correlation(*values, clusters=rows[cluster].tolist())
+        table.append((x, y, over, len(rows), rows[cluster].nunique(), rho, low, high))
+    return pd.DataFrame(
+        table, columns=pd.Index(["of", "and", "over", "n", "independent", "rho", "low", "high"])
+    )
+
+
+# %% where smollm2 keeps things, and whether ways to trace agree
+CELLS = {
+    "facts": (
+        ("mlp_out", "subject_last"),
+        ("attn_out", "last"),
+        ("resid_post", "subject_last"),
+        ("resid_post", "last"),
+    ),
+    "harmful": (
+        ("mlp_out", "subject_last"),
+        ("attn_out", "last"),
+        ("resid_post", "subject_first"),
+        ("resid_post", "subject_last"),
+        ("resid_post", "last"),
+    ),
+}
+"""What the storage tables show of each set: component and role."""
+
+
+def storage_cells(name: str) -> pd.DataFrame:
+    """Mean effects by layer, with intervals, at the components and roles that tell a set's story."""
+    trace = _storage_trace(name)
+    means = {(mean.component, mean.role, mean.layer): mean for mean in trace.role_means()}
+    table = pd.DataFrame({"layer": trace.layers})
+    for component, role in CELLS[name]:
+        table[f"{component} at {role}"] = [_interval(means[component, role, layer]) for layer in trace.layers]
+    return table
+
+
+def storage_by_role() -> pd.DataFrame:
+    """Of the whole maps, one row per role: its tokens, the strongest mean, and its strongest single states."""
+    trace = _storage_trace("whole")
+    means: dict[str, RoleMean] = {}
+    for mean in trace.role_means():
+        if mean.role not in means or mean.effect > means[mean.role].effect:
+            means[mean.role] = mean
+    table = []
+    for role, mean in means.items():
+        strongest = [
+            float(effects[..., token].nan_to_num().max())
+            for effects, prompt in zip(trace.effects, trace.prompts, strict=True)
+            for token in prompt.positions(role)
+        ]
+        table.append(
+            {
+                "role": role,
+                "requests": mean.n,
+                "tokens": len(strongest),
+                "strongest mean": _interval(mean),
+                "at": f"{mean.component} {mean.layer}",
+                "tokens above .005 in some cell": sum(effect > 0.005 for effect in strongest),
+                "strongest single state": f"{max(strongest):.2f}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def storage_summary(*names: str) -> pd.DataFrame:
+    """Where the strongest cell of a request lies, and how far two halves of the subjects agree, by component."""
+    table = read_table(RESULTS / "storage_sites/summary.csv")
+    table = table[table["set"].isin(names)]
+    return pd.DataFrame(
+        {
+            "component": table["component"],
+            "requests": table["requests"],
+            "left out": table["left_out"],
+            "strongest cell in the subject": [f"{share:.0%}" for share in table["strongest_in_subject"]],
+            "split-half reliability": [
+                f"{row.reliability:.2f} [{row.reliability_low:.2f}, {row.reliability_high:.2f}]"
+                for row in table.itertuples()
+            ],
+        }
+    )
+
+
+def locator_agreement() -> pd.DataFrame:
+    """Ways to trace, compared with noise of three standard deviations on the same requests."""
+    table = []
+    for row in read_table(RESULTS / "locator_agreement.csv").to_dict("records"):
+        if isinstance(row["refused"], str):
+            table.append({"way": row["way"], "strongest": "refused"})
+            continue
+        located = f"{row['located_role']} {row['first_layer']:.0f} to {row['last_layer']:.0f}"
+        table.append(
+            {
+                "way": row["way"],
+                "strongest": f"{row['strongest_role']} {row['strongest_layer']:.0f}",
+                "located": "" if pd.isna(row["first_layer"]) else located,
+                "rho": ""
+                if pd.isna(row["rho"])
+                else f"{row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}]",
+                "rho of single cells": _number(row["rho_of_single_cells"], ".2f"),
+                "recall@10": _number(row["recall_at_10"], ".2f"),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def locator_grades() -> pd.DataFrame:
+    """Ways to trace the organism, over worlds, samples and seeds: the area under the ROC curve, and empty cells."""
+    rows = read_table(RESULTS / "locator_grades.csv")
+    way = rows["direction"].where(rows["exact"], "by gradient").replace("none", "")
+    rows = rows.assign(way=way)
+    table = []
+    for (component, way, corruption), group in rows.groupby(["component", "way", "corruption"], sort=False):
+        runs = group[group["refused"].isna()]
+        layers = runs["layer"].dropna().astype(int)
+        graded = runs.dropna(subset="area")
+        table.append(
+            {
+                "locator": corruption,
+                "component": component,
+                "way": way,
+                "maps": len(runs),
+                "refused": len(group) - len(runs),
+                "area": _range(graded["area"]),
+                "lowest of an interval": f"{graded['low'].min():.2f}" if len(graded) else "",
+                "strongest empty cell": f"{graded['strongest_wrong'].max():.3f}" if len(graded) else "",
+                "layer named": " and ".join(map(str, layers)),
+            }
+        )
+    order = ["resid_post", "mlp_out", "attn_out"]
     return pd.DataFrame(table).sort_values(
-        ["role", "first layer"],
-        key=lambda c: c.map(order.index) if c.name == "role" else c,
+        ["component", "way"],
+        key=lambda column: column.map(order.index) if column.name == "component" else column == "",
+        kind="stable",
         ignore_index=True,
     )
 
 
-def located() -> int:
-    """The lowest of the located layers, as the edits of the curve name it: "residual 5 at ..."."""
-    return int(next(iter(results("core").values()))["sites"][0].split()[1])
-
-
-def locations() -> pd.DataFrame:
-    """Where `locate` points by default, from maps of more or fewer requests: the lowest and highest layer."""
-    twelve = ld.Trace.load(RESULTS / "map.safetensors").only("resid_post")
-    single = [twelve[i] for i in range(len(twelve.prompts))]
-    maps = [("all twelve of tune and edit", twelve)]
-    for seed in range(8):
-        some = sorted(random.Random(seed).sample(range(len(single)), 6))
-        maps.append((f"six of them, seed {seed}", join_traces([single[i] for i in some])))
-    maps += [(f"request {i} alone", one) for i, one in enumerate(single)]
-    harmful = ld.Trace.load(RESULTS.parent / "storage_sites/roles.safetensors").only("resid_post")
-    maps.append((f"{len(harmful.prompts)} of DELMAN's", harmful))
-    found = [(name, ld.locate(trace)) for name, trace in maps]
-    rows = [(name, sites[0].role, sites[0].layer, sites[-1].layer) for name, sites in found]
-    return pd.DataFrame(rows, columns=pd.Index(["map", "role", "lowest", "highest"]))
-
-
-def correlations() -> pd.DataFrame:
-    """Does the map say where to edit, and does the forecast say what it costs: Spearman's rho, 95% interval.
-
-    What is drawn again is what is not related: blocks of five neighbouring windows, which share layers, and
-    roles; and whole draws, whose doses are nested, with DELMAN's as one more.
-    """
-    everywhere, dose = windows(), summary()
-    everywhere = everywhere.assign(
-        block=everywhere["role"] + (everywhere["first layer"] // WIDTH).astype(str)
+def speed(device: str) -> pd.DataFrame:
+    """Seconds per map in three ways, how far the sweep is from its floor, and its memory."""
+    rows = read_table(RESULTS / f"tracing_speed/{device}.csv")
+    keys = ["model", "samples", "tokens"]
+    seconds = rows.pivot_table(index=keys, columns="way", values="seconds", sort=False)
+    sweep = rows[rows["way"] == "sweep"].set_index(keys)
+    loop = rows[rows["way"] == "ROME's loop"].set_index(keys)
+    table = pd.DataFrame(
+        {
+            "sweep, s": seconds["sweep"].map(_seconds),
+            "ROME's loop, s": seconds["ROME's loop"].map(_seconds),
+            "TransformerLens, s": seconds["TransformerLens"].map(_seconds),
+            "loop over sweep": loop["times_the_sweep"].map("{:.1f}".format),
+            "by operations": loop["floors_ratio"].map("{:.1f}".format),
+            "sweep over floor": sweep["over_floor"].map("{:.2f}".format),
+            "peak, GiB": (sweep["peak_mib"] / 1024).map("{:.2f}".format),
+        }
     )
-    sweep, own = (
-        everywhere[everywhere["role"] == "subject_last"],
-        dose[dose["set"] == "core"],
-    )
-    over = "XSTest safe, newly refused"
-    asked = [
-        ("effect", "coherent", "windows", sweep, "block"),
-        ("effect", "KL", "windows", sweep, "block"),
-        ("effect", "coherent", "windows and roles", everywhere, "block"),
-        ("leak to safe text", over, "edits", dose, "draw"),
-        ("leak to safe text", over, "edits of core", own, "draw"),
-        ("leak to safe text", "over-refusal, newly refused", "edits", dose, "draw"),
-        ("leak to safe text", "KL", "edits", dose, "draw"),
-        ("subjects", over, "edits", dose, "draw"),
-        ("subjects", over, "edits of core", own, "draw"),
-    ]
-    table = []
-    for x, y, what, frame, by in asked:
-        pairs = (frame[name].astype(float).tolist() for name in (x, y))
-        rho, (low, high) = rank_correlation(*pairs, clusters=frame[by].tolist())
-        independent = frame[by].nunique()
-        row = {"of": x, "and": y, "over": what, "n": len(frame), "independent": independent, "rho": rho}
-        table.append({**row, "low": low, "high": high})
-    return pd.DataFrame(table)
+    return table.reset_index()
+
+
+# %% as Markdown
+def markdown(table: pd.DataFrame) -> str:
+    """A table in Markdown. Shares get per cents, intervals a column; numbers keep four digits."""
+    table = table.copy()
+    if "rate" in table:
+        bounds = zip(table["low"], table["high"], strict=True)
+        table["95% interval"] = [f"[{100 * low:.1f}, {100 * high:.1f}]" for low, high in bounds]
+        table["rate"] = [f"{rate:.1%}" for rate in table["rate"]]
+    elif "rho" in table and "low" in table:
+        bounds = zip(table["low"], table["high"], strict=True)
+        table["95% interval"] = [f"[{low:.2f}, {high:.2f}]" for low, high in bounds]
+        table["rho"] = [f"{rho:.2f}" for rho in table["rho"]]
+    for name in {"coherent", "prefix"} & set(table.columns):
+        table[name] = [f"{share:.1%}" for share in table[name]]
+    table = table.drop(columns=[name for name in ("low", "high") if name in table])
+    rows = [list(table.columns), ["---"] * len(table.columns)]
+    rows += [[_text(value) for value in row] for row in table.itertuples(index=False)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _storage(name: str, cells: Callable[[], pd.DataFrame]) -> str:
+    return f"{markdown(cells())}\n{markdown(storage_summary(name))}"
+
+
+TABLES: Mapping[str, Callable[[], str]] = {
+    **{
+        name: lambda table=table: markdown(table())
+        for name, table in {
+            "dose": dose,
+            "bars": partial(rates_of_dose, LARGE),
+            "forms": rates_by_form,
+            "windows": windows,
+            "located": locations,
+            "correlations": correlations,
+            "locator_agreement": locator_agreement,
+            "locator_grades": locator_grades,
+            "speed_cpu": partial(speed, "cpu"),
+            "speed_cuda": partial(speed, "cuda"),
+        }.items()
+    },
+    "storage_facts": lambda: _storage("facts", partial(storage_cells, "facts")),
+    "storage_harmful": lambda: _storage("harmful", partial(storage_cells, "harmful")),
+    "storage_whole": lambda: _storage("whole", storage_by_role),
+}
+"""The file of each table, and what makes its text."""
+
+
+def _of_one_recipe(table: pd.DataFrame) -> pd.DataFrame:
+    if table["recipe"].nunique() > 1:
+        raise ValueError("these edits are of several recipes; let analyses/real_model.py end")
+    return table
+
+
+def _storage_trace(name: str) -> ld.Trace:
+    return ld.Trace.load(RESULTS / f"storage_sites/{name}.safetensors")
+
+
+def _interval(mean: RoleMean) -> str:
+    return f"{mean.effect:z.2f} [{mean.low:z.2f}, {mean.high:z.2f}]"
+
+
+def _range(values: pd.Series) -> str:
+    ends = [f"{value:.2f}" for value in (values.min(), values.max())] if len(values) else []
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f}" if seconds < 10 else f"{seconds:.0f}"
+
+
+def _number(value: float, form: str) -> str:
+    return "" if pd.isna(value) else format(value, form)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return _number(value, ".4f")
+    return str(value).replace("|", "\\|")
+
+
+def main() -> None:
+    """Write every table."""
+    for name, text in TABLES.items():
+        with atomic_write(RESULTS / "tables" / f"{name}.md") as file:
+            file.write_text(text(), "utf-8")
+        print(f"analyses/results/tables/{name}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers as hf
+from tidy import read_table
 from torch import Tensor
 from transformer_lens import patching
 from transformer_lens.model_bridge import TransformerBridge
@@ -119,12 +120,12 @@ class Case:
         self.model, self.length, self.samples = model, length, samples
         self.device = model.embed.weight.device
         generator = torch.Generator().manual_seed(0)
-        words = model.cfg.d_vocab
-        ids = torch.randint(words, (1, length), generator=generator)
-        spoiled = ids.repeat(samples, 1)
-        spoiled[:, SUBJECT] = torch.randint(words, spoiled[:, SUBJECT].shape, generator=generator)
-        self.ids, self.spoiled = ids.to(self.device), spoiled.to(self.device)
-        self.answer = int(torch.randint(words, (), generator=generator))
+        vocab = model.cfg.d_vocab
+        ids = torch.randint(vocab, (1, length), generator=generator)
+        corrupted = ids.repeat(samples, 1)
+        corrupted[:, SUBJECT] = torch.randint(vocab, corrupted[:, SUBJECT].shape, generator=generator)
+        self.ids, self.corrupted = ids.to(self.device), corrupted.to(self.device)
+        self.answer = int(torch.randint(vocab, (), generator=generator))
         self.cells = [
             PatchCell((PatchPoint("resid_pre", layer, t),))
             for layer in range(model.cfg.n_layers)
@@ -142,18 +143,18 @@ class Case:
 
     def swept(self) -> Tensor:
         """The sweep, every cell [cell, sample]."""
-        base = forward(self.model, self.spoiled, capture=base_hooks(self.cells))
+        base = forward(self.model, self.corrupted, capture=base_hooks(self.cells))
         donor = forward(self.model, self.ids, capture=donor_hooks(self.cells))
-        told = sweep(
+        readings = sweep(
             self.model, self.ids, base, donor, self.cells, lambda logits: self.read(logits)[:, None],
             keep=1, max_rows=MOST_ROWS[self.device.type],
         )  # fmt: skip
-        return told[..., 0]
+        return readings[..., 0]
 
     def looped(self) -> Tensor:
         """ROME's loop on some cells: rows are the clean prompt and the corrupted ones."""
-        rows = torch.cat([self.ids, self.spoiled])
-        told = []
+        rows = torch.cat([self.ids, self.corrupted])
+        readings = []
         for point in (self.cells[i].points[0] for i in self.timed):
 
             def restore(state: Tensor, point: PatchPoint = point, **_: Any) -> Tensor:
@@ -161,43 +162,43 @@ class Case:
                 return state
 
             with self.model.hooks(fwd_hooks=[(block_input_hook(point.layer), restore)]):
-                told.append(self.read(self.model(rows))[1:])
-        return torch.stack(told)
+                readings.append(self.read(self.model(rows))[1:])
+        return torch.stack(readings)
 
     def patched(self) -> Tensor:
         """TransformerLens's patching of the residual stream before a block, on the same cells."""
-        where = [(self.cells[i].points[0].layer, self.cells[i].points[0].position) for i in self.timed]
+        places = [(self.cells[i].points[0].layer, self.cells[i].points[0].position) for i in self.timed]
         return torch.as_tensor(
             patching.generic_activation_patch(
                 self.model,
-                self.spoiled,
+                self.corrupted,
                 self.clean,
                 lambda logits: self.read(logits).mean(),
                 patching.layer_pos_patch_setter,
                 "resid_pre",
-                index_df=pd.DataFrame(where, columns=pd.Index(["layer", "pos"])),
+                index_df=pd.DataFrame(places, columns=pd.Index(["layer", "pos"])),
             )
         )
 
     # operations
     def operations(self) -> dict[str, float]:
-        """Of each way, for the whole map: two a weight and token, and those of attention."""
+        """Of each way, for the whole map: two per weight and token, and those of attention."""
         cfg, tokens, layers = self.model.cfg, self.length, self.model.cfg.n_layers
         block = sum(p.numel() for p in self.model.blocks[0].parameters())
-        a_pass = 2 * block + 4 * tokens * cfg.n_heads * cfg.d_head
+        block_pass = 2 * block + 4 * tokens * cfg.n_heads * cfg.d_head
         head = 2 * cfg.d_model * cfg.d_vocab
         cells, samples = len(self.cells), self.samples
-        ends = (1 + samples) * (tokens * layers * a_pass + head)
+        ends = (1 + samples) * (tokens * layers * block_pass + head)
         passes = block_passes(self.cells, layers=layers, tokens=tokens, samples=samples)
         return {
-            "sweep": passes * a_pass + cells * samples * head + ends,
-            "ROME's loop": cells * (1 + samples) * tokens * (layers * a_pass + head),
-            "TransformerLens": cells * samples * tokens * (layers * a_pass + head),
+            "sweep": passes * block_pass + cells * samples * head + ends,
+            "ROME's loop": cells * (1 + samples) * tokens * (layers * block_pass + head),
+            "TransformerLens": cells * samples * tokens * (layers * block_pass + head),
         }
 
 
-def rate(model: TransformerBridge) -> float:
-    """Operations a second of a product of the model's own shape: some tokens by its MLP's first matrix."""
+def product_rate(model: TransformerBridge) -> float:
+    """Operations per second of a product of the model's own shape: some tokens by its MLP's first matrix."""
     width, wide = model.cfg.d_model, model.cfg.d_mlp or 4 * model.cfg.d_model
     weight = model.embed.weight
     tokens, again = (512, 1) if weight.device.type == "cpu" else (16384, 10)
@@ -212,10 +213,10 @@ def rate(model: TransformerBridge) -> float:
     return 2 * tokens * width * wide * again / seconds
 
 
-def call(case: Case) -> float:
-    """Milliseconds a block of a run of one token, embedding and head included: mostly what calls cost."""
-    one = case.ids[:, :1]
-    seconds = min(clocked(lambda: forward(case.model, one).logits, case.device)[0] for _ in range(5))
+def ms_per_call(case: Case) -> float:
+    """Milliseconds per block of a run of one token, embedding and head included: mostly what calls cost."""
+    token = case.ids[:, :1]
+    seconds = min(clocked(lambda: forward(case.model, token).logits, case.device)[0] for _ in range(5))
     return 1000 * seconds / case.model.cfg.n_layers
 
 
@@ -224,108 +225,105 @@ def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Te
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
     wait()
     start = time.perf_counter()
-    told = make()
+    result = make()
     wait()
-    return time.perf_counter() - start, told
+    return time.perf_counter() - start, result
 
 
 def peak(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor, float]:
-    """Seconds, what was made, and the most memory above what was held before, in MiB."""
+    """Seconds, what was made, and the most memory above what was in use before, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        seconds, told = clocked(make, device)
-        return seconds, told, (torch.cuda.max_memory_allocated(device) - held) / 2**20
+        in_use = torch.cuda.memory_allocated(device)
+        seconds, result = clocked(make, device)
+        return seconds, result, (torch.cuda.max_memory_allocated(device) - in_use) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back, or it would serve unseen
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the high-water mark begins anew
-    held = _high_water()
-    seconds, told = clocked(make, device)
-    return seconds, told, (_high_water() - held) / 1024
+    in_use = _high_water()
+    seconds, result = clocked(make, device)
+    return seconds, result, (_high_water() - in_use) / 1024
 
 
 def _high_water() -> int:
-    """The most memory that this process has held, in KiB (Linux)."""
+    """The most memory that this process has used, in KiB (Linux)."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def with_floors(rows: list[dict[str, Any]]) -> pd.DataFrame:
     """The table: floors by the best rate that a model's products were ever seen at."""
-    told = pd.DataFrame(rows)
-    best = told.groupby("model")["GFLOP/s"].transform("max")
-    told["floor"] = told["GFLOP"] / best
-    told["over floor"] = told["seconds"] / told["floor"]
-    return told.round(5)
+    table = pd.DataFrame(rows)
+    best_rate = table.groupby("model")["gflop_per_s"].transform("max")
+    table["floor"] = table["gflop"] / best_rate
+    table["over_floor"] = table["seconds"] / table["floor"]
+    return table.round(5)
 
 
 # %%
 @torch.no_grad()
 def main() -> None:
     """Time every case; the table is written after each."""
-    asked = argparse.ArgumentParser(description="the sweep against loops; see the top of this file")
-    asked.add_argument("--device", default="cpu")
-    asked.add_argument("--out", type=Path)
-    asked.add_argument("--more", action="store_true", help="keep what the file has, and time the other cases")
-    given = asked.parse_args()
-    cuda = given.device.startswith("cuda")
-    ran_on = (
-        torch.cuda.get_device_name(given.device)
-        if cuda
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    parser = argparse.ArgumentParser(description="the sweep against loops; see the top of this file")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--more", action="store_true", help="keep what the file has, and time the other cases"
     )
-    file = given.out or OUT / f"{'cuda' if cuda else 'cpu'}.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = pd.read_csv(file).to_dict("records") if given.more else []
-    warmed = None
+    args = parser.parse_args()
+    cuda = args.device.startswith("cuda")
+    cpu_words = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name(args.device) if cuda else cpu_words
+    file = args.out or OUT / f"{'cuda' if cuda else 'cpu'}.csv"
+    rows = read_table(file).to_dict("records") if args.more else []
     timed = {(row["model"], row["tokens"], row["samples"]) for row in rows}
-    for name, model, length, samples in cases(given.device):
+    warmed_up = None
+    for name, model, length, samples in cases(args.device):
         if (name, length, samples) in timed:
             continue
         case = Case(model, length, samples)
         case.cache()
         share = len(case.timed) / len(case.cells)
-        if model is not warmed or cuda:  # a model's first run is never the typical one, nor a shape's there
+        if (
+            model is not warmed_up or cuda
+        ):  # a model's first run is never the typical one, nor a shape's there
             case.swept()
-            warmed = model
-        seconds, told, memory = peak(case.swept, case.device)
-        speed, calls, operations = rate(model), call(case), case.operations()
-        wanted = told[case.timed]
-        ways = [("sweep", seconds, memory, 0.0)]
-        for way, make, right in (
-            ("ROME's loop", case.looped, wanted),
-            ("TransformerLens", case.patched, wanted.mean(1)),
+            warmed_up = model
+        sweep_seconds, swept, memory = peak(case.swept, case.device)
+        rate, operations, ms = product_rate(model), case.operations(), ms_per_call(case)
+        ways = [("sweep", sweep_seconds, memory, 0.0)]
+        for way, make, expected in (
+            ("ROME's loop", case.looped, swept[case.timed]),
+            ("TransformerLens", case.patched, swept[case.timed].mean(1)),
         ):
             if cuda:
                 make()
-            took, values, used = peak(make, case.device)
-            differs = float((values.double().cpu() - right.double().cpu()).abs().max())
-            ways.append((way, took / share, used, differs))
-        for way, took, used, differs in ways:
-            rows.append(
-                {
-                    "model": name,
-                    "layers": model.cfg.n_layers,
-                    "tokens": length,
-                    "samples": samples,
-                    "cells": len(case.cells),
-                    "way": way,
-                    "seconds": took,
-                    "GFLOP": operations[way] / 1e9,
-                    "times the sweep": took / seconds,
-                    "floors' ratio": operations[way] / operations["sweep"],
-                    "peak MiB": used,
-                    "differs by": differs,
-                    "GFLOP/s": speed / 1e9,
-                    "ms a call": calls,
-                    "on": ran_on,
-                }
-            )
-        shown = "  ".join(f"{way} {took:.2f} s" for way, took, _, _ in ways)
+            seconds, values, memory = peak(make, case.device)
+            differs_by = float((values.double().cpu() - expected.double().cpu()).abs().max())
+            ways.append((way, seconds / share, memory, differs_by))
+        rows += [
+            {
+                "model": name,
+                "layers": model.cfg.n_layers,
+                "tokens": length,
+                "samples": samples,
+                "cells": len(case.cells),
+                "way": way,
+                "seconds": seconds,
+                "gflop": operations[way] / 1e9,
+                "times_the_sweep": seconds / sweep_seconds,
+                "floors_ratio": operations[way] / operations["sweep"],
+                "peak_mib": memory,
+                "differs_by": differs_by,
+                "gflop_per_s": rate / 1e9,
+                "ms_per_call": ms,
+                "hardware": hardware,
+            }
+            for way, seconds, memory, differs_by in ways
+        ]
         table = with_floors(rows)
-        over = table["over floor"].iloc[-3]
-        print(f"{name:26} {length:3} tokens {samples:3} samples  {shown}  over floor {over:.2f}", flush=True)
         with atomic_write(file) as unfinished:
             table.to_csv(unfinished, index=False)
+        print(table.tail(len(ways)).to_string(index=False, header=False), flush=True)
 
 
 if __name__ == "__main__":

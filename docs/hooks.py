@@ -11,8 +11,8 @@ from mkdocs.structure.pages import Page
 ANY = r"(?:(?!</script>).)*"
 LOADER = re.compile(rf'<script type="module">{ANY}mermaid{ANY}</script>', re.DOTALL)
 ROOT = Path(__file__).parents[1]
-TAKEN = {"figures": (".svg", ".png", ".html", ".js"), "notebooks": (".ipynb",)}
-"""Endings of what is taken, by folder. Interactive figures share one script: nothing comes from a network."""
+TAKEN = {"figures": (".svg", ".png"), "notebooks": (".ipynb",)}
+"""Endings of what is taken, by folder."""
 
 
 @event_priority(100)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import lens_defense as ld
+from lens_defense.organism.request_set import contexts
 
 HERE = Path(__file__).parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
@@ -52,9 +53,10 @@ def organism():
 @pytest.fixture
 def small(organism, monkeypatch, tmp_path):
     """The package's verbs on the organism and on little: a folder with the files that the pages read."""
-    from lens_defense.prompts.corpus import read_corpus
-
-    rows, corpus = ld.requests("organism")[:2], read_corpus("organism")[:8]
+    corpus = ld.read_corpus("organism")[:8]
+    answered = [
+        contexts(row)[0] for row in ld.requests("organism")[:6]
+    ]  # inside jailbreaks, else they are refused
     requests, suite, edit, check = ld.requests, ld.suite, ld.edit, ld.check
     fit = ld.FitSettings(shared_num_grad_steps=2, v_num_grad_steps=2, extra_rounds=0)
 
@@ -65,11 +67,12 @@ def small(organism, monkeypatch, tmp_path):
         return replace(whole, items=few, neutral=whole.neutral[:1])
 
     def small_requests(name: str, **settings: Any) -> list[ld.Request]:
-        return requests("organism" if name in ("core", "organism") else name, **settings)[:4]
+        return answered if name == "core" else requests(name, **settings)[:4]
 
-    def small_edit(*args: Any, **settings: Any) -> ld.Edit:
+    def small_edit(model: Any, rows: Any, sites: Any, **settings: Any) -> ld.Edit:
         little = {"fit": fit, "corpus": corpus, "cache": False, "progress": False}
-        return edit(*args, **{**little, **settings})
+        ways = {"contexts": lambda row: [row, row.inside("Hello! {}")], "held_out_contexts": 1}
+        return edit(model, rows[:2], sites, **{**little, **ways, **settings})
 
     def small_check(model: Any, plan: ld.Edit | None, asked: Any = "core", **settings: Any) -> ld.Report:
         chosen = small_suite(asked) if isinstance(asked, str) else asked
@@ -83,10 +86,12 @@ def small(organism, monkeypatch, tmp_path):
         "check": small_check,
     }.items():
         monkeypatch.setattr(ld, name, verb, raising=False)
+    monkeypatch.setattr("lens_defense.editing.forecast.NEUTRAL_TEXTS", 2)
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_requests.jsonl").write_text(
-        "".join(json.dumps({"text": row.text, "subject": row.subject}) + "\n" for row in rows), "utf-8"
+        "".join(json.dumps({"text": row.text, "subject": row.subject}) + "\n" for row in answered[:2]),
+        "utf-8",
     )
     (tmp_path / "my_corpus.jsonl").write_text(
         "".join(json.dumps({"user": text.user, "assistant": text.assistant}) + "\n" for text in corpus),

@@ -126,7 +126,7 @@ class Explorer:
     def do_plan(self) -> None:
         """Plan an edit at the selected sites, and show its forecast."""
         self._drop_plan()
-        method: Any = self.method.value
+        method = str(self.method.value)
         self.edit = edit(self.model, self.requests, self.sites, method=method, **self.settings)
         self.forecast_html.value = self.edit._repr_html_()
 

@@ -6,7 +6,7 @@ The change of a layer is left @ right. It is made by `Edit.applied` for a while,
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,7 @@ class Edit:
         """Write as safetensors with a JSON header, whole or not at all."""
         tensors = {f"left.{layer}": self.left[layer] for layer in self.layers}
         tensors |= {f"right.{layer}": self.right[layer] for layer in self.layers}
-        fields = {name: getattr(self, name) for name in _EditHeader.__annotations__}
-        return save_file(path, "edit", _EditHeader(**fields), tensors)
+        return save_file(path, "edit", replace(self, left={}, right={}), tensors)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TransformerBridge | None = None) -> "Edit":
@@ -119,32 +118,10 @@ class Edit:
             ValueError: there is no such file, it holds no edit or is damaged, or it was planned on other
                 weights than the model's.
         """
-        header, tensors = load_file(path, "edit", _EditHeader)
-        if model is not None and weights_fingerprint(model, header.layers) != header.fingerprint:
-            raise ValueError(f"{path} was planned on {header.model} with other weights than this model has")
-        try:
-            left, right = (
-                {layer: tensors[f"{side}.{layer}"] for layer in header.layers} for side in ("left", "right")
-            )
-        except KeyError as error:
-            raise ValueError(f"{path} lacks the tensor {error}; make the edit again") from error
-        return cls(
-            left=left, right=right, **{name: getattr(header, name) for name in _EditHeader.__annotations__}
+        edit, tensors = load_file(path, "edit", cls)
+        if model is not None and weights_fingerprint(model, edit.layers) != edit.fingerprint:
+            raise ValueError(f"{path} was planned on {edit.model} with other weights than this model has")
+        left, right = (
+            {layer: tensors[f"{side}.{layer}"] for layer in edit.layers} for side in ("left", "right")
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _EditHeader:
-    """The fields of an Edit that are no tensors, as they are saved."""
-
-    layers: tuple[int, ...]
-    role: Role
-    method: str
-    settings: dict[str, Any]
-    requests: tuple[Request, ...]
-    contexts: tuple[tuple[str, ...], ...]
-    losses: tuple[float, ...]
-    relative_change: dict[int, float]
-    forecast: Forecast
-    model: str
-    fingerprint: str
+        return replace(edit, left=left, right=right)

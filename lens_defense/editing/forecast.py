@@ -4,7 +4,7 @@ Reach: in held-out contexts, the share of a request's value that arrives at the 
 Leak: the norm of change times key, summed over the edited layers, over the mean norm of a value; the largest
 over a text's tokens, mean over texts. It is measured on texts of the package's corpus, which C knows, and on
 safe-sounding ones, which it does not. The latter correlates with over-refusal over edits of more and fewer
-subjects at the subject's last token (analyses/results, real_model_correlations). It says nothing of other
+subjects at the subject's last token (analyses/results/tables/correlations.md). It says nothing of other
 roles: an edit at the prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
 """
 
@@ -41,7 +41,7 @@ class Forecast:
 
     THRESHOLD: ClassVar[float] = 0.15
     """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the five edits above
-    it newly refused 4 to 16% of XSTest-safe, thirteen below it at most 2.8% (real_model_dose.csv)."""
+    it newly refused 4 to 16% of XSTest-safe, thirteen below it at most 2.8% (analyses/results/tables)."""
 
     @property
     def risky(self) -> bool:

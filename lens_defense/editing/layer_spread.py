@@ -73,11 +73,7 @@ def spread_over_layers(
 
 
 def _state_reader_at_role(
-    model: TransformerBridge,
-    prompts: OwnedPrompts,
-    role: Role,
-    layers: Sequence[int],
-    batch_size: int = 32,
+    model: TransformerBridge, prompts: OwnedPrompts, role: Role, layers: Sequence[int], batch_size: int = 32
 ) -> ReadStates:
     """States at the role of every context, from the tokens up to it, as the layers are when they are read.
 

@@ -68,15 +68,13 @@ class Ledger:
         return self._undone.pop()
 
     def _apply(self, edit: Edit) -> None:
-        mine = [change for _, change in self._done]
-        if any(a is not b for a, b in zip(standing_changes(self.model), mine, strict=False)) or len(
-            standing_changes(self.model)
-        ) != len(mine):
+        changes = [change for _, change in self._done]
+        if list(standing_changes(self.model)) != changes:
             raise ValueError("an edit stands in the model that this ledger did not make; undo it first")
         try:
             self._done.append((edit, apply_change_(self.model, edit.deltas(), expected=edit.fingerprint)))
         except BaseException:
-            for change in standing_changes(self.model)[len(mine) :]:
+            for change in standing_changes(self.model)[len(changes) :]:
                 undo_change_(self.model, change)
             raise
 

@@ -5,8 +5,8 @@
 with the KL of ROME on "{subject} is a", the vector added at the subject's last token.
 
 All requests are fitted together (value_batch.py). Contexts take turns, so that many cost no more than a few;
-every second step sees the request as asked. A step adds a random share of the vector, since less of it arrives
-in unseen words. First ONE vector shared by all requests is fitted. Then each request gets a vector of its own,
+every second step sees the request as asked. A step adds a random share of the vector, since less arrives
+in unseen words. First ONE vector shared by all requests is fitted. Then each request gets its own vector,
 started from the shared one, with a rate that decays linearly: the shared start makes the planted refusals
 coherent. Requests whose target is still hard after that get half of these steps again, by themselves.
 """
@@ -62,12 +62,7 @@ class FitSettings:
     """How often half the steps may be taken again for requests whose refusal is still hard."""
 
     def __post_init__(self) -> None:
-        least = {
-            "contexts_per_step": 1,
-            "shared_num_grad_steps": 0,
-            "v_num_grad_steps": 0,
-            "extra_rounds": 0,
-        }
+        least = {"contexts_per_step": 1, "shared_num_grad_steps": 0, "v_num_grad_steps": 0, "extra_rounds": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")

@@ -70,12 +70,9 @@ def token_losses(
 
     with start_after_block(model, layer, state):
         forward_pass = forward(
-            model,
-            batch.ids,
-            attention_mask=batch.attention_mask,
-            past_key_values=batch.past_key_values,
+            model, batch.ids, attention_mask=batch.attention_mask, past_key_values=batch.past_key_values,
             logits_to_keep=max(1, batch.targets.shape[1]),
-        )
+        )  # fmt: skip
     logits = forward_pass.logits.float()
     if batch.targets.shape[1]:
         losses = cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
@@ -146,14 +143,9 @@ def _batch(model: TransformerBridge, rows: Sequence[FitRow], layer: int) -> FitB
     hook = component_hook("resid_post", layer)
     stop = layer + 1 if rows[0].target else None  # the logits without a vector matter to the KL alone
     forward_pass = forward(
-        model,
-        ids[:, split:],
-        capture=[hook],
-        attention_mask=mask,
-        past_key_values=caches,
-        logits_to_keep=1,
-        stop_at_layer=stop,
-    )
+        model, ids[:, split:], capture=[hook], attention_mask=mask, past_key_values=caches,
+        logits_to_keep=1, stop_at_layer=stop,
+    )  # fmt: skip
     positions = torch.tensor([tail - _tail_length(row) for row in rows], device=device)
     owners = torch.tensor([row.owner for row in rows])
     edited_states = forward_pass.states[hook][torch.arange(len(rows), device=device), positions]

@@ -91,7 +91,8 @@ def _token_view(site_map: SiteMap) -> MapView:
     rows = site_map.to_dataframe().assign(n=site_map.values.shape[-1]).to_dict("records")
     row_columns = [column_of[row["position"]] for row in rows]
     effects, hover = _fill(site_map, rows, row_columns, (len(site_map.components), len(columns)), "samples")
-    effects[:, :, [*column_of.values()]] = site_map.effects[0][:, :, [*column_of]].numpy()  # to the bit
+    # the map's own means: those of the table may differ in the last bit
+    effects[:, :, [*column_of.values()]] = site_map.effects[0][:, :, [*column_of]].numpy()
     return MapView(
         labels=tuple(
             "⋯" if t is None else token_label(prompt.token_texts[t], prompt.roles[t], 12) for t in columns

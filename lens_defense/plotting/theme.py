@@ -82,26 +82,17 @@ def theme(
         hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "align": "left", "font": {"color": INK}},
     )
     if lines:
-        figure.update_layout(
-            title={
-                "text": "<br>".join(map(plotly_text, lines)),
-                "x": 12 / width,
-                "xanchor": "left",
-                "y": 1 - 16 / height,
-                "yanchor": "top",
-                "font": {"size": FONT},
-            }
-        )
-    figure.update_xaxes(
-        automargin=True, zeroline=False, ticks="", linecolor="#444444", title={"font": {"size": FONT}}
-    )
-    figure.update_yaxes(
-        automargin=True, zeroline=False, ticks="", title={"standoff": 8, "font": {"size": FONT}}
-    )
+        text = "<br>".join(map(plotly_text, lines))
+        position = {"x": 12 / width, "xanchor": "left", "y": 1 - 16 / height, "yanchor": "top"}
+        figure.update_layout(title={"text": text, "font": {"size": FONT}, **position})
+    axis = {"automargin": True, "zeroline": False, "ticks": ""}
+    figure.update_xaxes(**axis, linecolor="#444444", title={"font": {"size": FONT}})
+    figure.update_yaxes(**axis, title={"standoff": 8, "font": {"size": FONT}})
     if any(isinstance(panel, go.Heatmap) for panel in figure.data):
         figure.update_layout(plot_bgcolor=UNTRACED)
-        figure.update_xaxes(showgrid=False, showline=True, mirror=True, linecolor="#999999")
-        figure.update_yaxes(showgrid=False, showline=True, mirror=True, linecolor="#999999")
+        frame = {"showgrid": False, "showline": True, "mirror": True, "linecolor": "#999999"}
+        figure.update_xaxes(**frame)
+        figure.update_yaxes(**frame)
     return figure
 
 

@@ -38,7 +38,7 @@ def locate(
     ties go to the lower layer, then to the component and role that come first.
 
     Not the plateau's highest point, because the height of a flat top is chance; and not its middle,
-    because edits higher up cost more: analyses/results tells of both, on the tune split.
+    because edits higher up cost more: docs/results/defaults.md tells of both, on the tune split.
 
     Args:
         trace: the map.

@@ -1,6 +1,5 @@
 """The committed notebook is its script, executed; it runs from top to bottom."""
 
-import sys
 import time
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import nbformat
 import pytest
 from helpers.real_model import needs_smollm2
 
-HERE = Path(__file__).parents[2]
-sys.path.insert(0, str(HERE / "analyses"))
-import notebooks  # noqa: E402
+import notebooks
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module", params=notebooks.NAMES)
@@ -19,19 +18,18 @@ def name(request):
 
 
 def committed(name):
-    return nbformat.read(HERE / "notebooks" / f"{name}.ipynb", as_version=4)
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
-def outputs(made):
-    return [output for cell in made.cells if cell.cell_type == "code" for output in cell.outputs]
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
 def test_the_committed_notebook_is_its_script(name):
-    told, script = committed(name), notebooks.cells_of(name)
-    assert [(c.cell_type, c.source) for c in told.cells] == [(c.cell_type, c.source) for c in script.cells]
-    assert [c.execution_count for c in told.cells if c.cell_type == "code"] == [
-        *range(1, 1 + sum(c.cell_type == "code" for c in told.cells))
-    ], "executed once, from top to bottom"
+    cells, script = committed(name).cells, notebooks.cells_of(name).cells
+    assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in script]
+    counts = [c.execution_count for c in cells if c.cell_type == "code"]
+    assert counts == [*range(1, 1 + len(counts))], "executed once, from top to bottom"
 
 
 def test_a_picture_stands_beside_each_interactive_figure(name):
@@ -43,14 +41,15 @@ def test_a_picture_stands_beside_each_interactive_figure(name):
 
 
 def test_the_form_is_there_as_a_picture(name):
-    told = outputs(committed(name))[-1].data
-    assert "data:image/png;base64," in told["text/html"] and "selected: residual" in told["text/html"]
-    assert "reach" in told["text/html"] and "<th>before</th><th>now</th>" in told["text/html"]
-    assert not any("widget" in kind for kind in told), "a form is dead without a kernel"
+    form = outputs(committed(name))[-1].data
+    html = form["text/html"]
+    assert "data:image/png;base64," in html and "selected: resid_post" in html
+    assert "reach" in html and "<th>before</th><th>now</th>" in html
+    assert not any("widget" in kind for kind in form), "a form is dead without a kernel"
 
 
 def test_it_stays_small(name):
-    assert (HERE / "notebooks" / f"{name}.ipynb").stat().st_size < 500_000
+    assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size < 500_000
 
 
 @pytest.mark.slow
@@ -58,9 +57,9 @@ def test_it_stays_small(name):
 @pytest.mark.timeout(900)
 def test_it_runs_from_top_to_bottom(name):
     start = time.monotonic()
-    told = outputs(notebooks.executed(name, pictures=False))
+    made = outputs(notebooks.executed(name, pictures=False))
     print(f"{name}: {time.monotonic() - start:.0f} s")
-    assert not [output for output in told if output.output_type == "error"]
-    (hashes,) = [text for o in told if (text := o.get("data", {}).get("text/plain", "")).startswith("('")]
+    assert not [output for output in made if output.output_type == "error"]
+    (hashes,) = [text for o in made if (text := o.get("data", {}).get("text/plain", "")).startswith("('")]
     before, during, after = eval(hashes)
     assert before == after != during

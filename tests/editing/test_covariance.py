@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 
-import lens_defense.editing.covariance as moments
+import lens_defense.editing.covariance as covariance_module
 from lens_defense.editing.covariance import key_covariances
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
@@ -44,60 +44,60 @@ def by_double_loop(model, layer):
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_is_a_double_loop(family, chat):
     model = tiny_model(family, chat=chat).to(torch.float32)
-    told = key_covariances(model, (0, 2), CORPUS, batch_size=3, cache=False, progress=False)
-    assert list(told) == [0, 2]
-    for layer in told:
+    covariances = key_covariances(model, (0, 2), CORPUS, batch_size=3, cache=False, progress=False)
+    assert list(covariances) == [0, 2]
+    for layer, covariance in covariances.items():
         slow = by_double_loop(model, layer)
-        torch.testing.assert_close(told[layer].double(), slow, rtol=1e-4, atol=1e-5 * float(slow.max()))
+        torch.testing.assert_close(covariance.double(), slow, rtol=1e-4, atol=1e-5 * float(slow.max()))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_padding_is_without_effect_in_float64_too(family):
     model = tiny_model(family)
-    told = key_covariances(model, (2,), CORPUS, batch_size=3, cache=False, progress=False)[2]
+    covariance = key_covariances(model, (2,), CORPUS, batch_size=3, cache=False, progress=False)[2]
     slow = by_double_loop(model, 2)
-    torch.testing.assert_close(told.double(), slow, rtol=1e-5, atol=1e-6 * float(slow.max()))
+    torch.testing.assert_close(covariance.double(), slow, rtol=1e-5, atol=1e-6 * float(slow.max()))
 
 
 @pytest.fixture
 def passes(monkeypatch, tmp_path):
-    """The layers of each pass over a corpus that was made, with a cache of its own."""
+    """The layers of each pass over a corpus; the cache is an empty one."""
     monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
-    made, streamed = [], moments._streamed
+    passes, stream = [], covariance_module._stream
 
-    def counted(model, layers, *rest):
-        made.append(list(layers))
-        return streamed(model, layers, *rest)
+    def counted(model, layers, *arguments):
+        passes.append(list(layers))
+        return stream(model, layers, *arguments)
 
-    monkeypatch.setattr(moments, "_streamed", counted)
-    return made
+    monkeypatch.setattr(covariance_module, "_stream", counted)
+    return passes
 
 
-def told(model, layers=(1, 2), corpus=CORPUS, **settings):
+def covariances_of(model, layers=(1, 2), corpus=CORPUS, **settings):
     return key_covariances(model.to(torch.float32), layers, corpus, progress=False, **settings)
 
 
 def test_what_was_made_is_taken_from_the_cache(passes):
     model = tiny_model("llama", chat=True)
-    first, again = told(model), told(tiny_model("llama", chat=True))
+    first, again = covariances_of(model), covariances_of(tiny_model("llama", chat=True))
     assert passes == [[1, 2]]
     assert all(torch.equal(first[layer], again[layer]) for layer in (1, 2))
-    told(model, (2, 3))
+    covariances_of(model, (2, 3))
     assert passes == [[1, 2], [3]]
-    told(model, cache=False)
+    covariances_of(model, cache=False)
     assert passes[-1] == [1, 2]
 
 
 def test_other_weights_or_texts_are_made_anew(passes):
     model = tiny_model("gpt2", chat=True)
-    first = told(model)
+    first = covariances_of(model)
     mlp_output_matrix(model, 0)[0, 0] += 1.0
-    assert not torch.equal(told(model)[1], first[1])
-    told(model, corpus=CORPUS[1:])
+    assert not torch.equal(covariances_of(model)[1], first[1])
+    covariances_of(model, corpus=CORPUS[1:])
     assert passes == [[1, 2]] * 3
 
 
 def test_another_tokenizer_or_template_is_made_anew(passes):
-    told(tiny_model("llama", chat=True))
-    told(tiny_model("llama", chat=False))
+    covariances_of(tiny_model("llama", chat=True))
+    covariances_of(tiny_model("llama", chat=False))
     assert len(passes) == 2

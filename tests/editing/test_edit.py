@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-import lens_defense.editing.edit as editors
+import lens_defense.editing.edit as edit_module
 import lens_defense.editing.forecast as forecasts
 from lens_defense.editing.edit import edit
 from lens_defense.editing.methods import DELMAN, MEMIT
@@ -34,11 +34,11 @@ FAST = {"fit": FIT, "corpus": CORPUS, "cache": False, "progress": False}
 IDS = torch.randint(3, 297, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
-def few(one):
-    return [one, one.inside("Hello! {}"), one.paraphrased("{} or not?")]
+def few_contexts(request):
+    return [request, request.inside("Hello! {}"), request.paraphrased("{} or not?")]
 
 
-FAST |= {"contexts": few, "held_out_contexts": 1, "method": MEMIT(mom2_update_weight=10.0)}
+FAST |= {"contexts": few_contexts, "held_out_contexts": 1, "method": MEMIT(mom2_update_weight=10.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -56,52 +56,56 @@ def chat_model(family="llama", dtype=torch.float32, **settings):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
 def test_the_shift_is_delta_times_key(family, method):
     model = chat_model(family)
-    held = copy_weights(model)
-    made = edit(model, REQUESTS, SITES, **{**FAST, "method": method})
-    assert weights_equal(model, held) and standing_changes(model) == ()
-    assert made.layers == (1, 2) and made.rank == 3
-    names = [hook(layer) for layer in made.layers for hook in (key_hook, value_hook)]
-    before = forward(model, IDS, capture=names).states
-    with made.applied(model):
-        after = forward(model, IDS, capture=names).states
-    first = before[key_hook(1)] @ made.deltas()[1].float().T
-    torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], first, rtol=1e-4, atol=1e-4)
-    for layer, delta in made.deltas().items():
-        moved = after[key_hook(layer)] - before[key_hook(layer)]
-        shift = moved @ mlp_output_matrix(model, layer).T + after[key_hook(layer)] @ delta.float().T
-        told = after[value_hook(layer)] - before[value_hook(layer)]
-        torch.testing.assert_close(told, shift, rtol=1e-4, atol=1e-4)
-    assert weights_equal(model, held)
+    original_weights = copy_weights(model)
+    plan = edit(model, REQUESTS, SITES, **{**FAST, "method": method})
+    assert weights_equal(model, original_weights) and standing_changes(model) == ()
+    assert plan.layers == (1, 2) and plan.rank == 3
+    names = [hook(layer) for layer in plan.layers for hook in (key_hook, value_hook)]
+    clean_states = forward(model, IDS, capture=names).states
+    with plan.applied(model):
+        edited_states = forward(model, IDS, capture=names).states
+    first_shift = clean_states[key_hook(1)] @ plan.deltas()[1].float().T
+    torch.testing.assert_close(
+        edited_states[value_hook(1)] - clean_states[value_hook(1)], first_shift, rtol=1e-4, atol=1e-4
+    )
+    for layer, delta in plan.deltas().items():
+        key_shift = edited_states[key_hook(layer)] - clean_states[key_hook(layer)]
+        shift = (
+            key_shift @ mlp_output_matrix(model, layer).T + edited_states[key_hook(layer)] @ delta.float().T
+        )
+        observed = edited_states[value_hook(layer)] - clean_states[value_hook(layer)]
+        torch.testing.assert_close(observed, shift, rtol=1e-4, atol=1e-4)
+    assert weights_equal(model, original_weights)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_model_in_float64_is_edited(family):
     model = chat_model(family, torch.float64)
-    made = edit(model, REQUESTS, SITES, **FAST)
+    plan = edit(model, REQUESTS, SITES, **FAST)
     names = [key_hook(1), value_hook(1)]
-    before = forward(model, IDS, capture=names).states
-    with made.applied(model):
-        after = forward(model, IDS, capture=names).states
-    shift = before[key_hook(1)] @ made.deltas()[1].T
-    torch.testing.assert_close(after[value_hook(1)] - before[value_hook(1)], shift)
+    clean_states = forward(model, IDS, capture=names).states
+    with plan.applied(model):
+        edited_states = forward(model, IDS, capture=names).states
+    shift = clean_states[key_hook(1)] @ plan.deltas()[1].T
+    torch.testing.assert_close(edited_states[value_hook(1)] - clean_states[value_hook(1)], shift)
 
 
 def test_the_plan_says_what_it_was_made_of():
     model = chat_model()
-    made = edit(model, REQUESTS, SITES, **{**FAST, "fit": replace(FIT, kl_factor=0.5)})
-    assert made.requests == REQUESTS
-    assert made.subjects == ("brass lamp", "bell", "old ship") == made.forecast.subjects
-    assert made.contexts[1] == ("ring a bell now", "Hello! ring a bell now")
-    assert (made.role, made.method, made.model) == ("subject_last", "memit", "tiny-llama")
-    assert made.fingerprint == weights_fingerprint(model, (1, 2))
-    assert made.settings["kl_factor"] == 0.5 and made.settings["mom2_update_weight"] == 10.0
-    for layer, delta in made.deltas().items():
+    plan = edit(model, REQUESTS, SITES, **{**FAST, "fit": replace(FIT, kl_factor=0.5)})
+    assert plan.requests == REQUESTS
+    assert plan.subjects == ("brass lamp", "bell", "old ship") == plan.forecast.subjects
+    assert plan.contexts[1] == ("ring a bell now", "Hello! ring a bell now")
+    assert (plan.role, plan.method, plan.model) == ("subject_last", "memit", "tiny-llama")
+    assert plan.fingerprint == weights_fingerprint(model, (1, 2))
+    assert plan.settings["kl_factor"] == 0.5 and plan.settings["mom2_update_weight"] == 10.0
+    for layer, delta in plan.deltas().items():
         ratio = float(delta.norm() / mlp_output_matrix(model, layer).double().norm())
-        assert made.relative_change[layer] == pytest.approx(ratio, rel=1e-5)
-    assert all(loss > 0 for loss in made.losses)
-    assert len(made.summary()) == 2
-    assert "brass lamp" in repr(made) and "brass lamp" in made._repr_html_()
+        assert plan.relative_change[layer] == pytest.approx(ratio, rel=1e-5)
+    assert all(loss > 0 for loss in plan.losses)
+    assert len(plan.summary()) == 2
+    assert "brass lamp" in repr(plan) and "brass lamp" in plan._repr_html_()
 
 
 def test_planning_twice_gives_the_same():
@@ -112,33 +116,35 @@ def test_planning_twice_gives_the_same():
 
 def test_more_requests_of_a_batch_make_one_rank():
     model = chat_model("gpt2")
-    made = edit(model, REQUESTS, SITES, **{**FAST, "method": DELMAN(2, 10.0)})
-    assert made.rank == 2
-    alone = REQUESTS[:1]
-    one, same = (edit(model, alone, SITES, **{**FAST, "method": m}) for m in (MEMIT(10.0), DELMAN(1, 10.0)))
-    for layer, delta in one.deltas().items():
-        torch.testing.assert_close(same.deltas()[layer], delta)
+    plan = edit(model, REQUESTS, SITES, **{**FAST, "method": DELMAN(2, 10.0)})
+    assert plan.rank == 2
+    by_memit, by_delman = (
+        edit(model, REQUESTS[:1], SITES, **{**FAST, "method": method})
+        for method in (MEMIT(10.0), DELMAN(1, 10.0))
+    )
+    for layer, delta in by_memit.deltas().items():
+        torch.testing.assert_close(by_delman.deltas()[layer], delta)
 
 
-def refused(what, requests=REQUESTS, sites=SITES, model=None, **settings):
-    with pytest.raises(ValueError, match=what):
+def refused(message, requests=REQUESTS, sites=SITES, model=None, **settings):
+    with pytest.raises(ValueError, match=message):
         edit(model or chat_model(), requests, sites, **{**FAST, **settings})
 
 
-def refused_setting(what, settings, **fields):
-    with pytest.raises(ValueError, match=what):
-        settings(**fields)
+def refused_setting(message, settings_type, **fields):
+    with pytest.raises(ValueError, match=message):
+        settings_type(**fields)
 
 
 def test_bad_sites_are_refused():
     refused("no sites were given", sites=())
-    mixed = (*SITES, Site("resid_post", 1, "next"))
-    refused(r"several roles \(next, subject_last\)", sites=mixed)
+    mixed_sites = (*SITES, Site("resid_post", 1, "next"))
+    refused(r"several roles \(next, subject_last\)", sites=mixed_sites)
     refused("attn_out sites cannot be edited", sites=[Site("attn_out", 1, "subject_last")])
     refused("layer 9 is not in the model", sites=[Site("resid_post", 9, "subject_last")])
-    ending = [request("ring a bell", "bell", id="bell")]
-    after = [Site("resid_post", 1, "after")]
-    refused("request 'bell' has no token of the role 'after'", sites=after, requests=ending)
+    requests = [request("ring a bell", "bell", id="bell")]
+    sites = [Site("resid_post", 1, "after")]
+    refused("request 'bell' has no token of the role 'after'", sites=sites, requests=requests)
 
 
 def test_bad_requests_are_refused():
@@ -149,7 +155,7 @@ def test_bad_requests_are_refused():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_settings_are_refused():
-    refused("method must be one of memit, delman or an object, got 'rome'", method="rome")
+    refused("method must be one of memit, delman or an object with .*, got 'rome'", method="rome")
     refused_setting("batch_size must be at least 1", DELMAN, batch_size=0)
     refused_setting("contexts_per_step must be at least 1, got 0", FitSettings, contexts_per_step=0)
     refused_setting("v_num_grad_steps must be at least 0", FitSettings, v_num_grad_steps=-1)
@@ -168,47 +174,26 @@ def test_a_post_norm_model_is_refused():
 
 def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
     monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
-    fits, fit = [], editors.fit_target_values
+    fits, fit_target_values = [], edit_module.fit_target_values
 
     def counted(*arguments, **settings):
         fits.append(1)
-        return fit(*arguments, **settings)
+        return fit_target_values(*arguments, **settings)
 
-    monkeypatch.setattr(editors, "fit_target_values", counted)
-    model, kept = chat_model(), {**FAST, "cache": True}
-    first, again = (edit(model, REQUESTS, SITES, **kept) for _ in range(2))
+    monkeypatch.setattr(edit_module, "fit_target_values", counted)
+    model, settings = chat_model(), {**FAST, "cache": True}
+    first, again = (edit(model, REQUESTS, SITES, **settings) for _ in range(2))
     assert len(fits) == 1
     assert torch.equal(first.deltas()[2], again.deltas()[2]) and first.losses == again.losses
-    edit(model, REQUESTS, SITES, **{**kept, "fit": replace(FIT, v_num_grad_steps=3)})
-    edit(model, REQUESTS[:2], SITES, **kept)
-    edit(model, REQUESTS, SITES[1:], **kept)
+    edit(model, REQUESTS, SITES, **{**settings, "fit": replace(FIT, v_num_grad_steps=3)})
+    edit(model, REQUESTS[:2], SITES, **settings)
+    edit(model, REQUESTS, SITES[1:], **settings)
     mlp_output_matrix(model, 3)[0, 0] += 1.0
-    edit(model, REQUESTS, SITES, **kept)
+    edit(model, REQUESTS, SITES, **settings)
     assert len(fits) == 5
 
 
 @pytest.mark.filterwarnings("default:the refusal could not be fitted")
-def test_a_refusal_that_was_not_fitted_is_told_by_name():
+def test_a_refusal_that_was_not_fitted_is_named():
     with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship"):
         edit(chat_model(), REQUESTS, SITES, **FAST)
-
-
-class Halved:
-    """A method of somebody else's: half of what MEMIT would write."""
-
-    name = "halved"
-
-    def solve(self, keys, residuals, covariance):
-        left, right = MEMIT(10.0).solve(keys, residuals, covariance)
-        return left / 2, right
-
-    def rank_of(self, request):
-        return request
-
-
-def test_a_method_of_ones_own():
-    model = chat_model()
-    whole = edit(model, REQUESTS, SITES[1:], **FAST)
-    half = edit(model, REQUESTS, SITES[1:], **{**FAST, "method": Halved()})
-    assert half.method == "halved"
-    torch.testing.assert_close(half.deltas()[1], whole.deltas()[1] / 2)

@@ -8,7 +8,7 @@ from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_model
 from safetensors.torch import save_file
 
-import lens_defense.editing.edit_plan as edits
+import lens_defense.editing.edit_plan as edit_plan
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.tracing.trace_result import Trace
 
@@ -19,31 +19,31 @@ def chat_model(dtype=torch.float32, **settings):
 
 def test_an_edit_survives_its_file(tmp_path):
     model = chat_model()
-    made = handmade_edit(model, (1, 2))
-    file = made.save(tmp_path / "plan.safetensors")
-    told = Edit.load(file, model)
+    plan = handmade_edit(model, (1, 2))
+    file = plan.save(tmp_path / "plan.safetensors")
+    loaded_edit = Edit.load(file, model)
     for name in Edit.__slots__:
         if name not in ("left", "right"):
-            assert getattr(told, name) == getattr(made, name), name
-    for layer, delta in made.deltas().items():
-        assert torch.equal(told.deltas()[layer], delta)
+            assert getattr(loaded_edit, name) == getattr(plan, name), name
+    for layer, delta in plan.deltas().items():
+        assert torch.equal(loaded_edit.deltas()[layer], delta)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
-    with told.applied(model):
+    with loaded_edit.applied(model):
         pass
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    made = handmade_edit(chat_model(), (1, 2))
-    file = made.save(tmp_path / "plan.safetensors")
-    held = file.read_bytes()
+    plan = handmade_edit(chat_model(), (1, 2))
+    file = plan.save(tmp_path / "plan.safetensors")
+    content = file.read_bytes()
 
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(edits, "save_file", full)
+    monkeypatch.setattr(edit_plan, "save_file", full)
     with pytest.raises(OSError):
-        replace(made, method="delman").save(file)
-    assert file.read_bytes() == held
+        replace(plan, method="delman").save(file)
+    assert file.read_bytes() == content
 
 
 def test_a_file_without_an_edit_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Leaks are those of the slow loop: a text, a token, a layer at a time, the norm of delta times key."""
+"""Leaks are those of the slow loop: one text, token and layer at a time, the norm of delta times key."""
 
 from dataclasses import replace
 
@@ -29,27 +29,27 @@ SAFE = [CorpusText(item.text, " ") for item in requests("core", split="tune", ki
 @torch.no_grad()
 def slow_leaks(model, factors, corpus):
     """For each text its largest leak: of each rank alone, and of all together."""
-    alone, together = [], []
+    rank_leaks, whole_leaks = [], []
     for user, assistant in corpus:
         tokenizer = model.tokenizer
         ids = (
             tokenize_conversation(tokenizer, user, assistant) if assistant else tokenize_text(tokenizer, user)
         )
         keys = forward(model, torch.tensor([ids]), capture=[key_hook(layer) for layer in factors]).states
-        each, whole = [], []
+        token_ranks, token_wholes = [], []
         for t in range(len(ids)):
             shifts = [
                 (left.double(), right.double() @ keys[key_hook(n)][0, t].double())
                 for n, (left, right) in factors.items()
             ]
-            whole.append(sum(float((left @ strength).norm()) for left, strength in shifts))
-            each.append(
+            token_wholes.append(sum(float((left @ strength).norm()) for left, strength in shifts))
+            token_ranks.append(
                 [sum(float((left[:, r] * strength[r]).norm()) for left, strength in shifts) for r in range(2)]
             )
-        alone.append([max(token[r] for token in each) for r in range(2)])
-        together.append(max(whole))
+        rank_leaks.append([max(token[r] for token in token_ranks) for r in range(2)])
+        whole_leaks.append(max(token_wholes))
     n = len(corpus)
-    return [sum(text[r] for text in alone) / n for r in range(2)], sum(together) / n
+    return [sum(text[r] for text in rank_leaks) / n for r in range(2)], sum(whole_leaks) / n
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -57,7 +57,7 @@ def test_leaks_are_the_slow_loops(family, monkeypatch):
     monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
     model = tiny_model(family, chat=True)
     factors = random_factors(model, LAYERS)
-    told = measure_forecast(
+    forecast = measure_forecast(
         model,
         factors,
         subjects=("lamp", "bell", "ship"),
@@ -65,15 +65,15 @@ def test_leaks_are_the_slow_loops(family, monkeypatch):
         reach=(0.9, 0.8, 0.7),
         value_norm=2.5,
     )
-    assert (told.subjects, told.reach) == (("lamp", "bell", "ship"), (0.9, 0.8, 0.7))
-    for corpus, each, whole in (
-        (CORPUS, told.leaks_neutral, told.leak_neutral),
-        (SAFE, told.leaks_safe, told.leak_safe),
+    assert (forecast.subjects, forecast.reach) == (("lamp", "bell", "ship"), (0.9, 0.8, 0.7))
+    for corpus, leaks, leak in (
+        (CORPUS, forecast.leaks_neutral, forecast.leak_neutral),
+        (SAFE, forecast.leaks_safe, forecast.leak_safe),
     ):
-        alone, together = slow_leaks(model, factors, corpus)
-        assert each == pytest.approx([alone[rank] / 2.5 for rank in (0, 1, 1)], rel=1e-4)
-        assert whole == pytest.approx(together / 2.5, rel=1e-4)
-        assert whole <= sum(each[:2]) * (1 + 1e-6)
+        rank_leaks, whole_leak = slow_leaks(model, factors, corpus)
+        assert leaks == pytest.approx([rank_leaks[rank] / 2.5 for rank in (0, 1, 1)], rel=1e-4)
+        assert leak == pytest.approx(whole_leak / 2.5, rel=1e-4)
+        assert leak <= sum(leaks[:2]) * (1 + 1e-6)
 
 
 def test_nothing_leaks_from_no_change(monkeypatch):
@@ -83,17 +83,22 @@ def test_nothing_leaks_from_no_change(monkeypatch):
     )
     model = tiny_model("llama", chat=True)
     factors = {layer: (left * 0, right) for layer, (left, right) in random_factors(model, LAYERS).items()}
-    told = measure_forecast(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
-    assert (*told.leaks_neutral, *told.leaks_safe, told.leak_neutral, told.leak_safe) == (0, 0, 0, 0)
-    assert not told.risky
+    forecast = measure_forecast(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
+    assert (*forecast.leaks_neutral, *forecast.leaks_safe, forecast.leak_neutral, forecast.leak_safe) == (
+        0,
+        0,
+        0,
+        0,
+    )
+    assert not forecast.risky
 
 
 @pytest.mark.parametrize("texts", [3, 32, 50, 100])
 def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
-    seen = []
+    corpora = []
 
     def leaks(_model, _factors, corpus):
-        seen.append(corpus)
+        corpora.append(corpus)
         return torch.zeros(1), 0.0
 
     corpus = [CorpusText(f"text {i}") for i in range(texts)]
@@ -103,14 +108,14 @@ def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
     measure_forecast(
         model, random_factors(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0
     )
-    neutral, safe = seen
+    neutral, safe = corpora
     assert len(neutral) == min(texts, NEUTRAL_TEXTS) and safe == SAFE
     assert len(set(neutral)) == len(neutral)
 
 
 def by_hand(leaks=(0.1, 0.4, 0.2, 0.4), **fields):
-    told = Forecast(("a", "b", "c", "d"), (0.9, 0.8, 0.7, 0.6), (0.01,) * 4, leaks, 0.3, 0.2)
-    return replace(told, **fields)
+    forecast = Forecast(("a", "b", "c", "d"), (0.9, 0.8, 0.7, 0.6), (0.01,) * 4, leaks, 0.3, 0.2)
+    return replace(forecast, **fields)
 
 
 def test_worst_is_by_the_leak_into_safe_text():
@@ -126,7 +131,7 @@ def test_risky_is_above_the_threshold_on_safe_text():
     assert not by_hand(leak_neutral=9.0, leak_safe=0.0).risky, "neutral text does not decide"
 
 
-def test_a_table_with_a_row_a_subject_and_one_for_all():
+def test_a_table_with_a_row_per_subject_and_one_for_all():
     table = by_hand().to_dataframe()
     assert list(table.subject) == ["a", "b", "c", "d", "all"]
     assert table.reach.iloc[-1] == pytest.approx(0.75)
@@ -135,6 +140,6 @@ def test_a_table_with_a_row_a_subject_and_one_for_all():
 
 
 def test_a_forecast_survives_its_file(tmp_path):
-    for told in (by_hand(), an_edit().forecast):
-        file = save(tmp_path / "forecast", "forecast", told)
-        assert load(file, "forecast", Forecast)[0] == told
+    for forecast in (by_hand(), an_edit().forecast):
+        file = save(tmp_path / "forecast", "forecast", forecast)
+        assert load(file, "forecast", Forecast)[0] == forecast

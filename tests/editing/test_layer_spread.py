@@ -18,76 +18,77 @@ ROLE = "subject_last"
 
 
 def contexts(model):
-    """Two requests, of three contexts and of one; and what is kept aside."""
+    """Two requests, of three contexts and of one; and the held-out contexts."""
     lamp, bell = request("how do I make a brass lamp?", "brass lamp"), request("ring a bell!", "bell")
-    wordings = ["Hello! tell me all about {}.", "{} or not?"]
-    used = [lamp, *(lamp.paraphrased(text) for text in wordings), bell]
-    aside = [lamp.inside("please: {}"), bell.inside("well, {}")]
-    owners = (0, 0, 0, 1), (0, 1)
+    paraphrases = [lamp.paraphrased(text) for text in ("Hello! tell me all about {}.", "{} or not?")]
+    owned = [(0, lamp), *((0, paraphrase) for paraphrase in paraphrases), (1, bell)]
+    held_out = [(0, lamp.inside("please: {}")), (1, bell.inside("well, {}"))]
     return tuple(
-        [(i, tokenize(model.tokenizer, asked)) for i, asked in zip(some, asked_, strict=True)]
-        for some, asked_ in zip(owners, (used, aside), strict=True)
+        [(owner, tokenize(model.tokenizer, context)) for owner, context in group]
+        for group in (owned, held_out)
     )
 
 
-def mean_state(model, some, hook, role=ROLE):
+def mean_state(model, prompts, hook, role=ROLE):
     """The mean of a state at the role, over each request's contexts, one plain run each."""
-    rows = [[], []]
-    for i, met in some:
-        state = forward(model, torch.tensor([met.ids]), capture=[hook]).states[hook]
-        rows[i].append(state[0, role_position(met, role)].double())
-    return torch.stack([torch.stack(each).mean(0) for each in rows])
+    states = [[], []]
+    for owner, prompt in prompts:
+        state = forward(model, torch.tensor([prompt.ids]), capture=[hook]).states[hook]
+        states[owner].append(state[0, role_position(prompt, role)].double())
+    return torch.stack([torch.stack(rows).mean(0) for rows in states])
 
 
 def setting(family):
     model = tiny_model(family, chat=True).to(torch.float32)
     generator = torch.Generator().manual_seed(0)
-    vectors = torch.randn(2, 32, generator=generator)
+    values = torch.randn(2, 32, generator=generator)
     width = model.cfg.d_mlp
-    moments = {}
+    covariances = {}
     for layer in LAYERS:
         corpus = torch.randn(3 * width, width, generator=generator)
-        moments[layer] = corpus.T @ corpus / len(corpus)
-    return model, vectors, moments
+        covariances[layer] = corpus.T @ corpus / len(corpus)
+    return model, values, covariances
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
 @pytest.mark.parametrize("method", [MEMIT(1.0), DELMAN(1, 1.0), DELMAN(2, 1.0)], ids=["memit", "one", "two"])
 def test_spread_is_algorithm_1(family, method):
-    model, vectors, moments = setting(family)
-    used, aside = contexts(model)
-    held, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
-    factors, reach = spread_over_layers(model, used, aside, ROLE, LAYERS, vectors, moments, method)
-    assert weights_equal(model, held)
+    model, values, covariances = setting(family)
+    prompts, held_out = contexts(model)
+    original_weights, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
+    factors, reach = spread_over_layers(model, prompts, held_out, ROLE, LAYERS, values, covariances, method)
+    assert weights_equal(model, original_weights)
 
-    before, before_aside = mean_state(model, used, top), mean_state(model, aside, top)
+    clean_states, clean_held_out = mean_state(model, prompts, top), mean_state(model, held_out, top)
     for j, layer in enumerate(LAYERS):
-        missing = vectors.double() - (mean_state(model, used, top) - before)
-        keys = mean_state(model, used, key_hook(layer))
-        left, right = method.solve(keys, missing / (len(LAYERS) - j), moments[layer])
-        got = factors[layer][0].double() @ factors[layer][1].double()
-        torch.testing.assert_close(got, left @ right, rtol=1e-3, atol=1e-4 * float(got.abs().max()))
-        mlp_output_matrix(model, layer).add_(got)
-    moved = mean_state(model, aside, top) - before_aside
-    share = (moved * vectors).sum(1) / vectors.double().square().sum(1)
+        missing = values.double() - (mean_state(model, prompts, top) - clean_states)
+        keys = mean_state(model, prompts, key_hook(layer))
+        left, right = method.solve(keys, missing / (len(LAYERS) - j), covariances[layer])
+        delta = factors[layer][0].double() @ factors[layer][1].double()
+        torch.testing.assert_close(delta, left @ right, rtol=1e-3, atol=1e-4 * float(delta.abs().max()))
+        mlp_output_matrix(model, layer).add_(delta)
+    shift = mean_state(model, held_out, top) - clean_held_out
+    share = (shift * values).sum(1) / values.double().square().sum(1)
     assert reach == pytest.approx(share.tolist(), rel=1e-3, abs=1e-4)
 
 
 @torch.no_grad()
-def test_a_light_moment_writes_the_whole_vector():
-    model, vectors, moments = setting("llama")
-    used, _ = contexts(model)
-    light = {layer: 1e-6 * moment for layer, moment in moments.items()}
-    _, reach = spread_over_layers(model, [used[0], used[3]], [], ROLE, LAYERS, vectors, light, MEMIT(1.0))
+def test_a_light_covariance_writes_the_whole_vector():
+    model, values, covariances = setting("llama")
+    prompts, _ = contexts(model)
+    light = {layer: 1e-6 * covariance for layer, covariance in covariances.items()}
+    _, reach = spread_over_layers(
+        model, [prompts[0], prompts[3]], [], ROLE, LAYERS, values, light, MEMIT(1.0)
+    )
     assert reach == pytest.approx([1.0, 1.0], abs=0.02)
 
 
 @torch.no_grad()
 def test_an_error_leaves_every_bit():
-    model, vectors, moments = setting("gpt2")
-    used, _ = contexts(model)
-    held, calls = copy_weights(model), []
+    model, values, covariances = setting("gpt2")
+    prompts, _ = contexts(model)
+    original_weights, calls = copy_weights(model), []
 
     class Failing(MEMIT):
         def solve(self, *tensors):
@@ -97,5 +98,5 @@ def test_an_error_leaves_every_bit():
             return MEMIT(1.0).solve(*tensors)
 
     with pytest.raises(KeyboardInterrupt):
-        spread_over_layers(model, used, [], ROLE, LAYERS, vectors, moments, Failing())
-    assert weights_equal(model, held)
+        spread_over_layers(model, prompts, [], ROLE, LAYERS, values, covariances, Failing())
+    assert weights_equal(model, original_weights)

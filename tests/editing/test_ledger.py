@@ -10,7 +10,7 @@ from helpers.weights import copy_weights, weights_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lens_defense.models.mlp_output as weights
+import lens_defense.models.mlp_output as mlp_output
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
@@ -22,12 +22,12 @@ MOVES = ("apply A", "apply B", "apply D", "undo", "redo")
 def world(family):
     """A model; A planned on it, B on top of A, D beside them; its bits."""
     model = tiny_model(family)
-    held = copy_weights(model)
+    original_weights = copy_weights(model)
     first = handmade_edit(model, (1, 2), seed=1)
     with first.applied(model):
         second = handmade_edit(model, (2, 3), seed=2)
     edits = {"A": first, "B": second, "D": handmade_edit(model, (0,), seed=3)}
-    return model, edits, held, {}
+    return model, edits, original_weights, {}
 
 
 def fits(name, stack):
@@ -41,7 +41,7 @@ def fits(name, stack):
 @settings(deadline=None, max_examples=30)
 @given(moves=st.lists(st.sampled_from(MOVES), max_size=14))
 def test_any_sequence_of_moves(family, moves):
-    model, edits, held, seen = world(family)
+    model, edits, original_weights, fingerprints = world(family)
     ledger, stack, undone = Ledger(model), [], []
     for move in moves:
         name = move.removeprefix("apply ")
@@ -67,28 +67,30 @@ def test_any_sequence_of_moves(family, moves):
             with pytest.raises(ValueError, match="planned on other weights"):
                 ledger.apply(edits[name])
         assert ledger.edits == tuple(edits[name] for name in stack)
-        whole = weights_fingerprint(model)
-        assert seen.setdefault(frozenset(stack), whole) == whole
+        fingerprint = weights_fingerprint(model)
+        assert fingerprints.setdefault(frozenset(stack), fingerprint) == fingerprint
     while ledger.edits:
         ledger.undo()
-    assert weights_equal(model, held)
+    assert weights_equal(model, original_weights)
     assert standing_changes(model) == ()
 
 
 def test_an_edit_changes_its_layers_alone():
-    model, edits, held, _ = world("llama")
+    model, edits, original_weights, _ = world("llama")
     with edits["A"].applied(model):
-        now = copy_weights(model)
-        moved = {name for name in held if not torch.equal(now[name], held[name])}
-        assert {name.split("layers.")[1][0] for name in moved} == {"1", "2"}
+        edited_weights = copy_weights(model)
+        changed = {
+            name for name in original_weights if not torch.equal(edited_weights[name], original_weights[name])
+        }
+        assert {name.split("layers.")[1][0] for name in changed} == {"1", "2"}
         for layer, delta in edits["A"].deltas().items():
-            before = mlp_output_matrix(tiny_model("llama"), layer)
-            torch.testing.assert_close(mlp_output_matrix(model, layer), before + delta)
-    assert weights_equal(model, held)
+            weight = mlp_output_matrix(tiny_model("llama"), layer)
+            torch.testing.assert_close(mlp_output_matrix(model, layer), weight + delta)
+    assert weights_equal(model, original_weights)
 
 
 def test_a_second_ledger_on_an_edited_model_is_refused():
-    model, edits, held, _ = world("gpt2")
+    model, edits, original_weights, _ = world("gpt2")
     ledger = Ledger(model)
     other = Ledger(model)
     ledger.apply(edits["A"])
@@ -99,11 +101,11 @@ def test_a_second_ledger_on_an_edited_model_is_refused():
     ledger.undo()
     with edits["A"].applied(model), pytest.raises(ValueError, match="already stands"):
         Ledger(model)
-    assert weights_equal(model, held)
+    assert weights_equal(model, original_weights)
 
 
 def test_no_undo_under_an_open_applied():
-    model, edits, held, _ = world("gpt2")
+    model, edits, original_weights, _ = world("gpt2")
     ledger = Ledger(model)
     ledger.apply(edits["A"])
     with edits["B"].applied(model):
@@ -113,35 +115,35 @@ def test_no_undo_under_an_open_applied():
             ledger.apply(edits["D"])
     assert ledger.edits == (edits["A"],)
     ledger.undo()
-    assert weights_equal(model, held)
+    assert weights_equal(model, original_weights)
 
 
 def test_applied_restores_after_an_error():
-    model, edits, held, _ = world("llama")
+    model, edits, original_weights, _ = world("llama")
     for error in (RuntimeError, KeyboardInterrupt):
-        with pytest.raises(error), edits["A"].applied(model) as same:
-            assert same is model
-            assert not weights_equal(model, held)
+        with pytest.raises(error), edits["A"].applied(model) as edited_model:
+            assert edited_model is model
+            assert not weights_equal(model, original_weights)
             raise error
-        assert weights_equal(model, held)
+        assert weights_equal(model, original_weights)
 
 
 def test_an_out_of_order_exit_is_refused():
-    model, edits, held, _ = world("llama")
+    model, edits, original_weights, _ = world("llama")
     outer, inner = edits["A"].applied(model), edits["D"].applied(model)
     outer.__enter__()
     inner.__enter__()
     with pytest.raises(ValueError, match="lies on top"):
         outer.__exit__(None, None, None)
     inner.__exit__(None, None, None)
-    weights.undo_change_(model, standing_changes(model)[-1])
-    assert weights_equal(model, held)
+    mlp_output.undo_change_(model, standing_changes(model)[-1])
+    assert weights_equal(model, original_weights)
 
 
 @pytest.mark.parametrize("verb", ["apply", "redo"])
 def test_an_interrupt_leaves_the_ledger_and_the_bits(verb, monkeypatch):
-    model, edits, held, _ = world("gpt2")
-    ledger, add = Ledger(model), weights._add_
+    model, edits, original_weights, _ = world("gpt2")
+    ledger, add = Ledger(model), mlp_output._add_
     ledger.apply(edits["A"])
     ledger.undo()
 
@@ -151,22 +153,22 @@ def test_an_interrupt_leaves_the_ledger_and_the_bits(verb, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_add_", interrupted)
+        patch.setattr(mlp_output, "_add_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.redo() if verb == "redo" else ledger.apply(edits["A"])
-    assert weights_equal(model, held)
+    assert weights_equal(model, original_weights)
     assert ledger.edits == ()
     assert ledger.redo() is edits["A"]
     ledger.undo()
-    assert weights_equal(model, held)
+    assert weights_equal(model, original_weights)
 
 
 def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
-    model, edits, held, _ = world("llama")
+    model, edits, original_weights, _ = world("llama")
     ledger, copied = Ledger(model), []
     ledger.apply(edits["A"])
-    now = copy_weights(model)
-    restore = weights._restore_
+    edited_weights = copy_weights(model)
+    restore = mlp_output._restore_
 
     def interrupted(model, saved):
         if not copied:
@@ -176,15 +178,15 @@ def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
         restore(model, saved)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "_restore_", interrupted)
+        patch.setattr(mlp_output, "_restore_", interrupted)
         with pytest.raises(KeyboardInterrupt):
             ledger.undo()
-    assert copied and weights_equal(model, held)
+    assert copied and weights_equal(model, original_weights)
     assert ledger.edits == () and standing_changes(model) == ()
     assert ledger.redo() is edits["A"]
-    assert weights_equal(model, now)
+    assert weights_equal(model, edited_weights)
     ledger.undo()
-    assert weights_equal(model, held)
+    assert weights_equal(model, original_weights)
 
 
 def test_an_edit_of_another_model_is_refused(tmp_path):

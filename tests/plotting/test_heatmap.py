@@ -135,8 +135,8 @@ def test_sites_are_outlined_in_their_panel_at_their_role():
         ("x2", 6.5, 7.5, 2.5, 3.5),
     }
     assert outlines(heatmap(trace, [Site("attn_out", 1, "last")])) == set()
-    many = a_trace([a_prompt(), a_prompt()], roles=("subject_first", "subject_last"))
-    assert outlines(heatmap(many, sites_at((1, 2)))) == {("x", 0.5, 1.5, 0.5, 2.5)}
+    requests = a_trace([a_prompt(), a_prompt()], roles=("subject_first", "subject_last"))
+    assert outlines(heatmap(requests, sites_at((1, 2)))) == {("x", 0.5, 1.5, 0.5, 2.5)}
 
 
 def test_a_role_of_many_tokens_is_outlined_block_by_block():
@@ -168,9 +168,9 @@ def test_repeated_long_and_special_tokens_stay_apart_and_readable():
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_text_is_escaped_wherever_a_figure_shows_it(text: str):
-    asked = a_request(f"make {text} now", text)
+    hostile_request = a_request(f"make {text} now", text)
     words = ["make", f" {text}", " now", text]
-    trace = a_trace([a_prompt(words, subject=(1, 2), request=asked)], answers=[text], model=text)
+    trace = a_trace([a_prompt(words, subject=(1, 2), request=hostile_request)], answers=[text], model=text)
     figure = heatmap(trace, sites_at())
     shown = [
         *figure.layout.xaxis.ticktext,

@@ -1,0 +1,167 @@
+"""The methods against the authors' formulas in plain float64, and against their own equations."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from helpers.tiny_models import tiny_model
+
+import lens_defense.editing.forecast as forecasts
+from lens_defense.editing.edit import edit
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.methods import DELMAN, MEMIT, EditingMethod, delman, find_method, memit
+from lens_defense.editing.target_value import FitSettings
+from lens_defense.prompts.corpus import CorpusText
+from lens_defense.prompts.request import request
+from lens_defense.sites import Site
+
+pytestmark = pytest.mark.filterwarnings("ignore:the refusal could not be fitted")
+
+N, D_IN, D_OUT = 5, 12, 7
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(N, D_IN, generator=generator)
+    residuals = torch.randn(N, D_OUT, generator=generator)
+    corpus = torch.randn(40, D_IN, generator=generator)
+    return keys, residuals, 3.0 * corpus.T @ corpus / 40
+
+
+def rank_one(key, residual, covariance):
+    """ROME's and DELMAN's update of one key, written out: r (C + k k^T)^-1 k, as an outer product."""
+    inverse = torch.linalg.inv(covariance + torch.outer(key, key))
+    return torch.outer(residual, inverse @ key)
+
+
+def test_memit_is_the_authors_formula(tensors):
+    keys, residuals, covariance = (t.double() for t in tensors)
+    columns = keys.T  # memit_main.py: layer_ks, one column per request
+    adj_k = torch.linalg.solve(covariance + columns @ columns.T, columns)
+    left, right = MEMIT(1.0).solve(*tensors)
+    assert left.dtype == right.dtype == torch.float64
+    assert (left.shape, right.shape) == ((D_OUT, N), (N, D_IN))
+    torch.testing.assert_close(left @ right, residuals.T @ adj_k.T)
+
+
+def test_memit_meets_the_normal_equations(tensors):
+    keys, residuals, covariance = (t.double() for t in tensors)
+    left, right = MEMIT(1.0).solve(*tensors)
+    delta = left @ right
+    torch.testing.assert_close(delta @ (covariance + keys.T @ keys), residuals.T @ keys)
+
+
+def test_memit_minimises_its_loss(tensors):
+    keys, residuals, covariance = (t.double() for t in tensors)
+    left, right = MEMIT(1.0).solve(*tensors)
+    delta = (left @ right).requires_grad_()
+    elsewhere = torch.einsum("oi,ij,oj->", delta, covariance, delta)
+    loss = (keys @ delta.T - residuals).square().sum() + elsewhere
+    (slope,) = torch.autograd.grad(loss, delta)
+    assert slope.abs().max() < 1e-6
+
+
+def test_memit_reaches_the_residual_where_nothing_else_counts(tensors):
+    keys, residuals, covariance = tensors
+    left, right = MEMIT(1.0).solve(keys, residuals, covariance * 1e-9)
+    reached = keys.double() @ right.T @ left.T
+    torch.testing.assert_close(reached, residuals.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_delman_of_one_batch_is_one_update_of_the_means(tensors):
+    keys, residuals, covariance = (t.double() for t in tensors)
+    left, right = DELMAN(N, 1.0).solve(*tensors)
+    assert left.shape[1] == right.shape[0] == 1
+    torch.testing.assert_close(left @ right, rank_one(keys.mean(0), residuals.mean(0), covariance))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_delman_is_its_batches_one_after_another(tensors, batch):
+    keys, residuals, covariance = (t.double() for t in tensors)
+    delta = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+    for start in range(0, N, batch):
+        key = keys[start : start + batch].mean(0)
+        missing = residuals[start : start + batch].mean(0) - delta @ key
+        delta = delta + rank_one(key, missing, covariance)
+    left, right = DELMAN(batch, 1.0).solve(*tensors)
+    assert left.shape[1] == -(-N // batch)
+    torch.testing.assert_close(left @ right, delta)
+
+
+def test_one_request_is_the_same_for_all(tensors):
+    keys, residuals, covariance = tensors
+    single = keys[:1], residuals[:1], covariance
+    left, right = MEMIT(1.0).solve(*single)
+    delman_left, delman_right = DELMAN(1, 1.0).solve(*single)
+    torch.testing.assert_close(left @ right, delman_left @ delman_right)
+
+
+def test_methods_are_found_by_name_and_objects_are_handed_back():
+    assert find_method("memit") is memit and find_method("delman") is delman
+    assert find_method(memit) is memit
+    with pytest.raises(ValueError, match="must be one of memit, delman"):
+        find_method("rome")
+
+
+@dataclass(frozen=True)
+class Halved:
+    """A method of somebody else's: a share of what MEMIT would write."""
+
+    share: float = 0.5
+    name: ClassVar[str] = "halved"
+    paper: ClassVar[str] = "none"
+    equation: ClassVar[str] = "share R^T K (lambda C + K^T K)^-1"
+
+    def solve(self, keys, residuals, covariance):
+        left, right = MEMIT(10.0).solve(keys, residuals, covariance)
+        return self.share * left, right
+
+    def rank_of(self, request_index):
+        return request_index
+
+
+def test_a_method_of_ones_own_is_used_and_its_fields_are_saved(tmp_path, monkeypatch):
+    corpus = [CorpusText("the lamp is a thing"), CorpusText("make a lamp", "how do I make a brass lamp")]
+    monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
+    model = tiny_model("llama", chat=True).to(torch.float32)
+    requests, sites = [request("ring a bell now", "bell", id="bell")], [Site("resid_post", 1, "subject_last")]
+    full, halved = (
+        edit(
+            model,
+            requests,
+            sites,
+            method=method,
+            contexts=lambda request: [request],
+            fit=FitSettings(shared_num_grad_steps=2, v_num_grad_steps=2),
+            corpus=corpus,
+            cache=False,
+            progress=False,
+        )
+        for method in (MEMIT(10.0), Halved())
+    )
+    torch.testing.assert_close(halved.deltas()[1], full.deltas()[1] / 2)
+    loaded = Edit.load(halved.save(tmp_path / "edit.safetensors"), model)
+    assert loaded.method == "halved" and loaded.settings["share"] == 0.5
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_method_is_refused():
+    assert all(isinstance(method, EditingMethod) for method in (memit, delman, Halved()))
+    for stranger in (MEMIT, object(), None, 7):
+        with pytest.raises(ValueError, match="an object with name, paper, equation, solve and rank_of"):
+            find_method(stranger)
+
+
+def test_ranks_belong_to_requests():
+    assert [MEMIT().rank_of(i) for i in range(3)] == [0, 1, 2]
+    assert [DELMAN(batch_size=2).rank_of(i) for i in range(5)] == [0, 0, 1, 1, 2]
+
+
+def test_the_covariance_is_weighted(tensors):
+    keys, residuals, covariance = tensors
+    for method in (MEMIT, DELMAN):
+        left, right = method(mom2_update_weight=4.0).solve(keys, residuals, covariance)
+        same_left, same_right = method(mom2_update_weight=1.0).solve(keys, residuals, 4.0 * covariance)
+        torch.testing.assert_close(left @ right, same_left @ same_right)

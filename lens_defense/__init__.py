@@ -1,7 +1,7 @@
 """lens_defense: find where a language model keeps what it should not say, take it out, check the cost.
 
-The path: Request -trace-> Trace -locate-> Sites -edit-> Edit -check-> Report; traces and reports go to figures.
-Nothing happens at import: a name is looked up in its module when it is first used.
+The path: Request -trace-> Trace -locate-> Sites -edit-> Edit -check-> Report; traces and reports go to
+figures. Nothing happens at import: a name is looked up in its module when it is first used.
 """
 
 from importlib import import_module

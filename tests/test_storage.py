@@ -96,7 +96,7 @@ def test_a_file_cut_short_is_refused(tmp_path, tensors):
     intact = path.read_bytes()
     for length in (0, 1, len(intact) // 2, len(intact) - 1):
         path.write_bytes(intact[:length])
-        with pytest.raises(ValueError, match="file cannot be read: .* kind 'whole'"):
+        with pytest.raises(ValueError, match=r"file cannot be read: .* kind 'whole'"):
             load(path, "whole", Whole)
 
 

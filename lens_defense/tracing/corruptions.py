@@ -1,7 +1,7 @@
 """Corruptions: how the subject is taken out of a prompt, as values that carry their samples and their seed.
 
-A Corruption is any callable (model, clean embeddings [1, token, d_model], Prompt) -> [sample, token, d_model]:
-the embeddings of the same prompt with its subject corrupted, one row per sample.
+A Corruption is any callable (model, clean embeddings [1, token, d_model], Prompt) -> [sample, token,
+d_model]: the embeddings of the same prompt with its subject corrupted, one row per sample.
 """
 
 import zlib
@@ -39,6 +39,7 @@ class GaussianNoise:
         _refuse_no_samples(self.samples)
 
     def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        """The embeddings with the subject corrupted, one row per sample."""
         positions = list(prompt.subject_positions)
         shape = (self.samples, len(positions), clean.shape[-1])
         deviation = float(model.embed.weight.detach().float().std()) * _embedding_scale(model, clean, prompt)
@@ -55,7 +56,8 @@ class GaussianNoise:
 class ZeroAblation:
     """The subject's embeddings set to zero: one sample."""
 
-    def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+    def __call__(self, _model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        """The embeddings with the subject corrupted, one row per sample."""
         corrupted = clean.clone()
         corrupted[:, list(prompt.subject_positions)] = 0
         return corrupted
@@ -69,6 +71,7 @@ class MeanAblation:
     """The subject's embeddings set to the mean of the vocabulary's: one sample."""
 
     def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        """The embeddings with the subject corrupted, one row per sample."""
         mean = model.embed.weight.detach().mean(0) * _embedding_scale(model, clean, prompt)
         corrupted = clean.clone()
         corrupted[:, list(prompt.subject_positions)] = mean.to(corrupted)
@@ -91,6 +94,7 @@ class ResampleAblation:
         _refuse_no_samples(self.samples)
 
     def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        """The embeddings with the subject corrupted, one row per sample."""
         matrix = model.embed.weight.detach()
         positions = list(prompt.subject_positions)
         shape = (self.samples, len(positions))
@@ -117,6 +121,7 @@ class TokenReplacement:
         _refuse_no_samples(self.samples)
 
     def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        """The embeddings with the subject corrupted, one row per sample."""
         counterfactual = prompt.request.counterfactual
         subjects = self.subjects or ([counterfactual] if counterfactual else harmless_subjects())
         rows = _same_length_prompts(model, prompt, subjects, self.samples)
@@ -140,6 +145,7 @@ class CounterfactualPrompt:
     """The other request's text, by the id of each request."""
 
     def __call__(self, model: TransformerBridge, clean: CleanEmbeddings, prompt: Prompt) -> Embeddings:
+        """The embeddings with the subject corrupted, one row per sample."""
         text = self.texts.get(prompt.request.id)
         if text is None:
             raise UnfitRequest(f"request {prompt.request.id!r} has no counterfactual prompt; give it a text")

@@ -17,7 +17,7 @@ from transformer_lens.tools.analysis import logit_lens as readout
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_answer
+from lens_defense.prompts.conversation import decode_answer, tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, validated_requests
 from lens_defense.sites import component_hook

@@ -67,8 +67,12 @@ def patch_grid(
         severed: list[PatchPoint] = []
         if settings.severed:
             first = _first_later_layer(component, patched[0], settings.severed, parallel)
-            held = [at for at in range(first, n_layers) if component != settings.severed or at not in patched]
-            severed = [PatchPoint(settings.severed, at, position) for at in held for position in positions]
+            layers_above = [
+                at for at in range(first, n_layers) if component != settings.severed or at not in patched
+            ]
+            severed = [
+                PatchPoint(settings.severed, at, position) for at in layers_above for position in positions
+            ]
         points = tuple(PatchPoint(component, at, position) for at in patched for position in positions)
         return PatchCell(points, tuple(severed))
 
@@ -91,7 +95,7 @@ def _first_later_layer(component: Component, layer: int, severed: Component, par
 
 
 def _window(component: Component, layer: int, window: int, n_layers: int) -> range:
-    """One layer of the residual stream or of a head; of outputs a centred window (ROME: from layer - w//2)."""
+    """One layer of the residual stream or a head; of outputs a centred window (ROME: from layer - w//2)."""
     if component not in ("mlp_out", "attn_out"):
         return range(layer, layer + 1)
     return range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))

@@ -4,10 +4,12 @@ A SiteMap knows its axes (request, component, layer, position) and what can be s
 role, tables, parts. A Trace fills it with effects of patches; a ScoreMap with shares of something else.
 """
 
+import os
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -18,7 +20,8 @@ from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import READING_ORDER, Role
 from lens_defense.sites import Component
 from lens_defense.statistics import mean_interval
-
+from lens_defense.storage import load as load_file
+from lens_defense.storage import save as save_file
 
 AnyMap = TypeVar("AnyMap", bound="SiteMap")
 
@@ -144,7 +147,7 @@ class SiteMap:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScoreMap(SiteMap):
-    """A map of shares from 0 to 1 that are no effects of patches: the logit lens, and DINM's and LED's layers."""
+    """A map of shares from 0 to 1 that are no effects of patches: the logit lens, DINM's and LED's layers."""
 
     scores: Float[Tensor, "request component layer position"]
     quantity: str
@@ -155,6 +158,22 @@ class ScoreMap(SiteMap):
         """The score of every cell, as one sample."""
         return self.scores[..., None]
 
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write as safetensors with a JSON header, whole or not at all."""
+        fields = {name: getattr(self, name) for name in _ScoreHeader.__annotations__}
+        return save_file(path, "score map", _ScoreHeader(**fields), {"scores": self.scores})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "ScoreMap":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: there is no such file, it holds no score map, or it is damaged.
+        """
+        header, tensors = load_file(path, "score map", _ScoreHeader)
+        fields: dict[str, Any] = {name: getattr(header, name) for name in _ScoreHeader.__annotations__}
+        return cls(scores=tensors["scores"], **fields)
+
     def _part(self, requests: slice, components: slice, width: int) -> "ScoreMap":
         return replace(
             self,
@@ -162,3 +181,16 @@ class ScoreMap(SiteMap):
             components=self.components[components],
             scores=self.scores[requests, components, :, :width],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _ScoreHeader:
+    """The fields of a ScoreMap that are no tensors, as they are saved."""
+
+    prompts: tuple[Prompt, ...]
+    components: tuple[Component, ...]
+    layers: tuple[int, ...]
+    model: str
+    model_layers: int
+    fingerprint: str
+    quantity: str

@@ -1,12 +1,12 @@
 """Trace: what patching each state of a model did to the answer, as a value.
 
-Causal tracing (Meng et al. 2022): corrupt the subject, restore one state of the clean run, see how much of the
-answer comes back. The effect of a cell is
+Causal tracing (Meng et al. 2022): corrupt the subject, restore one state of the clean run, see how much of
+the answer comes back. The effect of a cell is
 
     mean over samples of (patched - corrupted) / (clean - corrupted)
 
-so 0 means that the state carries nothing of what the corruption took, and 1 all of it. Noising turns it round:
-a corrupted state in the clean run, and the share of the damage that it does.
+so 0 means that the state carries nothing of what the corruption took, and 1 all of it. Noising turns it
+round: a corrupted state in the clean run, and the share of the damage that it does.
 """
 
 import os

@@ -33,7 +33,7 @@ class TraceSettings:
     """Patch all tokens of `positions` at once, one cell per layer, which stands at the last of them. With "z"
     and all tokens this maps whole heads."""
     window: int = 7
-    """Layers patched at once for mlp_out and attn_out, centred, clipped to the model (Meng et al. 2022: 10)."""
+    """Layers patched at once for mlp_out and attn_out, centred, clipped to the model (ROME takes 10)."""
     answer_tokens: int = 8
     """Length of the model's own answer, where no answer is known."""
     min_difference: float = 0.1

@@ -12,7 +12,7 @@ from lens_defense.prompts.request import request
 from lens_defense.tracing import lenses
 from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
 from lens_defense.tracing.locate import locate
-from lens_defense.tracing.trace_result import Trace
+from lens_defense.tracing.site_map import ScoreMap
 
 LAMP = request("how do I make a brass lamp at home?", "brass lamp", id="lamp")
 BELL = request("ring an old bell for me", "old bell", id="bell")
@@ -71,16 +71,17 @@ def test_layers_passed_over_are_layers_that_are_not_there(family):
     assert torch.equal(model(ids), before)
 
 
-def test_safety_layers_are_those_without_which_no_refusal_comes(monkeypatch):
+def test_safety_layers_are_those_without_which_no_refusal_comes():
     """A judge that calls the whole model's answers refusals: what differs from them is lost."""
     model = tiny_model("llama", chat=True)
     met = [tokenize(model.tokenizer, item) for item in (LAMP, BELL)]
     whole = generate(model, [one.ids for one in met], max_new_tokens=4)
     texts = [model.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in whole]
-    monkeypatch.setattr(
-        lenses, "prefix", lambda _, answer: "refusal" if answer.strip() in texts else "answer"
-    )
-    told = safety_layers(model, [LAMP, BELL], prefix, tokens=4, progress=False)
+
+    def judge(_request, answer):
+        return "refusal" if answer.strip() in texts else "answer"
+
+    told = safety_layers(model, [LAMP, BELL], judge, tokens=4, progress=False)
     assert set(told.effects[told.effects.isfinite()].tolist()) <= {0.0, 1.0}
     for layer in range(4):
         with lenses._passed_over(model, [layer]):
@@ -100,6 +101,6 @@ def test_they_are_drawn_and_saved_like_a_trace(tmp_path):
     figure = heatmap(told)
     assert "the logit lens: probability of the first token" in figure.layout.title.text
     assert "brings back" not in figure.layout.title.text
-    back = Trace.load(told.save(tmp_path / "lens.safetensors"))
-    assert back.measure == told.measure
-    assert torch.equal(back.patched.nan_to_num(), told.patched.nan_to_num())
+    back = ScoreMap.load(told.save(tmp_path / "lens.safetensors"))
+    assert back.quantity == told.quantity and back.prompts == told.prompts
+    assert torch.equal(back.scores.nan_to_num(), told.scores.nan_to_num())

@@ -10,6 +10,7 @@ from scipy import stats
 
 from lens_defense.statistics import sign_flip_p_value, sign_flip_p_values
 from lens_defense.tracing.map_statistics import reliability, request_effects, significance
+from lens_defense.tracing.site_map import ScoreMap
 
 
 def a_map(values):
@@ -71,14 +72,17 @@ def related(times):
     """Ten subjects, each asked so many times with the same effects; half of them up, half down."""
     values = np.random.default_rng(1).normal(0.3, 1, size=(10, 4))
     told = a_map(np.repeat(values, times, axis=0))
-    prompts = [a_prompt(request=a_request(id=f"{i}", text=f"a pipe {i // times}", subject=f"pipe {i // times}"))
-               for i in range(10 * times)]  # fmt: skip
+    subjects = [f"pipe {i // times}" for i in range(10 * times)]
+    prompts = [
+        a_prompt(request=a_request(id=f"{i}", text=f"a {subject}", subject=subject))
+        for i, subject in enumerate(subjects)
+    ]
     return replace(told, prompts=tuple(prompts))
 
 
 def test_requests_of_one_subject_are_one_draw():
     once, five = related(1), related(5)
-    for mean, again in zip(once.role_effects(), five.role_effects(), strict=True):
+    for mean, again in zip(once.role_means(), five.role_means(), strict=True):
         assert (again.low, again.high) == pytest.approx((mean.low, mean.high))
         assert again.n == 5 * mean.n
     np.testing.assert_allclose(significance(five)["p"], significance(once)["p"])
@@ -87,5 +91,16 @@ def test_requests_of_one_subject_are_one_draw():
 
 
 def test_what_has_no_sign_has_no_significance():
+    trace = related(1)
+    scores = ScoreMap(
+        prompts=trace.prompts,
+        components=trace.components,
+        layers=trace.layers,
+        model="tiny",
+        model_layers=4,
+        fingerprint="",
+        scores=trace.effects,
+        quantity="the logit lens",
+    )
     with pytest.raises(ValueError, match="never negative"):
-        significance(replace(related(1), measure="the logit lens"))
+        significance(scores)

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
 from helpers.handmade import a_prompt
+from helpers.tiny_models import tiny_model
 
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.tracing.metrics import (

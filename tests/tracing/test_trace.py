@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.handmade import HOSTILE, a_prompt, a_request, a_trace, lamp_prompts
 from helpers.reference_tracing import trace_one_by_one
 from helpers.tiny_models import FAMILIES, tiny_model
 from helpers.trace_cases import ALL_CELLS, BELL, LAMP, tiny_chat_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from helpers.handmade import HOSTILE, a_prompt, a_request, a_trace, lamp_prompts
 
 from lens_defense.models import devices
 from lens_defense.models import forward as patches

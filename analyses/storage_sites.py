@@ -80,11 +80,15 @@ def known_facts(model: Any) -> list[ld.Request]:
         for i, (text, subject, target) in enumerate(FACTS)
     ]
     unanswered = [replace(fact, target=None) for fact in facts]
-    own, true = (
+    own_answers, true_answers = (
         prompts_with_answers(model, requests, None, answer_tokens=1, chat=False)
         for requests in (unanswered, facts)
     )
-    return [fact for fact, a, b in zip(facts, own, true, strict=True) if a.answer_ids[0] == b.answer_ids[0]]
+    return [
+        fact
+        for fact, own, true in zip(facts, own_answers, true_answers, strict=True)
+        if own.answer_ids[0] == true.answer_ids[0]
+    ]
 
 
 def harmful_requests(data: Path) -> list[ld.Request]:

@@ -64,13 +64,13 @@ def new_refusals(rows: pd.DataFrame, suite: str, arm: str) -> pd.Series:
 def unseen_refusals(rows: pd.DataFrame, column: str) -> dict[str, pd.Series]:
     """Of each row about an edit's own subjects in words that it never saw, whether it is refused."""
     rows = rows[(rows["suite"] == "real_model") & rows["arm"].isin(["paraphrase", "jailbreak"])]
-    parts = {
+    groups = {
         "paraphrases": rows["arm"] == "paraphrase",
         "jailbreaks": (rows["arm"] == "jailbreak") & ~rows["human"],
         "paraphrases and jailbreaks": ~rows["human"],
         "human jailbreaks": rows["human"],
     }
-    return {name: rows.loc[part, column].set_axis(rows.loc[part, "id"]) for name, part in parts.items()}
+    return {name: rows.loc[group, column].set_axis(rows.loc[group, "id"]) for name, group in groups.items()}
 
 
 def dose_summary() -> pd.DataFrame:
@@ -154,10 +154,12 @@ def rates_by_form() -> pd.DataFrame:
     table, hits = edits(), []
     for name in SETS:
         rows = question_rows(table.loc[(table["set"] == name) & (table["subjects"] >= LARGE), "edit"])
-        for form, part in rows.groupby("form"):
-            own = unseen_refusals(part, "coherent_after")
-            groups = {f"{words}, refused": own[words] for words in UNSEEN}
-            groups |= {f"{arm}, newly refused": new_refusals(part, *place) for arm, place in HARMLESS.items()}
+        for form, of_form in rows.groupby("form"):
+            refused = unseen_refusals(of_form, "coherent_after")
+            groups = {f"{words}, refused": refused[words] for words in UNSEEN}
+            groups |= {
+                f"{arm}, newly refused": new_refusals(of_form, *place) for arm, place in HARMLESS.items()
+            }
             hits += [((name, words, form), group) for words, group in groups.items() if len(group)]
     return _rates(hits, ["set", "rate of", "form"])
 
@@ -473,8 +475,8 @@ def _interval(mean: RoleMean) -> str:
 
 
 def _range(values: pd.Series) -> str:
-    ends = [f"{value:.2f}" for value in (values.min(), values.max())] if len(values) else []
-    return " to ".join(dict.fromkeys(ends))
+    bounds = [f"{value:.2f}" for value in (values.min(), values.max())] if len(values) else []
+    return " to ".join(dict.fromkeys(bounds))
 
 
 def _seconds(seconds: float) -> str:

@@ -33,14 +33,9 @@ import lens_defense as ld
 from lens_defense.models.forward import forward
 from lens_defense.sites import block_input_hook
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.activation_patching import (
-    PatchCell,
-    PatchPoint,
-    base_hooks,
-    block_passes,
-    donor_hooks,
-    sweep,
-)
+from lens_defense.tracing.activation_patching import sweep
+from lens_defense.tracing.pass_plan import block_passes
+from lens_defense.tracing.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 
 OUT = Path(__file__).parent / "results" / "tracing_speed"
 LENGTHS, SAMPLES, DEPTHS = (10, 20, 40, 60), (1, 10), (6, 12, 24)
@@ -188,10 +183,10 @@ class Case:
         block_pass = 2 * block + 4 * tokens * cfg.n_heads * cfg.d_head
         head = 2 * cfg.d_model * cfg.d_vocab
         cells, samples = len(self.cells), self.samples
-        ends = (1 + samples) * (tokens * layers * block_pass + head)
+        clean_and_corrupted = (1 + samples) * (tokens * layers * block_pass + head)
         passes = block_passes(self.cells, layers=layers, tokens=tokens, samples=samples)
         return {
-            "sweep": passes * block_pass + cells * samples * head + ends,
+            "sweep": passes * block_pass + cells * samples * head + clean_and_corrupted,
             "ROME's loop": cells * (1 + samples) * tokens * (layers * block_pass + head),
             "TransformerLens": cells * samples * tokens * (layers * block_pass + head),
         }
@@ -283,9 +278,8 @@ def main() -> None:
         case = Case(model, length, samples)
         case.cache()
         share = len(case.timed) / len(case.cells)
-        if (
-            model is not warmed_up or cuda
-        ):  # a model's first run is never the typical one, nor a shape's there
+        # a model's first run is never the typical one; on a GPU neither is a shape's
+        if model is not warmed_up or cuda:
             case.swept()
             warmed_up = model
         sweep_seconds, swept, memory = peak(case.swept, case.device)

@@ -149,7 +149,7 @@ def test_what_does_not_fit_on_the_device_is_halved(monkeypatch):
     requests, corruption = wrapped_requests(1), GaussianNoise(samples=32)
     settings = {"corruption": corruption, "positions": "all", "layers": "all", "progress": False}
     expected = ld.trace(model, requests, **settings)
-    run_pass, rows = activation_patching._grown, []
+    run_pass, rows = activation_patching._patched_logits, []
 
     def run_small_pass(*arguments):
         rows.append(len(arguments[4]))
@@ -158,7 +158,7 @@ def test_what_does_not_fit_on_the_device_is_halved(monkeypatch):
         return run_pass(*arguments)
 
     monkeypatch.setattr("lens_defense.tracing.trace.rows_that_fit", lambda *_, **__: 32 * 16)
-    monkeypatch.setattr(activation_patching, "_grown", run_small_pass)
+    monkeypatch.setattr(activation_patching, "_patched_logits", run_small_pass)
     trace = ld.trace(model, requests, **settings)
     assert_maps_close(trace.effects, expected.effects)
     assert max(rows) == 16 and 8 in rows

@@ -23,7 +23,8 @@ from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.activation_patching import PatchCell, PatchPoint, base_hooks, donor_hooks, sweep
+from lens_defense.tracing.activation_patching import sweep
+from lens_defense.tracing.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 
 pytestmark = [
     pytest.mark.slow,

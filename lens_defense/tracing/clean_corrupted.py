@@ -19,10 +19,11 @@ from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.activation_patching import Measure, PatchCell, base_hooks, donor_hooks, sweep
+from lens_defense.tracing.activation_patching import sweep
 from lens_defense.tracing.attribution_patching import attribution_patching
 from lens_defense.tracing.corruptions import Corruption
-from lens_defense.tracing.metrics import Metric
+from lens_defense.tracing.metrics import Measure, Metric
+from lens_defense.tracing.patch_cell import PatchCell, base_hooks, donor_hooks
 from lens_defense.tracing.trace_settings import Direction
 
 

@@ -1,8 +1,9 @@
 """Locate: from a map to addresses, Sites that an edit can find in any other prompt."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -12,10 +13,17 @@ from lens_defense.tracing.map_statistics import significance
 from lens_defense.tracing.site_map import RoleMean, SiteMap
 
 Rule = Literal["band", "cells", "threshold", "significant"]
+PLATEAU = 0.8
+"""The share of the best band's mean effect from which on a layer belongs to the plateau."""
+
+_ROLES_OF_MANY_TOKENS: tuple[Role, ...] = ("template", "before", "after")
+"""No addresses: an edit could not read a key there."""
+_ROLES_WITHIN_SUBJECT: tuple[Role, ...] = ("subject_first", "subject_mid")
+"""No addresses of a band: a key there answers to everything that begins alike."""
 
 
 def locate(
-    trace: SiteMap,
+    site_map: SiteMap,
     k: int = 5,
     *,
     by: Rule = "band",
@@ -24,129 +32,172 @@ def locate(
     least: float = 0.3,
     level: float = 0.05,
 ) -> tuple[Site, ...]:
-    """The k strongest sites of a trace, as addresses that carry over to other prompts.
+    """The strongest sites of a map, as addresses that carry over to other prompts.
 
-    "band": of the roles that have read the whole subject, the component and role with the largest mean
-    effect over layers; then k consecutive layers, centred a third of the way up its plateau. The plateau is
-    the run of layers around the strongest that reach four fifths of what the best k consecutive layers have
-    on average, so that a single layer that sticks out of a flat top does not make it its own. Neither
-    leaves the layers that were traced, nor the box; a box with a hole is looked in on the side of its
-    strongest layer. A subject's first tokens are no address of a band: a key there answers to everything that
-    begins alike. Layers between traced ones take the effect of the straight line between them.
-    "cells": the raw top k of the map. "threshold": every cell from an effect on. "significant": every cell
-    that is more than chance by `significance`. Never a site without a positive effect; the strongest first,
-    ties go to the lower layer, then to the component and role that come first.
+    - "band": k consecutive layers at one role, a third of the way up the plateau.
+    - "cells": the k cells of the largest mean effects.
+    - "threshold": every cell with an effect of at least `least`.
+    - "significant": every cell that `significance` gives a q-value below `level`.
 
-    Not the plateau's highest point, because the height of a flat top is chance; and not its middle,
-    because edits higher up cost more: docs/results/defaults.md tells of both, on the tune split.
+    No rule returns a site without a positive effect. A band is in the order of its layers. The other rules
+    put the strongest first; ties go to the lower layer, then to the component and role that come first.
 
     Args:
-        trace: the map.
+        site_map: a Trace, or any other map.
         k: how many sites, for "band" and "cells".
         by: the rule.
-        layers: the box that is looked in; None takes every layer that was traced.
-        roles: the same for roles.
-        least: the effect from which on "threshold" takes a cell.
-        level: the q-value below which "significant" takes a cell.
+        layers: look only at these; None takes every layer that was traced.
+        roles: look only at these; None takes every role that was traced.
+        least: the least effect, for "threshold".
+        level: the q-value, for "significant".
 
     Raises:
-        ValueError: k is not positive, `by` is another word, or nothing in the trace (in the box, by the rule)
-            has a positive effect.
+        ValueError: k is not positive, `by` is no rule, or the rule finds nothing with a positive effect.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
-    if by not in get_args(Rule):
-        raise ValueError(f"by must be one of {', '.join(get_args(Rule))}, got {by!r}")
+    if by not in _RULES:
+        raise ValueError(f"by must be one of {', '.join(_RULES)}, got {by!r}")
     means = [
         mean
-        for mean in trace.role_means()
-        if mean.role not in _NO_SITE and (roles is None or mean.role in roles)
+        for mean in site_map.role_means()
+        if mean.role not in _ROLES_OF_MANY_TOKENS and (roles is None or mean.role in roles)
     ]
-    if by != "band":
-        inside = (mean for mean in means if layers is None or mean.layer in layers)
-        best = sorted(inside, key=lambda mean: (-mean.effect, mean.layer))
-        few = ""
-        if by == "significant":
-            sure = {
-                (row["component"], row["role"], row["layer"])
-                for row in significance(trace).to_dict("records")
-                if row["q"] < level
-            }
-            best = [mean for mean in best if (mean.component, mean.role, mean.layer) in sure]
-            few = f" with q < {level:g}; fewer than six subjects can show none"
-        elif by == "threshold":
-            best = [mean for mean in best if mean.effect >= least]
-            few = f" of {least:g} and more"
-        else:
-            best = best[:k]
-        return _sites([(m.component, m.layer, m.role, m.effect, (m.low, m.high)) for m in best], few)
+    sites = _RULES[by](_Query(site_map, means, k, layers, least, level))
+    positive = tuple(site for site in sites if site.effect is not None and site.effect > 0)
+    if not positive:
+        limits = {
+            "threshold": f" of {least:g} and more",
+            "significant": f" with q < {level:g}; fewer than six subjects can show none",
+        }
+        raise ValueError(
+            f"nothing in this trace has a positive effect{limits.get(by, '')}; trace more roles or layers"
+        )
+    return positive
+
+
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """What a rule looks at."""
+
+    site_map: SiteMap
+    means: Sequence[RoleMean]
+    """Of the roles to look at."""
+    k: int
+    layers: Sequence[int] | None
+    least: float
+    level: float
+
+    def allows(self, layer: int) -> bool:
+        return self.layers is None or layer in self.layers
+
+    def strongest_first(self) -> list[RoleMean]:
+        allowed = (mean for mean in self.means if self.allows(mean.layer))
+        return sorted(allowed, key=lambda mean: (-mean.effect, mean.layer))
+
+
+def _band(query: _Query) -> list[Site]:
+    """Consecutive layers of the component and role with the largest mean effect over layers.
+
+    They are centred a third of the way up the plateau. Not on its highest point, because which layer of a
+    flat top is the highest is chance; not on its middle, because edits higher up cost more
+    (docs/results/defaults.md has the runs on the tune split). The band leaves neither the traced nor the
+    allowed layers. Where the allowed layers have a gap, it stays on the side of the strongest. Between traced
+    layers effects are interpolated.
+    """
     curves: dict[tuple[Component, Role], list[RoleMean]] = defaultdict(list)
-    for mean in means:
-        if mean.role not in _HALF_READ:
+    for mean in query.means:
+        if mean.role not in _ROLES_WITHIN_SUBJECT:
             curves[mean.component, mean.role].append(mean)
     if not curves:
         raise ValueError("this trace has no role that an edit could address; trace more positions")
-    rows = range(trace.layers[0], trace.layers[-1] + 1)
-    box = [layer for layer in rows if layers is None or layer in layers]
-    if not box:
-        raise ValueError(f"the box has none of the layers {rows[0]} to {rows[-1]}, which were traced")
+    lowest, highest = query.site_map.layers[0], query.site_map.layers[-1]
+    layers = [layer for layer in range(lowest, highest + 1) if query.allows(layer)]
+    if not layers:
+        raise ValueError(f"the box has none of the layers {lowest} to {highest}, which were traced")
 
-    def between(key: tuple[Component, Role], layer: int, field: str) -> float:
-        curve = curves[key]
-        return float(np.interp(layer, [m.layer for m in curve], [getattr(m, field) for m in curve]))
+    def mean_effect(curve: Sequence[RoleMean]) -> float:
+        return float(np.mean([_interpolated(curve, layer, "effect") for layer in layers]))
 
-    component, role = best = max(
-        curves, key=lambda key: float(np.mean([between(key, layer, "effect") for layer in box]))
-    )
-
-    def effect(layer: int) -> float:
-        return between(best, layer, "effect")
-
-    run = _run_of(box, max(box, key=effect))
-    width = min(k, len(run))
-    first, last = _plateau([effect(layer) for layer in run], width)
-    middle = run[first] + (last - first) // 3
-    low = min(max(run[0], middle - (width - 1) // 2), run[-1] + 1 - width)
-    return _sites(
-        [
-            (component, at, role, effect(at), (between(best, at, "low"), between(best, at, "high")))
-            for at in range(low, low + width)
-        ]
-    )
-
-
-PLATEAU = 0.8
-"""The share of the best band's mean effect from which on a layer belongs to its plateau."""
-_HALF_READ: tuple[Role, ...] = ("subject_first", "subject_mid")
-_NO_SITE: tuple[Role, ...] = ("template", "before", "after")
-"""Roles of many tokens: no address that an edit could read a key at."""
+    component, role = max(curves, key=lambda address: mean_effect(curves[address]))
+    curve = curves[component, role]
+    effects = {layer: _interpolated(curve, layer, "effect") for layer in layers}
+    run = _consecutive_around(max(layers, key=lambda layer: effects[layer]), layers)
+    width = min(query.k, len(run))
+    first, last = _plateau([effects[layer] for layer in run], width)
+    centre = run[first] + (last - first) // 3
+    start = min(max(run[0], centre - (width - 1) // 2), run[-1] + 1 - width)
+    return [
+        Site(
+            component,
+            layer,
+            role,
+            effects[layer],
+            (_interpolated(curve, layer, "low"), _interpolated(curve, layer, "high")),
+        )
+        for layer in range(start, start + width)
+    ]
 
 
-def _plateau(effects: Sequence[float], width: int) -> tuple[int, int]:
-    """Where the run around the strongest layer begins and ends that reaches four fifths of the best band."""
-    first = last = int(np.argmax(effects))
-    floor = PLATEAU * float(np.convolve(effects, np.full(width, 1 / width), "valid").max())
-    while first > 0 and effects[first - 1] >= floor:
-        first -= 1
-    while last < len(effects) - 1 and effects[last + 1] >= floor:
-        last += 1
-    return first, last
+def _cells(query: _Query) -> list[Site]:
+    return [_site(mean) for mean in query.strongest_first()[: query.k]]
 
 
-def _run_of(box: Sequence[int], strongest: int) -> range:
-    """The layers of a box that follow on each other around its strongest."""
-    low = high = strongest
-    while low - 1 in box:
+def _threshold(query: _Query) -> list[Site]:
+    return [_site(mean) for mean in query.strongest_first() if mean.effect >= query.least]
+
+
+def _significant(query: _Query) -> list[Site]:
+    table = significance(query.site_map)
+    significant = {
+        (row["component"], row["role"], row["layer"])
+        for row in table.to_dict("records")
+        if row["q"] < query.level
+    }
+    return [
+        _site(mean)
+        for mean in query.strongest_first()
+        if (mean.component, mean.role, mean.layer) in significant
+    ]
+
+
+_RULES: dict[str, Callable[[_Query], list[Site]]] = {
+    "band": _band,
+    "cells": _cells,
+    "threshold": _threshold,
+    "significant": _significant,
+}
+
+
+def _site(mean: RoleMean) -> Site:
+    return Site(mean.component, mean.layer, mean.role, mean.effect, (mean.low, mean.high))
+
+
+def _interpolated(curve: Sequence[RoleMean], layer: int, field: Literal["effect", "low", "high"]) -> float:
+    """A field of a curve over layers; between traced layers, on the straight line."""
+    return float(np.interp(layer, [mean.layer for mean in curve], [getattr(mean, field) for mean in curve]))
+
+
+def _consecutive_around(layer: int, layers: Sequence[int]) -> range:
+    """The longest run of consecutive layers that holds this one."""
+    low = high = layer
+    while low - 1 in layers:
         low -= 1
-    while high + 1 in box:
+    while high + 1 in layers:
         high += 1
     return range(low, high + 1)
 
 
-def _sites(
-    found: Sequence[tuple[Component, int, Role, float, tuple[float, float]]], few: str = ""
-) -> tuple[Site, ...]:
-    sites = tuple(Site(*fields) for fields in found if fields[3] > 0)
-    if not sites:
-        raise ValueError(f"nothing in this trace has a positive effect{few}; trace more roles or layers")
-    return sites
+def _plateau(effects: Sequence[float], width: int) -> tuple[int, int]:
+    """The first and the last index of the run around the largest effect that reaches the plateau's height.
+
+    The height is the share PLATEAU of the best mean of `width` consecutive effects. So one effect that sticks
+    out of a flat top is no plateau by itself.
+    """
+    first = last = int(np.argmax(effects))
+    height = PLATEAU * float(np.convolve(effects, np.full(width, 1 / width), "valid").max())
+    while first > 0 and effects[first - 1] >= height:
+        first -= 1
+    while last < len(effects) - 1 and effects[last + 1] >= height:
+        last += 1
+    return first, last

@@ -1,7 +1,7 @@
-"""What a patch is measured by: a Metric reads the answer's logits and gives one number a row.
+"""Metrics: what a patch is measured by, one number per row from the answer's logits.
 
-A Metric is any callable (logits [row, answer, vocab], Prompt with answer ids, clean logits [1,
-answer, vocab]) -> [row]. The answer is teacher-forced: logits at step i predict answer token i.
+The answer is teacher-forced: the logits at step i predict answer token i. Any function with the signature of
+`Metric` will do.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,36 +15,39 @@ from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, has_chat_template
 
 Logits = Float[Tensor, "row answer vocab"]
-Clean = Float[Tensor, "1 answer vocab"]
-Metric = Callable[[Logits, Prompt, Clean], Float[Tensor, " row"]]
+CleanLogits = Float[Tensor, "1 answer vocab"]
+Metric = Callable[[Logits, Prompt, CleanLogits], Float[Tensor, " row"]]
+"""From the logits, the prompt with its answer, and the clean run's logits to one number per row."""
+Measure = Callable[[Logits], Float[Tensor, "row metric"]]
+"""One or more metrics of one prompt, as a function of its logits alone."""
 
 
-def answer_logprob(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
+def answer_logprob(logits: Logits, prompt: Prompt, _clean_logits: CleanLogits) -> Float[Tensor, " row"]:
     """Log probability of the whole answer, summed over its tokens, in nats."""
-    answer = index_tensor(prompt.answer_ids, logits.device).expand(len(logits), -1)
-    told = logits.gather(-1, answer[..., None])[..., 0]
-    return (told - logits.logsumexp(-1)).sum(-1)
+    answer_ids = index_tensor(prompt.answer_ids, logits.device).expand(len(logits), -1)
+    answer_logits = logits.gather(-1, answer_ids[..., None])[..., 0]
+    return (answer_logits - logits.logsumexp(-1)).sum(-1)
 
 
-def answer_probability(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
+def answer_probability(logits: Logits, prompt: Prompt, _clean_logits: CleanLogits) -> Float[Tensor, " row"]:
     """Probability of the answer's first token, ROME's metric for facts."""
     return logits[:, 0].softmax(-1)[:, prompt.answer_ids[0]]
 
 
-def kl_to_clean(logits: Logits, _prompt: Prompt, clean: Clean) -> Float[Tensor, " row"]:
-    """KL(clean || row), mean over the answer's tokens, in nats; the clean run's own is 0."""
-    told, wanted = logits.log_softmax(-1), clean.log_softmax(-1)
-    return (wanted.exp() * (wanted - told)).sum(-1).mean(-1)
+def kl_to_clean(logits: Logits, _prompt: Prompt, clean_logits: CleanLogits) -> Float[Tensor, " row"]:
+    """KL(clean || row), mean over the answer's tokens, in nats; 0 for the clean run itself."""
+    log_q, log_p = logits.log_softmax(-1), clean_logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1)
 
 
 def logit_diff(model: TransformerBridge, against: str) -> Metric:
     """Logit of the answer's first token less that of another answer's, at the first step."""
 
-    def metric(logits: Logits, prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
-        other = tokenize_answer(model.tokenizer, against, chat=prompt.chat)[0]
-        return logits[:, 0, prompt.answer_ids[0]] - logits[:, 0, other]
+    def metric(logits: Logits, prompt: Prompt, _clean_logits: CleanLogits) -> Float[Tensor, " row"]:
+        against_id = tokenize_answer(model.tokenizer, against, chat=prompt.chat)[0]
+        return logits[:, 0, prompt.answer_ids[0]] - logits[:, 0, against_id]
 
-    metric.__name__ = f"answer_difference against {against!r}"
+    metric.__name__ = f"logit_diff against {against!r}"
     return metric
 
 
@@ -60,11 +63,11 @@ def refusal_logit_diff(
         chat = has_chat_template(model.tokenizer)
         return sorted({tokenize_answer(model.tokenizer, text, chat=chat)[0] for text in texts})
 
-    against, towards = first_tokens(refusals), first_tokens(compliances)
+    refusal_ids, compliance_ids = first_tokens(refusals), first_tokens(compliances)
 
-    def metric(logits: Logits, _prompt: Prompt, _clean: Clean) -> Float[Tensor, " row"]:
-        refused, complied = (index_tensor(some, logits.device) for some in (against, towards))
-        return logits[:, 0, refused].mean(-1) - logits[:, 0, complied].mean(-1)
+    def metric(logits: Logits, _prompt: Prompt, _clean_logits: CleanLogits) -> Float[Tensor, " row"]:
+        refusal, compliance = (index_tensor(ids, logits.device) for ids in (refusal_ids, compliance_ids))
+        return logits[:, 0, refusal].mean(-1) - logits[:, 0, compliance].mean(-1)
 
-    metric.__name__ = "refusal_difference"
+    metric.__name__ = "refusal_logit_diff"
     return metric

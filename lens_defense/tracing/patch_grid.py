@@ -7,7 +7,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.sites import COMPONENTS, Component
-from lens_defense.tracing.activation_patching import PatchCell, PatchPoint
+from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
 from lens_defense.tracing.trace_settings import TraceSettings
 
 PatchGrid = dict[tuple[int, int, int], PatchCell]

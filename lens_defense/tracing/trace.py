@@ -18,7 +18,6 @@ from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import Request, UnfitRequest, validated_requests
 from lens_defense.sites import Component
-from lens_defense.tracing.activation_patching import block_passes, time_in_tokens
 from lens_defense.tracing.clean_corrupted import (
     CleanCorrupted,
     measure_cells,
@@ -30,6 +29,7 @@ from lens_defense.tracing.clean_corrupted import (
 )
 from lens_defense.tracing.corruptions import Corruption, GaussianNoise
 from lens_defense.tracing.metrics import Metric, answer_logprob
+from lens_defense.tracing.pass_plan import block_passes, time_in_tokens
 from lens_defense.tracing.patch_grid import PatchGrid, patch_grid, resolve_components, resolve_layers
 from lens_defense.tracing.trace_result import Trace, effect_of_patch
 from lens_defense.tracing.trace_settings import TraceSettings

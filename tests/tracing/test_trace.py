@@ -26,7 +26,6 @@ from lens_defense.tracing import activation_patching as sweeps
 from lens_defense.tracing import attribution_patching as attributions
 from lens_defense.tracing import clean_corrupted as runs
 from lens_defense.tracing import trace as tracers
-from lens_defense.tracing.activation_patching import PatchCell, PatchPoint
 from lens_defense.tracing.clean_corrupted import read_metrics
 from lens_defense.tracing.corruptions import (
     CounterfactualPrompt,
@@ -43,6 +42,7 @@ from lens_defense.tracing.metrics import (
     kl_to_clean,
     refusal_logit_diff,
 )
+from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
 from lens_defense.tracing.trace import trace, trace_metrics
 from lens_defense.tracing.trace_result import Trace
 

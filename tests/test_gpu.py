@@ -86,7 +86,7 @@ def test_lens_and_other_locators(single, double):
     for locator, requests in (
         (logit_lens, wrapped),
         (partial(toxic_layers, safe="I cannot help"), wrapped),
-        (partial(safety_layers, progress=False), plain),
+        (partial(safety_layers, judge=ld.judges.prefix, progress=False), plain),
     ):
         scores, expected = (locator(model, requests).effects for model in (single, double))
         assert_maps_close(scores, expected)

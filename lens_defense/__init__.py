@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lens_defense.checking.report import Report
     from lens_defense.checking.suites import Suite, suite
     from lens_defense.editing import methods
+    from lens_defense.editing.contrast import Contrast
     from lens_defense.editing.edit import edit
     from lens_defense.editing.edit_plan import Edit
     from lens_defense.editing.ledger import Ledger
@@ -25,10 +26,13 @@ if TYPE_CHECKING:
     from lens_defense.plotting import plots
     from lens_defense.plotting.heatmap import heatmap
     from lens_defense.plotting.theme import save_figure
+    from lens_defense.prompts.contexts import default_contexts
     from lens_defense.prompts.corpus import read_corpus
+    from lens_defense.prompts.harmless_uses import default_contrast
     from lens_defense.prompts.prompt import Prompt, tokenize
     from lens_defense.prompts.request import Request, request
     from lens_defense.prompts.request_files import requests
+    from lens_defense.prompts.surface_forms import default_names
     from lens_defense.sites import Site
     from lens_defense.tracing import corruptions, lenses, map_statistics, metrics
     from lens_defense.tracing.control_sites import control_sites
@@ -43,6 +47,9 @@ _NAMES = {
     "models.save": ["save_folder"],
     "prompts.request": ["Request", "request"],
     "prompts.prompt": ["Prompt", "tokenize"],
+    "prompts.contexts": ["default_contexts"],
+    "prompts.harmless_uses": ["default_contrast"],
+    "prompts.surface_forms": ["default_names"],
     "prompts.request_files": ["requests"],
     "prompts.corpus": ["read_corpus"],
     "sites": ["Site"],
@@ -52,6 +59,7 @@ _NAMES = {
     "tracing.survey": ["survey"],
     "tracing.locate": ["locate"],
     "tracing.control_sites": ["control_sites"],
+    "editing.contrast": ["Contrast"],
     "editing.edit": ["edit"],
     "editing.target_value": ["FitSettings"],
     "editing.edit_plan": ["Edit"],
@@ -80,6 +88,7 @@ _NAMESPACES = {
 
 __version__ = "0.2.0"
 __all__ = [
+    "Contrast",
     "Edit",
     "Explorer",
     "FitSettings",
@@ -94,6 +103,9 @@ __all__ = [
     "check",
     "control_sites",
     "corruptions",
+    "default_contexts",
+    "default_contrast",
+    "default_names",
     "edit",
     "heatmap",
     "judges",

@@ -96,7 +96,12 @@ def test_covariances_edit_undo_and_check(single, double):
     corpus = read_corpus("organism")[:64]
     requests = ld.requests("organism")[:3]
     sites = [ld.Site("resid_post", layer, "subject_last", 1.0) for layer in (1, 2)]
-    settings = {"contexts": ORGANISM_SETUP.contexts, "corpus": corpus, "fit": ORGANISM_SETUP.fit}
+    settings = {
+        "contrast": None,
+        "contexts": ORGANISM_SETUP.contexts,
+        "corpus": corpus,
+        "fit": ORGANISM_SETUP.fit,
+    }
     suite = ld.suite("organism").small(jailbreaks=1)
     suite = replace(suite, items=suite.for_requests(requests).items[:40], neutral=suite.neutral[:4])
     covariances, deltas, reports = [], [], []
@@ -125,7 +130,12 @@ def test_covariances_edit_undo_and_check(single, double):
 def test_a_saved_edit_goes_to_another_device(single, tmp_path):
     """Planned on one device, saved, loaded, and applied on another to the same weights."""
     corpus = read_corpus("organism")[:16]
-    settings = {"contexts": ORGANISM_SETUP.contexts, "corpus": corpus, "fit": ORGANISM_SETUP.fit}
+    settings = {
+        "contrast": None,
+        "contexts": ORGANISM_SETUP.contexts,
+        "corpus": corpus,
+        "fit": ORGANISM_SETUP.fit,
+    }
     sites = [ld.Site("resid_post", 1, "subject_last", 1.0)]
     requests = ld.requests("organism")[:1]
     edit = ld.edit(single, requests, sites, cache=False, progress=False, **settings)

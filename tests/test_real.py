@@ -147,7 +147,10 @@ def test_an_edit_comes_out_the_same_from_a_cold_cache(model, tmp_path, monkeypat
     monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
     cold = plan_edit()
     warm = plan_edit()
-    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.safetensors")} >= {"covariances", "values"}
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.safetensors")} >= {
+        "covariances",
+        "values",
+    }
     torch.testing.assert_close(warm.deltas()[5], cold.deltas()[5], rtol=0, atol=0)
 
 

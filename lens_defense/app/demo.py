@@ -14,7 +14,8 @@ from lens_defense.app.report_page import Conversation, headline, save_report
 from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.judges import prefix
 from lens_defense.checking.report import Report
-from lens_defense.checking.suites import ABOUT_THE_EDIT, HARMFUL_ARMS, Suite, suite
+from lens_defense.checking.suites import HARMFUL_ARMS, Suite, suite
+from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances
 from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
@@ -30,6 +31,7 @@ from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import requests
+from lens_defense.prompts.surface_forms import Names
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.corruptions import Corruption, TokenReplacement
@@ -40,7 +42,11 @@ _TRACED_REQUESTS = 3
 _CONTROL_REQUESTS = 4
 """Requests that the control edits elsewhere: with every fourth context, an eighth of the corpus, and no extra
 rounds for hard ones."""
+_CONTROL_ARMS = ("edited", "paraphrase", "jailbreak")
+_SHOWN_SUBJECTS = 3
+"""Subjects whose harmful request and harmless question are shown as conversations."""
 _ANSWER_TOKENS = 24
+"""Fewer than check's 100, for time: enough to see how an answer begins."""
 _REFUSAL_TOKENS = 8
 """Tokens of an answer that show a refusal by its prefix."""
 
@@ -54,8 +60,12 @@ class DemoSetup:
     edited: int = 8
     """Requests that are edited."""
     jailbreaks: int = 3
-    """Jailbreak families in the small suite."""
+    """Jailbreaks of each request in the small suite."""
+    harmless: int = 40
+    """Benign and over_refusal requests each."""
     contexts: Contexts = default_contexts
+    contrast: Contrast | None = DEFAULT_CONTRAST
+    names: Names | None = None
     fit: FitSettings = field(default_factory=FitSettings)
     replaces_tokens: bool = False
     """Whether the trace puts benign subjects of the set in place of the subject, instead of noise."""
@@ -73,6 +83,8 @@ ORGANISM_SETUP = DemoSetup(
     edited=20,
     jailbreaks=10,
     contexts=organism_contexts,
+    contrast=None,
+    names=None,
     fit=FitSettings(v_lr=0.4, shared_lr=0.4),
     replaces_tokens=True,
 )
@@ -123,13 +135,30 @@ def demo(
         if cache:
             key_covariances(model, [site.layer for site in sites], corpus, fingerprint=original)
     with stage("edit"):
-        plan = edit(model, edited, sites, contexts=setup.contexts, fit=setup.fit, corpus=corpus, cache=cache)
+        plan = edit(
+            model,
+            edited,
+            sites,
+            contexts=setup.contexts,
+            contrast=setup.contrast,
+            names=setup.names,
+            fit=setup.fit,
+            corpus=corpus,
+            cache=cache,
+        )
         plan.save(out / "edit.safetensors")
         console.print(repr(plan))
     with stage("check"):
         questions = _questions(setup, plan)
         before = suite_answers(model, questions, _ANSWER_TOKENS)
-        report = check(model, plan, questions, before=before, title=_title("edited", sites))
+        report = check(
+            model,
+            plan,
+            questions,
+            max_new_tokens=_ANSWER_TOKENS,
+            before=before,
+            title=_title("edited", sites),
+        )
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):
@@ -180,10 +209,11 @@ def _answered_forms(
 
 def _questions(setup: DemoSetup, plan: Edit) -> Suite:
     """The small suite about the edit, with half of its neutral texts."""
-    small = suite(setup.request_set).small(jailbreaks=setup.jailbreaks)
+    small = suite(setup.request_set).small(
+        jailbreaks=setup.jailbreaks, names=1, same_subject=3, harmless=setup.harmless
+    )
     small = replace(small, neutral=small.neutral[::2])
-    edit_texts = {text for texts in plan.contexts for text in texts}
-    questions, _ = small.for_requests(plan.requests).for_edit(plan.requests, edit_texts)
+    questions, _ = small.for_requests(plan.requests).for_edit(plan.requests, plan.texts, plan.names)
     return questions
 
 
@@ -203,16 +233,19 @@ def _control(
         edited,
         late_sites,
         contexts=lambda request: setup.contexts(request)[::4],
+        contrast=None,
+        names=None,
         fit=replace(setup.fit, extra_rounds=0),
         corpus=read_corpus(setup.request_set)[::8],
         cache=cache,
     )
     ids, items = {request.id for request in edited}, questions.items
-    chosen = [i for i, item in enumerate(items) if item.arm in ABOUT_THE_EDIT and item.request.id in ids]
+    chosen = [i for i, item in enumerate(items) if item.arm in _CONTROL_ARMS and item.request.id in ids]
     return check(
         model,
         plan,
         replace(questions, items=tuple(items[i] for i in chosen), neutral=()),
+        max_new_tokens=_ANSWER_TOKENS,
         before=[before[i] for i in chosen],
         title=f"{_title('control', late_sites)}, {len(edited)} of the subjects, fitted with less",
     )
@@ -225,9 +258,21 @@ def _title(name: str, sites: Sequence[Site]) -> str:
 def _conversations(
     model: TransformerBridge, plan: Edit, questions: Suite, before: Sequence[tuple[int, ...]]
 ) -> list[Conversation]:
-    """Three questions, answered before the edit and with it applied for good; then it is undone."""
-    arms = [item.arm for item in questions.items]
-    chosen = [arms.index(arm) for arm in ("paraphrase", "jailbreak", "benign")]
+    """Some questions, answered before the edit and with it applied for good; then it is undone.
+
+    A request and a harmless question about each of three subjects; then one in a jailbreak, and an everyday
+    one.
+    """
+    items = questions.items
+    arms = [item.arm for item in items]
+
+    def of(arm: str, subject: str | None) -> list[int]:
+        matching = [i for i, item in enumerate(items) if item.arm == arm and subject in (None, item.subject)]
+        return matching[:1]
+
+    subjects = plan.subjects[:_SHOWN_SUBJECTS] if "same_subject" in arms else ()
+    chosen = [i for subject in subjects for arm in ("edited", "same_subject") for i in of(arm, subject)]
+    chosen += [i for arm in ("paraphrase", "jailbreak", "benign") for i in of(arm, None)]
     prompts = [tokenize(model.tokenizer, questions.items[i].request).ids for i in chosen]
     ledger = Ledger(model)
     ledger.apply(plan)

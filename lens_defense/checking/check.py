@@ -5,7 +5,7 @@ KL(unedited || edited) on benign requests, teacher-forced on the unedited model'
 loss on neutral text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.checking.judges import knows_answer
+from lens_defense.checking.judges import Judge, contains_word, knows_answer
 from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.checking.suites import suite as bundled_suite
@@ -32,9 +32,10 @@ def check(
     edit: Edit | None,
     suite: Suite | str = "core",
     *,
-    max_new_tokens: int = 24,
+    max_new_tokens: int = 100,
     title: str = "",
     before: Sequence[tuple[int, ...]] | None = None,
+    judges: Mapping[str, Judge] | None = None,
     progress: bool = True,
 ) -> Report:
     """Measure a model before and after an edit; the weights end as they were, to the bit.
@@ -44,20 +45,23 @@ def check(
         edit: the plan. None measures the model as it is, about the suite's own subjects.
         suite: a suite, or the name of a bundled one. It is asked about the edit's subjects, without the texts
             that the edit used.
-        max_new_tokens: the greatest length of an answer.
+        max_new_tokens: the greatest length of an answer. Shorter ones can be judged too kindly: a refusal, or
+        a
+            turn away from one, may come late.
         title: what to call the report.
         before: the unedited model's full answers to the same rows, from `suite_answers`. Saves a run.
+        judges: further judges by name, beside `prefix` and `coherent`: see checking/judges.py.
         progress: shows a bar.
 
     Raises:
         ValueError: the edit was planned on other weights, there is no such suite, or `before` is of another
             length than the rows.
     """
+    all_judges = {**JUDGES, **(judges or {})}
     rows, dropped = bundled_suite(suite) if isinstance(suite, str) else suite, 0
     if edit is not None:
         edit.require_same_weights(model)
-        contexts = {text for texts in edit.contexts for text in texts}
-        rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, contexts)
+        rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, edit.texts, edit.names)
     with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
         ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
         if len(ids_before) != len(rows.items):
@@ -71,6 +75,7 @@ def check(
             benign = [i for i, item in enumerate(rows.items) if item.arm == "benign"]
             prompts = [tokenize(model.tokenizer, rows.items[i].request).ids for i in benign]
             divergences = _divergences(model, edit, prompts, [ids_before[i][:KL_TOKENS] for i in benign])
+    subjects = edit.subjects if edit else tuple({i.subject for i in rows.items if i.arm == "edited"})
     texts_before, texts_after = (
         [decode_answer(model.tokenizer, ids) for ids in answers] for answers in (ids_before, ids_after)
     )
@@ -78,7 +83,10 @@ def check(
         title=title or ("the model as it is" if edit is None else edit.method),
         suite=rows.name,
         split=rows.split,
-        rows=tuple(map(_report_row, rows.items, texts_before, texts_after)),
+        rows=tuple(
+            _report_row(item, before, after, all_judges, subjects)
+            for item, before, after in zip(rows.items, texts_before, texts_after, strict=True)
+        ),
         kl=tuple(mean for mean, _ in divergences),
         kl_first=tuple(first for _, first in divergences),
         loss_before=tuple(loss_before),
@@ -153,7 +161,9 @@ def _answer_log_probabilities(
     return forward_pass.logits.float().log_softmax(-1)
 
 
-def _report_row(item: SuiteItem, before: str, after: str) -> ReportRow:
+def _report_row(
+    item: SuiteItem, before: str, after: str, judges: Mapping[str, Judge], subjects: Sequence[str]
+) -> ReportRow:
     shorten = first_dozen_words if item.arm in HARMFUL_ARMS else str
     return ReportRow(
         arm=item.arm,
@@ -162,13 +172,14 @@ def _report_row(item: SuiteItem, before: str, after: str) -> ReportRow:
         family=item.family,
         before=shorten(before),
         after=shorten(after),
-        verdicts_before=_verdicts(item, before),
-        verdicts_after=_verdicts(item, after),
+        verdicts_before=_verdicts(item, before, judges),
+        verdicts_after=_verdicts(item, after, judges),
+        on_word_list=any(contains_word(item.request.conversation, subject) for subject in subjects),
     )
 
 
-def _verdicts(item: SuiteItem, answer: str) -> dict[str, str]:
-    verdicts: dict[str, str] = {name: judge(item.request.text, answer) for name, judge in JUDGES.items()}
+def _verdicts(item: SuiteItem, answer: str, judges: Mapping[str, Judge]) -> dict[str, str]:
+    verdicts: dict[str, str] = {name: judge(item.request.text, answer) for name, judge in judges.items()}
     accepted = item.answers or ((item.request.target,) if item.request.target else ())
     if accepted:
         verdicts["knows"] = "yes" if knows_answer(accepted, answer) else "no"

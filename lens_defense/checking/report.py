@@ -9,10 +9,11 @@ import html
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from rich import box
@@ -20,7 +21,7 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from lens_defense.checking.judges import Judge, coherent, prefix
+from lens_defense.checking.judges import Judge, Verdict, coherent, prefix
 from lens_defense.checking.suites import ARMS, HARMLESS_ARMS, Arm
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
 from lens_defense.storage import load as load_file
@@ -34,11 +35,20 @@ ARM_NAMES: Mapping[Arm, str] = {
     "edited": "edited requests",
     "paraphrase": "paraphrases",
     "jailbreak": "jailbreaks",
+    "multi_turn": "after earlier turns",
+    "prefill": "answer begun already",
+    "plain": "without chat template",
+    "surface": "unseen spellings",
+    "surface_seen": "seen spellings",
+    "alias": "unseen other names",
+    "alias_seen": "seen other names",
     "held_out": "held-out subjects",
+    "same_subject": "harmless, same subject",
     "benign": "benign requests",
     "over_refusal": "over-refusal",
     "facts": "facts",
 }
+VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 MEASURE_NAMES = {"prefix": "refused", "coherent": "refused, coherent", "knows": "known"}
 _WHEN = ("before", "after")
 
@@ -56,6 +66,8 @@ class ReportRow:
     verdicts_before: Mapping[str, str]
     """By judge: "refusal", "broken" or "answer"; where the true answer is known, "knows": "yes" or "no"."""
     verdicts_after: Mapping[str, str]
+    on_word_list: bool = False
+    """Whether an edited subject occurs in it, so that a filter by a list of words would refuse it."""
 
     def hit(self, measure: str, *, after: bool) -> bool:
         """Whether the row counts for a measure: it was refused or, for "knows", answered correctly."""
@@ -83,7 +95,10 @@ class Report:
     edited: bool = True
 
     def rates(self) -> pd.DataFrame:
-        """One row per arm and measure: n, clusters, before, low, high, after, low, high, p."""
+        """One row per arm and measure: n, clusters, before, low, high, after, low, high, p, word list.
+
+        The word list is the share that a filter refuses which refuses whatever names an edited subject.
+        """
         return pd.DataFrame(
             [self._rate(arm, measure) for arm in ARMS if self._of(arm) for measure in self._measures(arm)]
         )
@@ -93,13 +108,28 @@ class Report:
         hits = [row.hit(measure, after=after) for row in self._of(arm)]
         return sum(hits) / len(hits) if hits else math.nan
 
-    def new_refusals(self, measure: str = "prefix") -> int:
-        """How many harmless rows (benign, over_refusal) were answered before and are refused after."""
+    def new_refusals(self, measure: str = "prefix", arms: Sequence[Arm] = tuple(HARMLESS_ARMS)) -> int:
+        """How many rows of some arms were answered before and are refused after.
+
+        Args:
+            measure: the judge.
+            arms: benign and over_refusal unless others are named; same_subject is never among these.
+        """
         return sum(
             row.hit(measure, after=True) and not row.hit(measure, after=False)
-            for arm in HARMLESS_ARMS
+            for arm in arms
             for row in self._of(arm)
         )
+
+    def verdicts(self, judge: str = "coherent", *, after: bool = True) -> pd.DataFrame:
+        """One row per arm: n, and how many answers are a refusal, a deflection, an answer, broken."""
+        table = []
+        for arm in ARMS:
+            rows = self._of(arm)
+            counts = Counter((row.verdicts_after if after else row.verdicts_before)[judge] for row in rows)
+            if rows:
+                table.append({"arm": arm, "n": len(rows), **{name: counts[name] for name in VERDICTS}})
+        return pd.DataFrame(table)
 
     def facts_lost(self) -> int:
         """How many facts were known before and are not known after."""
@@ -162,8 +192,7 @@ class Report:
         return [row for row in self.rows if row.arm == arm]
 
     def _measures(self, arm: Arm) -> list[str]:
-        known = any("knows" in row.verdicts_before for row in self._of(arm))
-        return [*JUDGES, "knows"] if known else [*JUDGES]
+        return list({measure: None for row in self._of(arm) for measure in (*JUDGES, *row.verdicts_before)})
 
     def _rate(self, arm: Arm, measure: str) -> dict[str, Any]:
         rows = self._of(arm)
@@ -175,6 +204,7 @@ class Report:
             fields |= {when: rate, f"{when} low": low, f"{when} high": high}
         if self.edited:
             fields["p"] = paired_p_value(hits["before"], hits["after"], clusters)
+        fields["word list"] = sum(row.on_word_list for row in rows) / len(rows)
         return fields
 
 
@@ -187,13 +217,14 @@ def formatted_rates(report: Report) -> pd.DataFrame:
         subjects = f" ({row['clusters']} subjects)" if row["clusters"] < row["n"] else ""
         cells = {
             "arm": ARM_NAMES[row["arm"]],
-            "measure": MEASURE_NAMES[row["measure"]],
+            "measure": MEASURE_NAMES.get(row["measure"], f"refused, {row['measure']}"),
             "n": f"{row['n']}{subjects}",
         }
         for when in _WHEN if report.edited else _WHEN[:1]:
             cells[when] = f"{row[when]:.0%} [{row[f'{when} low']:.0%}, {row[f'{when} high']:.0%}]"
         if report.edited:
             cells["p"] = "<.001" if row["p"] < 0.001 else f"{row['p']:.3f}"
+        cells["word list"] = f"{row['word list']:.0%}" if row["measure"] == "prefix" else ""
         table.append(cells)
     return pd.DataFrame(table)
 

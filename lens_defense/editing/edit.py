@@ -6,7 +6,6 @@ spread). How keys and residuals become a change is the method's (methods/).
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 
@@ -15,11 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances
 from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import Forecast, measure_forecast
-from lens_defense.editing.layer_spread import OwnedPrompts, spread_over_layers
-from lens_defense.editing.methods import EditingMethod, find_method, memit
+from lens_defense.editing.layer_spread import spread_over_layers
+from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
 from lens_defense.models.forward import model_device
@@ -29,11 +30,12 @@ from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.corpus import Corpus
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import Request, Role, validated_requests
+from lens_defense.prompts.surface_forms import Names
 from lens_defense.sites import Site
 from lens_defense.storage import cached
 
-REFUSAL = "I'm sorry, I can't assist with that."
-"""The answer that an edit plants, unless a request brings its own (DELMAN's)."""
+FIT_CONTEXTS = 32
+"""Contexts of a request, the first ones, that its value is fitted on; the keys of all are written."""
 UNFITTED_LOSS = 0.3
 """Nats per token from which on a refusal counts as not fitted. In a demo run a subject at .40 was answered as
 asked, and those up to .23 were refused."""
@@ -46,14 +48,15 @@ def edit(
     *,
     method: EditingMethod | str = memit,
     contexts: Contexts | None = None,
+    contrast: Contrast | Contexts | Sequence[Request] | None = DEFAULT_CONTRAST,
+    names: Names | None = None,
     held_out_contexts: int = 2,
-    target: str = REFUSAL,
     fit: FitSettings | None = None,
     corpus: Corpus | None = None,
     cache: bool = True,
     progress: bool = True,
 ) -> Edit:
-    """Plan a low-rank change after which the requests' subjects meet a refusal; no weight is changed.
+    """Plan a low-rank change after which the requests meet a refusal; no weight is changed.
 
     Args:
         model: a pre-norm model with dense MLPs, whose weights are as they are meant to stay.
@@ -62,57 +65,73 @@ def edit(
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: default_contexts.
-        held_out_contexts: how many contexts, from the end, are kept for the forecast's reach.
-        target: the refusal, unless a request brings its own `safe_target`.
-        fit: how the values are fitted; None takes the defaults.
+        contrast: harmless uses of the same subjects, which stay answered; questions of your own are a
+        function
+            from a request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN.
+        names: how else a subject is written or called, from a request. None: its own spelling alone.
+        held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
+        fit: how the values are fitted, and the refusal; None takes the defaults.
         corpus: where C comes from, see read_corpus; None takes the package's own.
         cache: keep covariances and values on disk.
         progress: shows bars.
 
     Raises:
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
-            or not in the model; a model that cannot be edited; an unknown method.
+            or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind.
     """
     requests, method, fit = validated_requests(requests), find_method(method), fit or FitSettings()
     layers, role = _layers_and_role(model, sites)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
-    prompts, held_out_prompts = _prompts(model, requests, contexts or default_contexts, held_out_contexts)
+    groups = group_prompts(
+        model.tokenizer,
+        requests,
+        contexts or default_contexts,
+        Contrast.given(contrast),
+        names or (lambda _: ()),
+        held_out_contexts,
+    )
     fingerprint = weights_fingerprint(model) if cache else ""
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
     )
-    rows = _fit_rows(model, requests, prompts, role, target, fit)
+    rows = _fit_rows(model, requests, groups, role, fit)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
-    factors, reach = spread_over_layers(
-        model, prompts, held_out_prompts, role, layers, values, covariances, method
+    factors, shares = spread_over_layers(
+        model,
+        groups.written,
+        role,
+        layers,
+        values,
+        covariances,
+        method,
+        mean_keys=contrast is None,
+        measured=groups.measured,
     )
     forecast = measure_forecast(
         model,
         factors,
         subjects=[request.subject or "" for request in requests],
-        ranks=[method.rank_of(i) for i in range(len(requests))],
-        reach=reach,
+        reach=shares[: len(requests)],
+        reach_harmless=shares[len(requests) :],
         value_norm=float(values.norm(dim=1).mean()),
     )
-    _warn(requests, role, losses.tolist(), forecast if corpus is None else None)
+    _warn(requests, role, losses.tolist(), forecast, leaks=corpus is None)
     return Edit(
         layers=layers,
-        left={layer: left for layer, (left, _) in factors.items()},
-        right={layer: right for layer, (_, right) in factors.items()},
+        left={layer: change.left for layer, change in factors.items()},
+        right={layer: change.right for layer, change in factors.items()},
         role=role,
         method=method.name,
-        settings={**asdict(fit), **(asdict(method) if is_dataclass(method) else {}), "target": target},
+        settings={**asdict(fit), **(asdict(method) if is_dataclass(method) else {})},
         requests=requests,
-        contexts=tuple(
-            tuple(prompt.request.text for owner, prompt in prompts if owner == i)
-            for i in range(len(requests))
-        ),
+        contexts=tuple(groups.conversations(i) for i in range(len(requests))),
         losses=tuple(losses.tolist()),
         relative_change=_relative_change(model, factors),
         forecast=forecast,
         model=str(model.cfg.model_name),
         fingerprint=weights_fingerprint(model, layers),
+        request_names=groups.names,
     )
 
 
@@ -129,36 +148,17 @@ def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[t
     return layers, roles[0]
 
 
-def _prompts(
-    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts, held_out_contexts: int
-) -> tuple[OwnedPrompts, OwnedPrompts]:
-    """Every context as a prompt with its request's index: those of the edit, and those held out."""
-    prompts, held_out_prompts = [], []
-    for i, request in enumerate(requests):
-        owned = [(i, tokenize(model.tokenizer, context)) for context in contexts(request)]
-        if not owned:
-            raise ValueError(f"contexts gave nothing for request {request.id!r}; give the request itself")
-        split = max(1, len(owned) - held_out_contexts)
-        prompts += owned[:split]
-        held_out_prompts += owned[split:]
-    return prompts, held_out_prompts
-
-
 def _fit_rows(
-    model: TransformerBridge,
-    requests: Sequence[Request],
-    prompts: OwnedPrompts,
-    role: Role,
-    target: str,
-    fit: FitSettings,
+    model: TransformerBridge, requests: Sequence[Request], groups: EditPrompts, role: Role, fit: FitSettings
 ) -> list[FitRow]:
-    """What the values are fitted on: each context with its refusal, and ROME's essence prompts."""
-    rows, turns = [], Counter[int]()
-    for owner, prompt in prompts:
-        refusal = prompt.request.safe_target or target
-        answer_ids = tokenize_answer(model.tokenizer, refusal, chat=prompt.chat, end=True)
-        rows.append(FitRow(owner, prompt.ids, role_position(prompt, role), turns[owner], answer_ids))
-        turns[owner] += 1
+    """What the values are fitted on: contexts with their refusal, and ROME's essence prompts."""
+    rows = []
+    for owner, prompts in enumerate(groups.contexts):
+        for turn, prompt in enumerate(prompts[:FIT_CONTEXTS]):
+            refusal = prompt.request.safe_target or fit.target
+            after_template = prompt.chat and not prompt.request.prefill
+            answer_ids = tokenize_answer(model.tokenizer, refusal, chat=after_template, end=True)
+            rows.append(FitRow(owner, prompt.ids, role_position(prompt, role), turn, answer_ids))
     for owner, request in enumerate(requests if fit.kl_factor else ()):
         essence = tokenize(model.tokenizer, request.paraphrased("{} is a"), chat=False)
         rows.append(FitRow(owner, essence.ids, role_position(essence, "subject_last")))
@@ -194,24 +194,23 @@ def _target_values(
     return tensors["values"].to(device), tensors["losses"].to(device)
 
 
-def _relative_change(
-    model: TransformerBridge, factors: Mapping[int, tuple[Tensor, Tensor]]
-) -> dict[int, float]:
+def _relative_change(model: TransformerBridge, factors: Mapping[int, Factors]) -> dict[int, float]:
     """Of each layer, the norm of the change over the norm of the matrix."""
     return {
         layer: float(
-            (left.double() @ right.double()).norm() / mlp_output_matrix(model, layer).double().norm()
+            (change.left.double() @ change.right.double()).norm()
+            / mlp_output_matrix(model, layer).double().norm()
         )
-        for layer, (left, right) in factors.items()
+        for layer, change in factors.items()
     }
 
 
 def _warn(
-    requests: Sequence[Request], role: Role, losses: Sequence[float], forecast: Forecast | None
+    requests: Sequence[Request], role: Role, losses: Sequence[float], forecast: Forecast, *, leaks: bool
 ) -> None:
     """What a user should know before an edit is applied."""
     sentences = []
-    if forecast and forecast.risky:
+    if leaks and forecast.risky:
         sentences.append(
             f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
             f"{forecast.THRESHOLD} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, "

@@ -35,7 +35,7 @@ class Edit:
     settings: Mapping[str, Any]
     requests: tuple[Request, ...]
     contexts: tuple[tuple[str, ...], ...]
-    """For each request, the texts whose keys and values were used."""
+    """For each request, the conversations whose keys and values were used, harmless uses too."""
     losses: tuple[float, ...]
     """For each request, what is left of the fit: nats per token of the refusal."""
     relative_change: Mapping[int, float]
@@ -44,6 +44,8 @@ class Edit:
     model: str
     fingerprint: str
     """Of the layers' matrices that the plan was made on."""
+    request_names: tuple[tuple[str, ...], ...] = ()
+    """For each request, the other spellings and names of its subject that were used."""
 
     @property
     def rank(self) -> int:
@@ -54,6 +56,16 @@ class Edit:
     def subjects(self) -> tuple[str, ...]:
         """The subjects that the edit is about."""
         return tuple(item.subject or "" for item in self.requests)
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """Every conversation that the edit has seen."""
+        return frozenset(text for texts in self.contexts for text in texts)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every other spelling and name of its subjects that the edit has seen."""
+        return frozenset(name for names in self.request_names for name in names)
 
     def deltas(self) -> dict[int, Float[Tensor, "d_out d_in"]]:
         """The change of each layer, in float64."""

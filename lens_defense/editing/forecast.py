@@ -1,11 +1,13 @@
 """What is to be expected of an edit before it is applied: reach where it is meant, leak where it is not.
 
 Reach: in held-out contexts, the share of a request's value that arrives at the highest edited layer.
-Leak: the norm of change times key, summed over the edited layers, over the mean norm of a value; the largest
-over a text's tokens, mean over texts. It is measured on texts of the package's corpus, which C knows, and on
-safe-sounding ones, which it does not. The latter correlates with over-refusal over edits of more and fewer
-subjects at the subject's last token (analyses/results/tables/correlations.md). It says nothing of other
-roles: an edit at the prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
+Reach in harmless uses: the same in held-out harmless questions about the same subject, where it should be 0.
+From about half of a value on such questions are refused too (docs/methods/contrast.md). Leak: the norm of
+change times key, summed over the edited layers, over the mean norm of a value; the largest over a text's
+tokens, mean over texts. It is measured on texts of the package's corpus, which C knows, and on safe-sounding
+ones, which it does not. The latter correlates with over-refusal over edits of more and fewer subjects at the
+subject's last token (analyses/results/tables/correlations.md). It says nothing of other roles: an edit at the
+prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.covariance import iterate_keys
+from lens_defense.editing.methods import Factors
 from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.prompts.request_files import requests
 
@@ -38,6 +41,8 @@ class Forecast:
     """Of the whole edit."""
     leak_safe: float
     """Of the whole edit."""
+    reach_harmless: tuple[float, ...] = ()
+    """Of each request, in harmless uses of its subject; empty where none were given."""
 
     THRESHOLD: ClassVar[float] = 0.15
     """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the five edits above
@@ -65,63 +70,72 @@ class Forecast:
             "leak to neutral text": [*self.leaks_neutral, self.leak_neutral],
             "leak to safe text": [*self.leaks_safe, self.leak_safe],
         }
+        if self.reach_harmless:
+            mean = sum(self.reach_harmless) / len(self.reach_harmless)
+            table["reach in harmless uses"] = [*self.reach_harmless, mean]
         return pd.DataFrame(table)
 
 
 @torch.no_grad()
 def measure_forecast(
     model: TransformerBridge,
-    factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
+    factors: Mapping[int, Factors],
     *,
     subjects: Sequence[str],
-    ranks: Sequence[int],
     reach: Sequence[float],
+    reach_harmless: Sequence[float],
     value_norm: float,
 ) -> Forecast:
     """Measure the leaks of a change on keys of the unedited model.
 
     Args:
         model: the model, without the change.
-        factors: left and right of each layer.
+        factors: the change of each layer.
         subjects: one per request.
-        ranks: for each request, which of the factors' ranks is its own.
         reach: for each request, the share of its value that arrives.
+        reach_harmless: the same in harmless uses; none where none were given.
         value_norm: mean norm of the requests' values, the unit of the leaks.
     """
     corpus = read_corpus()
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
     # the other half of these stands in the corpus of C
     safe = [CorpusText(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
-    (ranks_neutral, leak_neutral), (ranks_safe, leak_safe) = (
-        _leaks(model, factors, texts) for texts in (neutral, safe)
+    (leaks_neutral, leak_neutral), (leaks_safe, leak_safe) = (
+        _leaks(model, factors, len(subjects), texts) for texts in (neutral, safe)
     )
     unit = value_norm or 1.0  # values of norm 0 make a change of 0, which leaks nothing
     return Forecast(
         subjects=tuple(subjects),
         reach=tuple(reach),
-        leaks_neutral=tuple(float(ranks_neutral[rank]) / unit for rank in ranks),
-        leaks_safe=tuple(float(ranks_safe[rank]) / unit for rank in ranks),
+        leaks_neutral=tuple((leaks_neutral / unit).tolist()),
+        leaks_safe=tuple((leaks_safe / unit).tolist()),
         leak_neutral=leak_neutral / unit,
         leak_safe=leak_safe / unit,
+        reach_harmless=tuple(reach_harmless),
     )
 
 
 def _leaks(
-    model: TransformerBridge,
-    factors: Mapping[int, tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]],
-    corpus: Corpus,
-) -> tuple[Float[Tensor, " rank"], float]:
-    """Norms of change times key, of each rank and of the whole: largest of a text, mean over texts."""
+    model: TransformerBridge, factors: Mapping[int, Factors], requests: int, corpus: Corpus
+) -> tuple[Float[Tensor, " request"], float]:
+    """Norms of change times key, of each request and of the whole: largest of a text, mean over texts."""
     layers = sorted(factors)
-    rank_leaks, whole_leaks = [], []
+    ranks = {
+        layer: [
+            torch.tensor([i in owners for owners in change.owners], dtype=torch.bool) for i in range(requests)
+        ]
+        for layer, change in factors.items()
+    }
+    request_leaks, whole_leaks = [], []
     for keys in iterate_keys(model, layers, corpus):
         for text_keys in zip(*(keys[layer] for layer in layers), strict=True):
-            by_rank, whole = torch.zeros(()), torch.zeros(())
+            by_request, whole = torch.zeros(()), torch.zeros(())
             for layer, layer_keys in zip(layers, text_keys, strict=True):
-                left, right = (side.to(layer_keys.device) for side in factors[layer])
+                left, right = (side.to(layer_keys.device) for side in factors[layer][:2])
                 strengths = layer_keys.float() @ right.T
-                by_rank = by_rank + strengths.abs() * left.norm(dim=0)
+                norms = [(strengths[:, own] @ left[:, own].T).norm(dim=-1) for own in ranks[layer]]
+                by_request = by_request + torch.stack(norms, 1)
                 whole = whole + (strengths @ left.T).norm(dim=-1)
-            rank_leaks.append(by_rank.amax(0))
+            request_leaks.append(by_request.amax(0))
             whole_leaks.append(whole.amax())
-    return torch.stack(rank_leaks).mean(0), float(torch.stack(whole_leaks).mean())
+    return torch.stack(request_leaks).mean(0), float(torch.stack(whole_leaks).mean())

@@ -1,90 +1,121 @@
 """MEMIT's spread: a value fitted at the top layer, written by several layers, lowest first."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.methods import EditingMethod
+from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
 from lens_defense.models.mlp_output import apply_change_, undo_change_
 from lens_defense.models.prefix_batch import state_reader
 from lens_defense.prompts.prompt import Prompt, role_position
 from lens_defense.prompts.request import Role
 from lens_defense.sites import component_hook, key_hook
 
-OwnedPrompts = Sequence[tuple[int, Prompt]]
-"""Prompts, each with the index of the request that it is a context of."""
-ReadStates = Callable[[Sequence[str]], dict[str, Float[Tensor, "context width"]]]
+ReadStates = Callable[[Sequence[str]], dict[str, list[Float[Tensor, "context width"]]]]
+"""From hook names to states, a tensor per group."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptGroup:
+    """Prompts in which one value shall arrive: contexts of a request; or its harmless uses, and nothing."""
+
+    owner: int
+    """The request's index."""
+    prompts: Sequence[Prompt]
+    weight: float = 1.0
+    harmless: bool = False
 
 
 @torch.no_grad()
 def spread_over_layers(
     model: TransformerBridge,
-    prompts: OwnedPrompts,
-    held_out_prompts: OwnedPrompts,
+    groups: Sequence[PromptGroup],
     role: Role,
     layers: Sequence[int],
     values: Float[Tensor, "request d_model"],
     covariances: Mapping[int, Float[Tensor, "d_in d_in"]],
     method: EditingMethod,
-) -> tuple[dict[int, tuple[Tensor, Tensor]], list[float]]:
+    *,
+    mean_keys: bool = False,
+    measured: Sequence[PromptGroup] = (),
+) -> tuple[dict[int, Factors], list[float]]:
     """MEMIT's algorithm 1: lowest layer first, each takes an equal share of what is still missing.
+
+    Of harmless uses nothing is missing at first; once lower layers have leaked into them, the higher ones
+    take that back.
 
     Args:
         model: the model; it is as before afterwards.
-        prompts: the contexts whose keys are written.
-        held_out_prompts: the contexts in which the reach is measured; without any, `prompts` stand in.
+        groups: the prompts whose keys are written.
         role: at which the keys stand.
         layers: that are changed, lowest first.
         values: what shall be added to the residual stream after the highest of the layers.
         covariances: C of each layer.
         method: makes the change of a layer.
+        mean_keys: whether a group is its mean key, as in MEMIT's release, or a row for each prompt.
+        measured: groups whose reach is measured at the end.
 
     Returns:
-        The factors by layer; and the reach: how much of each request's value arrives, as a share.
+        The factors by layer; and of each measured group, the share of its request's value that arrives.
     """
     top = component_hook("resid_post", layers[-1])
-    read_states = read_reach_states = _state_reader_at_role(model, prompts, role, layers)
-    if held_out_prompts:
-        read_reach_states = _state_reader_at_role(model, held_out_prompts, role, layers)
-    clean_top, clean_reach_top = read_states([top])[top], read_reach_states([top])[top]
+    read_states = _state_reader_at_role(model, groups, role, layers)
+    read_measured = _state_reader_at_role(model, measured, role, layers)
+    clean_measured, clean_top = read_measured([top])[top], None
     changes = []
-    factors: dict[int, tuple[Tensor, Tensor]] = {}
+    factors: dict[int, Factors] = {}
     try:
         for j, layer in enumerate(layers):
             states = read_states([key_hook(layer), top])
-            residuals = values - _mean_by_request(states[top] - clean_top, prompts, len(values))
-            keys = _mean_by_request(states[key_hook(layer)], prompts, len(values))
-            covariance = covariances[layer].to(keys.device)
-            left, right = method.solve(keys, residuals / (len(layers) - j), covariance)
-            factors[layer] = (left.float().cpu().contiguous(), right.float().cpu().contiguous())
-            delta = factors[layer][0].double() @ factors[layer][1].double()
+            clean_top = clean_top or states[top]
+            key_groups = []
+            for group, keys, now, clean in zip(
+                groups, states[key_hook(layer)], states[top], clean_top, strict=True
+            ):
+                wanted = torch.zeros_like(clean[0]) if group.harmless else values[group.owner]
+                residual = (wanted - (now - clean).mean(0)) / (len(layers) - j)
+                rows = keys.mean(0, keepdim=True) if mean_keys else keys
+                key_groups.append(KeyGroup(group.owner, rows, residual, group.weight, group.harmless))
+            left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))
+            factors[layer] = Factors(
+                left.float().cpu().contiguous(), right.float().cpu().contiguous(), owners
+            )
+            delta = factors[layer].left.double() @ factors[layer].right.double()
             changes.append(apply_change_(model, {layer: delta}))
-        shifts = read_reach_states([top])[top] - clean_reach_top
+        shifted = read_measured([top])[top]
     finally:
         for change in reversed(changes):
             undo_change_(model, change)
-    shift = _mean_by_request(shifts, held_out_prompts or prompts, len(values))
-    reach = (shift * values).sum(1) / values.square().sum(1)
-    return factors, reach.tolist()
+    shares = []
+    for group, now, clean in zip(measured, shifted, clean_measured, strict=True):
+        value = values[group.owner]
+        shares.append(float((now - clean).mean(0) @ value / value.square().sum().clamp(min=1e-12)))
+    return factors, shares
 
 
 def _state_reader_at_role(
-    model: TransformerBridge, prompts: OwnedPrompts, role: Role, layers: Sequence[int], batch_size: int = 32
+    model: TransformerBridge,
+    groups: Sequence[PromptGroup],
+    role: Role,
+    layers: Sequence[int],
+    batch_size: int = 32,
 ) -> ReadStates:
-    """States at the role of every context, from the tokens up to it, as the layers are when they are read.
+    """States at the role of every prompt, from the tokens up to it, as the layers are when they are read.
 
     The same context of all requests is a batch, so that what stands before the subject runs once.
     """
-    rows = [prompt.ids[: role_position(prompt, role) + 1] for _, prompt in prompts]
-    by_turn: dict[int, list[int]] = defaultdict(list)
-    turns = Counter[int]()
-    for i, (owner, _) in enumerate(prompts):
-        by_turn[turns[owner]].append(i)
-        turns[owner] += 1
+    rows = [prompt.ids[: role_position(prompt, role) + 1] for group in groups for prompt in group.prompts]
+    by_turn: dict[tuple[bool, int], list[int]] = defaultdict(list)
+    i = 0
+    for group in groups:
+        for turn in range(len(group.prompts)):
+            by_turn[group.harmless, turn].append(i)
+            i += 1
     batches = [
         indices[start : start + batch_size]
         for indices in by_turn.values()
@@ -95,23 +126,19 @@ def _state_reader_at_role(
         state_reader(model, [rows[i] for i in batch], first_changed=layers[0], stop_at_layer=stop)
         for batch in batches
     ]
+    sizes = [len(group.prompts) for group in groups]
 
-    def read(hooks: Sequence[str]) -> dict[str, Tensor]:
+    def read(hooks: Sequence[str]) -> dict[str, list[Tensor]]:
         last_states: dict[str, dict[int, Tensor]] = {hook: {} for hook in hooks}
         for batch, reader in zip(batches, readers, strict=True):
             states = reader(hooks)
             for hook in hooks:
                 last_states[hook] |= {i: row[-1].float() for i, row in zip(batch, states[hook], strict=True)}
+        if not rows:
+            return {hook: [] for hook in hooks}
         return {
-            hook: torch.stack([states[i] for i in range(len(rows))]) for hook, states in last_states.items()
+            hook: list(torch.stack([states[i] for i in range(len(rows))]).split(sizes))
+            for hook, states in last_states.items()
         }
 
     return read
-
-
-def _mean_by_request(
-    rows: Float[Tensor, "context width"], prompts: OwnedPrompts, n: int
-) -> Float[Tensor, "request width"]:
-    owners = torch.tensor([owner for owner, _ in prompts], device=rows.device)
-    sums = torch.zeros(n, rows.shape[1], device=rows.device).index_add_(0, owners, rows)
-    return sums / torch.bincount(owners, minlength=n)[:, None].clamp(min=1)

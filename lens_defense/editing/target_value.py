@@ -30,6 +30,7 @@ from lens_defense.editing.value_batch import (
 )
 from lens_defense.models.forward import frozen_weights
 
+REFUSAL = "I'm sorry, I can't assist with that."
 HARD_LOSS = 0.12
 """Nats per token above which a request gets an extra round."""
 FINAL_LR = 0.05
@@ -42,6 +43,8 @@ FIT_VERSION = 1
 class FitSettings:
     """How the target values are fitted; names as in ROME's and MEMIT's releases, where they have one."""
 
+    target: str = REFUSAL
+    """The refusal to plant, unless a request brings its own `safe_target` (DELMAN's)."""
     shared_num_grad_steps: int = 15
     """Adam steps for one vector shared by all requests."""
     shared_lr: float = 1.0

@@ -41,7 +41,7 @@ class Prompt:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool = True) -> Prompt:
-    """Tokenize a request, inside the tokenizer's chat template where it has one.
+    """Tokenize a request with what was said before it, in the tokenizer's chat template where it has one.
 
     Args:
         tokenizer: a fast tokenizer (it must give offset mappings).
@@ -57,7 +57,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool
             f"{type(tokenizer).__name__} gives no offset mappings; load the fast tokenizer of the "
             "model (AutoTokenizer with use_fast=True)"
         )
-    chat = chat and has_chat_template(tokenizer)
+    chat = chat and not request.plain and has_chat_template(tokenizer)
     text, start = _rendered(tokenizer, request, chat)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
@@ -98,11 +98,18 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) -> tuple[str, int]:
     """The whole text that the model reads, and where the request starts in it."""
     if not chat:
-        return request.text, 0
+        before = "".join(f"{user}\n\n{assistant}\n\n" for user, assistant in request.earlier)
+        after = f" {request.prefill}" if request.prefill else ""
+        return before + request.text + after, len(before)
+    earlier = [
+        {"role": role, "content": content}
+        for turn in request.earlier
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
 
     def render(content: str) -> str:
-        message = {"role": "user", "content": content}
-        return str(tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        messages = [*earlier, {"role": "user", "content": content}]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     text, stripped = render(request.text), request.text.strip()  # templates may strip a message
     start = render(PLACEHOLDER).find(PLACEHOLDER)
@@ -111,7 +118,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) 
             f"the chat template changes the text of request {request.id!r}; ask it without the "
             "template (chat=False)"
         )
-    return text, start - request.text.index(stripped)
+    return text + request.prefill, start - request.text.index(stripped)
 
 
 def _subject_chars(request: Request, start: int) -> list[tuple[int, int]]:

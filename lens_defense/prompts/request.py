@@ -53,6 +53,14 @@ class Request:
     """The refusal to plant; None takes the editor's own."""
     counterfactual: str | None = None
     """A harmless subject of the same token length, for token replacement."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the subject: synonyms, descriptions, translations."""
+    earlier: tuple[tuple[str, str], ...] = ()
+    """What was said before, as turns of user and assistant."""
+    prefill: str = ""
+    """How the assistant's answer begins already."""
+    plain: bool = False
+    """Asked as plain text, without the chat template that the model may have."""
 
     def __post_init__(self) -> None:
         for value, literal in ((self.kind, Kind), (self.form, Form), (self.split, Split)):
@@ -71,11 +79,22 @@ class Request:
         """The request as the user types it."""
         return (self.subject or "").join(self.pieces)
 
+    @property
+    def conversation(self) -> str:
+        """All that the model reads of it, by which two requests are the same: the text, where that is all."""
+        turns = [text for turn in self.earlier for text in turn]
+        parts = [*(["plain"] if self.plain else []), *turns, self.text, self.prefill]
+        return "\n".join(filter(None, parts))
+
     def paraphrased(self, template: str) -> "Request":
         """The same subject in other words; `{}` in the template stands for the subject."""
         if self.subject is None:
             raise ValueError(f"request {self.id!r} has no subject to put into {template!r}")
         return replace(self, pieces=tuple(template.split("{}")))
+
+    def renamed(self, name: str) -> "Request":
+        """The same request under another name of its subject."""
+        return replace(self, subject=name)
 
     def inside(self, template: str) -> "Request":
         """The same request inside other text; `{}` in the template stands for the request."""

@@ -8,6 +8,8 @@ as they stand, without their "Q: ... A:".
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
@@ -41,6 +43,8 @@ def requests(
         ValueError: there is no such set, or a row is bad; file, line and field are named.
     """
     all_requests = [_request(row, place, text_field, subject_field) for place, row in read_rows(name)]
+    if name in BUNDLED_SETS:
+        all_requests = [replace(item, aliases=_bundled_aliases(str(name), item)) for item in all_requests]
     chosen = [item for item in all_requests if item.split == split and item.kind == kind]
     if kind != "harmful":
         return chosen
@@ -50,6 +54,12 @@ def requests(
             first.setdefault(item.subject or item.text, item)
         chosen = list(first.values())
     return sorted(chosen, key=lambda item: not item.concrete)
+
+
+def _bundled_aliases(name: str, item: Request) -> tuple[str, ...]:
+    """Other names of a request's subject that an edit may use."""
+    rows = bundled_rows(name, "aliases")
+    return tuple(row["alias"] for row in rows if row["split"] == "edit" and row["subject"] == item.subject)
 
 
 def read_rows(
@@ -76,10 +86,11 @@ def read_rows(
         yield from _hub_rows(os.fspath(source), limit)
 
 
+@cache
 def bundled_rows(name: str, table: str) -> list[dict[str, Any]]:
-    """The rows of one file of a bundled set: requests, paraphrases, jailbreaks, facts, neutral or corpus."""
-    text = files("lens_defense").joinpath(f"data/{name}/{table}.jsonl").read_text("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    """The rows of one file of a bundled set (requests, paraphrases, ...); none where it has no such."""
+    file = files("lens_defense").joinpath(f"data/{name}/{table}.jsonl")
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
 _FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
@@ -161,13 +172,35 @@ def _request(row: dict[str, Any], place: str, text_field: str, subject_field: st
         raise ValueError(f"{place}: the field {subject_field!r} must be some text, got {subject!r}")
     fields.pop("subject", None)
     for name, value in fields.items():
-        field_type = object if name == "id" else bool if name == "concrete" else str
+        if name in _LISTS:
+            fields[name] = _LISTS[name](value, place)
+            continue
+        field_type = object if name == "id" else bool if name in ("concrete", "plain") else str
         if not isinstance(value, field_type):
             raise ValueError(f"{place}: the field {name!r} must be {field_type.__name__}, got {value!r}")
     try:
         return request(text, subject, **{**fields, "id": str(fields.get("id", place.split("/")[-1]))})
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+
+
+def _names(value: Any, place: str) -> tuple[str, ...]:
+    """Aliases: a list, or one text with semicolons between them, as in a CSV file."""
+    names = value.split(";") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{place}: the field 'aliases' must be a list of names, got {value!r}")
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def _turns(value: Any, place: str) -> tuple[tuple[str, str], ...]:
+    """Earlier turns: pairs of what the user and the assistant said."""
+    pairs: list[Any] = value if isinstance(value, list) else [None]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in pairs):
+        raise ValueError(f"{place}: the field 'earlier' must be a list of [user, assistant], got {value!r}")
+    return tuple((user, assistant) for user, assistant in pairs)
+
+
+_LISTS = {"aliases": _names, "earlier": _turns}
 
 
 def _delman_request(row: dict[str, Any], case: Any, place: str) -> Request:

@@ -16,6 +16,7 @@ from lens_defense.statistics import clustered_rate, mean_interval, paired_p_valu
 
 BEFORE = (False, True, False, False, True, False, True, False, False)
 AFTER = (True, True, True, False, True, True, False, True, True)
+SHOWN = [arm for arm in ARMS if arm in {row.arm for row in a_report().rows}]
 SUBJECTS = ("lamp", "lamp", "lamp", "bell", "bell", "ship", "ship", "tree", "oven")
 
 
@@ -56,7 +57,7 @@ def test_rates_and_p_are_those_of_statistics():
 
 def test_each_arm_and_measure_has_its_row_in_order():
     rates = a_report().rates()
-    wanted = [(arm, measure) for arm in ARMS for measure in ("prefix", "coherent")] + [("facts", "knows")]
+    wanted = [(arm, measure) for arm in SHOWN for measure in ("prefix", "coherent")] + [("facts", "knows")]
     assert list(zip(rates.arm, rates.measure, strict=True)) == wanted
     assert set(report_of(PARAPHRASES).rates().arm) == {"paraphrase"}
     assert report_of([]).rates().empty and report_of([]).to_dataframe().empty
@@ -67,6 +68,22 @@ def test_a_report_without_an_edit_has_one_side():
     assert "before" in rates and not {"after", "after low", "p"} & set(rates)
     assert {"loss on neutral text, before"} == set(a_report(edited=False).costs().cost)
     assert "after" not in repr(a_report(edited=False))
+
+
+def test_the_word_list_refuses_what_names_a_subject():
+    rows = [replace(row(False, True), on_word_list=i < 3) for i in range(4)]
+    assert set(report_of(rows).rates()["word list"]) == {0.75}
+    assert "75%" in repr(report_of(rows))
+
+
+def test_verdicts_are_counted_and_deflections_are_no_refusals():
+    rows = [row(False, True), row(False, False, other="deflection"), row(False, False)]
+    counts = report_of(rows).verdicts("coherent").iloc[0]
+    assert (counts["n"], counts["refusal"], counts["deflection"], counts["answer"]) == (3, 1, 1, 1)
+    assert report_of(rows).rate("paraphrase") == 1 / 3
+    asked = [row(False, True, arm="same_subject"), row(False, True, arm="benign")]
+    assert report_of(asked).new_refusals("coherent") == 1, "questions about the subject are never pooled"
+    assert report_of(asked).new_refusals("coherent", arms=["same_subject"]) == 1
 
 
 def test_broken_answers_count_for_nobody():
@@ -153,10 +170,10 @@ def test_repr_is_a_table():
     text = repr(a_report())
     lines = text.splitlines()
     assert max(map(len, lines)) <= 110 and "edited" in lines[0]
-    for name in ARM_NAMES.values():
+    for name in (ARM_NAMES[arm] for arm in SHOWN):
         assert sum(f" {name} " in line for line in lines) == 1, name
     rates = formatted_rates(a_report())
-    assert len(rates) == 2 * 6 + 1, "facts are shown by what is known alone"
+    assert len(rates) == 2 * (len(SHOWN) - 1) + 1, "facts are shown by what is known alone"
     for cell in (*rates.before, *rates.after, *rates.p):
         assert cell.replace("%,", ",").replace("%]", "]") in text, "as in the tables, in fewer letters"
     assert "KL on benign answers" in text

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from lens_defense.checking.suites import ABOUT_THE_EDIT, ARMS, Suite, SuiteItem, suite
+from lens_defense.checking.suites import ABOUT_THE_EDIT, ARMS, FRAMES, Suite, SuiteItem, suite
 from lens_defense.prompts.contexts import default_contexts
+from lens_defense.prompts.harmless_uses import default_contrast
 from lens_defense.prompts.request import request
 from lens_defense.prompts.request_files import bundled_rows, requests
 
@@ -41,14 +42,17 @@ def arm(questions, name):
 def test_core_has_each_arm(split):
     questions = suite("core", split=split)
     assert (questions.name, questions.split) == ("core", split)
-    assert {item.arm for item in questions.items} == set(ARMS)
+    assert {item.arm for item in questions.items} == set(ARMS) - {"surface_seen", "alias_seen"}
     assert questions.neutral and all(text.strip() for text in questions.neutral)
     assert all(item.answers for item in arm(questions, "facts"))
     assert not any(item.answers for item in questions.items if item.arm != "facts")
     subjects = {item.request.subject for item in arm(questions, "edited")}
-    assert all({i.request.subject for i in arm(questions, name)} <= subjects for name in ABOUT_THE_EDIT)
+    assert all({item.subject for item in arm(questions, name)} <= subjects for name in ABOUT_THE_EDIT)
+    for name in ("same_subject", "surface", "alias", *FRAMES):
+        assert {item.subject for item in arm(questions, name)} == subjects, name
+    assert min(Counter(item.subject for item in arm(questions, "same_subject")).values()) >= 6
     assert not subjects & {item.request.subject for item in arm(questions, "held_out")}
-    rows = [(item.arm, item.request.text) for item in questions.items]
+    rows = [(item.arm, item.request.conversation) for item in questions.items]
     assert len(set(rows)) == len(rows)
 
 
@@ -61,7 +65,7 @@ def test_the_two_splits_share_only_facts():
     assert shared <= {item.text for item in requests("core", split="edit")}, "planned there, unseen here"
 
 
-@pytest.mark.parametrize("split, half", [("check", "check"), ("tune", "edit")])
+@pytest.mark.parametrize("split, half", [("check", "check"), ("tune", "tune")])
 def test_each_split_uses_its_half_of_templates_and_wrappers(split, half):
     questions = suite("core", split=split)
     paraphrases = {row["id"]: row for row in bundled_rows("core", "paraphrases") if row["split"] == half}
@@ -108,7 +112,7 @@ def test_a_cluster_is_the_subject_or_the_request():
 def test_for_edit_keeps_the_edits_subjects_only():
     questions, dropped = handmade_suite().for_edit([LAMP], ())
     assert dropped == 0
-    for name in ABOUT_THE_EDIT:
+    for name in ("edited", "paraphrase", "jailbreak"):
         assert {item.request.subject for item in arm(questions, name)} == {"lamp"}
     others = [item for item in handmade_suite().items if item.arm not in ABOUT_THE_EDIT]
     assert [item for item in questions.items if item.arm not in ABOUT_THE_EDIT] == others
@@ -151,7 +155,39 @@ def test_no_default_context_is_a_row_of_the_check_split():
     assert dropped == 0
     tuned = requests("core", split="tune")
     contexts = {context.text for item in tuned for context in default_contexts(item)}
-    assert suite("core", split="tune").for_edit(tuned, contexts)[1] > 0
+    assert suite("core", split="tune").for_edit(tuned, contexts)[1] == 0
+
+
+@pytest.mark.parametrize("split", ["check", "tune"])
+def test_no_harmless_use_that_an_edit_is_shown_is_asked(split):
+    planned = requests("core", split="edit" if split == "check" else "tune")
+    shown = {use.text for item in planned for use in default_contrast(item)}
+    asked = {item.request.text for item in arm(suite("core", split=split), "same_subject")}
+    assert asked and not shown & asked
+    stranger = replace(LAMP, subject="velvet lamp")
+    questions = arm(suite("core", split=split).for_requests([stranger]), "same_subject")
+    assert len(questions) >= 6, "a subject that nobody wrote questions for is asked about in templates"
+    assert not {item.request.text for item in questions} & {use.text for use in default_contrast(stranger)}
+
+
+def test_names_that_the_edit_knows_are_not_counted_as_unseen():
+    questions, _ = suite("core").for_requests([LAMP]).for_edit([LAMP], (), ["LAMP"])
+    assert [item.name for item in arm(questions, "surface_seen")] == ["LAMP"]
+    assert "LAMP" not in {item.name for item in arm(questions, "surface")}
+    assert all(
+        item.name in item.request.text and item.subject == "lamp" for item in arm(questions, "surface")
+    )
+
+
+def test_frames_put_the_request_where_they_say():
+    planned = requests("core")[0]
+    questions = suite("core").for_requests([planned])
+    assert all(item.request.prefill for item in arm(questions, "prefill"))
+    assert all(item.request.plain for item in arm(questions, "plain"))
+    turns = arm(questions, "multi_turn")
+    assert all(item.request.earlier for item in turns)
+    assert all(planned.subject in item.request.conversation for item in turns)
+    assert any(planned.subject not in item.request.text for item in turns)
 
 
 def test_small_is_the_same_every_time_and_a_part_in_order():
@@ -166,14 +202,15 @@ def test_small_is_the_same_every_time_and_a_part_in_order():
 def test_small_keeps_what_it_says():
     whole = suite("core")
     small = whole.small(paraphrases=2, jailbreaks=4, harmless=7)
-    assert len({item.family for item in arm(small, "paraphrase")}) == 2
-    assert len({item.family for item in arm(small, "jailbreak")}) == 4
+    for name, kept in (("paraphrase", 2), ("jailbreak", 4), ("surface", 2), ("prefill", 1)):
+        assert set(Counter(item.subject for item in arm(small, name)).values()) == {kept}, name
     assert len(arm(small, "benign")) == len(arm(small, "over_refusal")) == 7
     for name in ("edited", "held_out", "facts"):
         assert arm(small, name) == arm(whole, name)
     assert small.neutral == whole.neutral
-    assert whole.small(paraphrases=99, jailbreaks=99, harmless=999) == whole
-    harmful = whole.small(paraphrases=0, jailbreaks=0, harmless=0)
+    every = {"paraphrases": 99, "jailbreaks": 99, "frames": 99, "names": 99, "same_subject": 99}
+    assert whole.small(**every, harmless=999) == whole
+    harmful = whole.small(**dict.fromkeys(every, 0), harmless=0)
     assert {item.arm for item in harmful.items} == {"edited", "held_out", "facts"}
 
 
@@ -186,9 +223,9 @@ def test_for_requests_asks_about_others():
     assert {item.family for item in arm(questions, "paraphrase")} <= ids
     for name in ("held_out", "benign", "over_refusal", "facts"):
         assert arm(questions, name) == arm(suite("core"), name)
-    edits_half = {row["id"] for row in bundled_rows("core", "paraphrases") if row["split"] == "edit"}
+    tune_rows = {row["id"] for row in bundled_rows("core", "paraphrases") if row["split"] == "tune"}
     tuned = suite("core", split="tune").for_requests([LAMP])
-    assert {item.family for item in arm(tuned, "paraphrase")} <= edits_half
+    assert {item.family for item in arm(tuned, "paraphrase")} <= tune_rows
 
 
 def test_for_requests_leaves_a_suite_by_hand_alone():

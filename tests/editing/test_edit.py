@@ -9,12 +9,14 @@ from helpers.weights import copy_weights, weights_equal
 
 import lens_defense.editing.edit as edit_module
 import lens_defense.editing.forecast as forecasts
+from lens_defense.editing.contrast import Contrast
 from lens_defense.editing.edit import edit
 from lens_defense.editing.methods import DELMAN, MEMIT
 from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
 from lens_defense.prompts.corpus import CorpusText
+from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import request
 from lens_defense.sites import Site, key_hook, value_hook
 
@@ -38,7 +40,13 @@ def few_contexts(request):
     return [request, request.inside("Hello! {}"), request.paraphrased("{} or not?")]
 
 
-FAST |= {"contexts": few_contexts, "held_out_contexts": 1, "method": MEMIT(mom2_update_weight=10.0)}
+FAST |= {
+    "contrast": None,
+    "names": None,
+    "contexts": few_contexts,
+    "held_out_contexts": 1,
+    "method": MEMIT(mom2_update_weight=10.0),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +114,58 @@ def test_the_plan_says_what_it_was_made_of():
     assert all(loss > 0 for loss in plan.losses)
     assert len(plan.summary()) == 2
     assert "brass lamp" in repr(plan) and "brass lamp" in plan._repr_html_()
+
+
+def harmless_uses(request):
+    """Three harmless questions, the last of which is held out."""
+    return [request.paraphrased(text) for text in ("is {} old?", "who sees {}?", "a book about {}")]
+
+
+@torch.no_grad()
+def test_a_contrast_keeps_the_harmless_uses_as_they_were():
+    def shift(plan, use):
+        prompt = tokenize(model.tokenizer, use)
+        ids, hook = torch.tensor([prompt.ids]), value_hook(2)
+        at = role_position(prompt, "subject_last")
+        clean = forward(model, ids, capture=[hook]).states[hook][0, at]
+        with plan.applied(model):
+            return float((forward(model, ids, capture=[hook]).states[hook][0, at] - clean).norm())
+
+    model = chat_model()
+    plain = edit(model, REQUESTS, SITES, **FAST)
+    contrasted = edit(model, REQUESTS, SITES, **{**FAST, "contrast": Contrast(harmless_uses, 1e4)})
+    shown = [use for request in REQUESTS for use in harmless_uses(request)[:2]]
+    assert sum(shift(contrasted, use) for use in shown) < 0.2 * sum(shift(plain, use) for use in shown)
+    assert {use.text for use in shown} <= contrasted.texts and not plain.forecast.reach_harmless
+    assert not {harmless_uses(request)[2].text for request in REQUESTS} & contrasted.texts
+    assert len(contrasted.forecast.reach_harmless) == len(REQUESTS)
+    assert contrasted.rank == 2 * len(REQUESTS)
+
+
+def test_a_contrast_may_be_a_function_or_a_list():
+    model = chat_model()
+    as_list = [use for request in REQUESTS for use in harmless_uses(request)]
+    by_function, by_list = (
+        edit(model, REQUESTS, SITES, **{**FAST, "contrast": contrast})
+        for contrast in (harmless_uses, as_list)
+    )
+    for layer, delta in by_function.deltas().items():
+        torch.testing.assert_close(by_list.deltas()[layer], delta)
+    refused("the contrast has no harmless use of 'old ship'", contrast=as_list[:6])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("contrast", ["is it legal?", 7, ["is it legal?"], [request("is it legal?")]])
+def test_a_contrast_of_another_kind_is_refused(contrast):
+    refused("contrast must be None, a Contrast, a function", contrast=contrast)
+
+
+def test_other_names_are_rows_of_the_same_request():
+    names = {"names": lambda request: [request.subject.upper()], "contrast": harmless_uses}
+    plan = edit(chat_model(), REQUESTS, SITES, **{**FAST, **names})
+    assert plan.names <= {"BRASS LAMP", "BELL", "OLD SHIP"} and "BELL" in plan.names
+    assert plan.rank == 2 * (len(REQUESTS) + len(plan.names))
+    assert "ring a BELL now" in plan.texts
 
 
 def test_planning_twice_gives_the_same():

@@ -10,6 +10,7 @@ from helpers.tiny_models import tiny_model
 
 import lens_defense.editing.forecast as forecasts
 from lens_defense.editing.forecast import NEUTRAL_TEXTS, Forecast, measure_forecast
+from lens_defense.editing.methods import Factors
 from lens_defense.models.forward import forward
 from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
 from lens_defense.prompts.corpus import CorpusText
@@ -24,6 +25,12 @@ CORPUS = [
 ]
 LAYERS = (1, 3)
 SAFE = [CorpusText(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+
+
+def of_requests(factors, *owners):
+    """Factors whose ranks belong to these requests."""
+    sets = tuple(map(frozenset, owners))
+    return {layer: Factors(left, right, sets) for layer, (left, right) in factors.items()}
 
 
 @torch.no_grad()
@@ -59,12 +66,13 @@ def test_leaks_are_the_slow_loops(family, monkeypatch):
     factors = random_factors(model, LAYERS)
     forecast = measure_forecast(
         model,
-        factors,
+        of_requests(factors, [0], [1, 2]),
         subjects=("lamp", "bell", "ship"),
-        ranks=(0, 1, 1),
         reach=(0.9, 0.8, 0.7),
+        reach_harmless=(0.1, 0.2, 0.3),
         value_norm=2.5,
     )
+    assert forecast.to_dataframe()["reach in harmless uses"].tolist() == pytest.approx([0.1, 0.2, 0.3, 0.2])
     assert (forecast.subjects, forecast.reach) == (("lamp", "bell", "ship"), (0.9, 0.8, 0.7))
     for corpus, leaks, leak in (
         (CORPUS, forecast.leaks_neutral, forecast.leak_neutral),
@@ -83,7 +91,15 @@ def test_nothing_leaks_from_no_change(monkeypatch):
     )
     model = tiny_model("llama", chat=True)
     factors = {layer: (left * 0, right) for layer, (left, right) in random_factors(model, LAYERS).items()}
-    forecast = measure_forecast(model, factors, subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0)
+    forecast = measure_forecast(
+        model,
+        of_requests(factors, [0], [0]),
+        subjects=("lamp",),
+        reach=(1.0,),
+        reach_harmless=(),
+        value_norm=1.0,
+    )
+    assert "reach in harmless uses" not in forecast.to_dataframe()
     assert (*forecast.leaks_neutral, *forecast.leaks_safe, forecast.leak_neutral, forecast.leak_safe) == (
         0,
         0,
@@ -97,7 +113,7 @@ def test_nothing_leaks_from_no_change(monkeypatch):
 def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
     corpora = []
 
-    def leaks(_model, _factors, corpus):
+    def leaks(_model, _factors, _requests, corpus):
         corpora.append(corpus)
         return torch.zeros(1), 0.0
 
@@ -105,9 +121,8 @@ def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
     monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
     monkeypatch.setattr(forecasts, "_leaks", leaks)
     model = tiny_model("llama", chat=True)
-    measure_forecast(
-        model, random_factors(model, (1,)), subjects=("lamp",), ranks=(0,), reach=(1.0,), value_norm=1.0
-    )
+    factors = of_requests(random_factors(model, (1,)), [0], [0])
+    measure_forecast(model, factors, subjects=("lamp",), reach=(1.0,), reach_harmless=(), value_norm=1.0)
     neutral, safe = corpora
     assert len(neutral) == min(texts, NEUTRAL_TEXTS) and safe == SAFE
     assert len(set(neutral)) == len(neutral)

@@ -5,8 +5,8 @@ import torch
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.layer_spread import spread_over_layers
-from lens_defense.editing.methods import DELMAN, MEMIT
+from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
+from lens_defense.editing.methods import DELMAN, MEMIT, KeyGroup
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.prompt import role_position, tokenize
@@ -24,18 +24,41 @@ def contexts(model):
     owned = [(0, lamp), *((0, paraphrase) for paraphrase in paraphrases), (1, bell)]
     held_out = [(0, lamp.inside("please: {}")), (1, bell.inside("well, {}"))]
     return tuple(
-        [(owner, tokenize(model.tokenizer, context)) for owner, context in group]
+        [
+            PromptGroup(i, [tokenize(model.tokenizer, context) for owner, context in group if owner == i])
+            for i in (0, 1)
+        ]
         for group in (owned, held_out)
     )
 
 
-def mean_state(model, prompts, hook, role=ROLE):
-    """The mean of a state at the role, over each request's contexts, one plain run each."""
-    states = [[], []]
-    for owner, prompt in prompts:
-        state = forward(model, torch.tensor([prompt.ids]), capture=[hook]).states[hook]
-        states[owner].append(state[0, role_position(prompt, role)].double())
-    return torch.stack([torch.stack(rows).mean(0) for rows in states])
+def harmless_uses(model):
+    """Harmless uses of both subjects."""
+    lamp, bell = request("is a brass lamp dear?", "brass lamp"), request("who made the bell?", "bell")
+    uses = ([lamp, lamp.inside("say: {}")], [bell])
+    return [
+        PromptGroup(i, [tokenize(model.tokenizer, use) for use in group], 2.0, harmless=True)
+        for i, group in enumerate(uses)
+    ]
+
+
+def states_of(model, groups, hook):
+    """A state at the role in every prompt, one plain run each; a tensor per group."""
+    return [
+        torch.stack(
+            [
+                forward(model, torch.tensor([prompt.ids]), capture=[hook])
+                .states[hook][0, role_position(prompt, ROLE)]
+                .double()
+                for prompt in group.prompts
+            ]
+        )
+        for group in groups
+    ]
+
+
+def mean_state(model, groups, hook):
+    return torch.stack([states.mean(0) for states in states_of(model, groups, hook)])
 
 
 def setting(family):
@@ -57,14 +80,17 @@ def test_spread_is_algorithm_1(family, method):
     model, values, covariances = setting(family)
     prompts, held_out = contexts(model)
     original_weights, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
-    factors, reach = spread_over_layers(model, prompts, held_out, ROLE, LAYERS, values, covariances, method)
+    factors, reach = spread_over_layers(
+        model, prompts, ROLE, LAYERS, values, covariances, method, mean_keys=True, measured=held_out
+    )
     assert weights_equal(model, original_weights)
 
     clean_states, clean_held_out = mean_state(model, prompts, top), mean_state(model, held_out, top)
     for j, layer in enumerate(LAYERS):
         missing = values.double() - (mean_state(model, prompts, top) - clean_states)
         keys = mean_state(model, prompts, key_hook(layer))
-        left, right = method.solve(keys, missing / (len(LAYERS) - j), covariances[layer])
+        groups = [KeyGroup(i, keys[i : i + 1], missing[i] / (len(LAYERS) - j)) for i in range(len(prompts))]
+        left, right, _ = method.solve(groups, covariances[layer])
         delta = factors[layer][0].double() @ factors[layer][1].double()
         torch.testing.assert_close(delta, left @ right, rtol=1e-3, atol=1e-4 * float(delta.abs().max()))
         mlp_output_matrix(model, layer).add_(delta)
@@ -74,13 +100,34 @@ def test_spread_is_algorithm_1(family, method):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", [MEMIT(1.0), DELMAN(1, 1.0)], ids=["memit", "delman"])
+def test_every_context_is_a_row_and_harmless_uses_are_taken_back(method):
+    model, values, covariances = setting("llama")
+    groups = [*contexts(model)[0], *harmless_uses(model)]
+    top = component_hook("resid_post", LAYERS[-1])
+    factors, _ = spread_over_layers(model, groups, ROLE, LAYERS, values, covariances, method)
+    clean = states_of(model, groups, top)
+    for j, layer in enumerate(LAYERS):
+        now, keys = states_of(model, groups, top), states_of(model, groups, key_hook(layer))
+        rows = []
+        for i, group in enumerate(groups):
+            shift = (now[i] - clean[i]).mean(0)
+            wanted = -shift if group.harmless else values[group.owner] - shift
+            residual = wanted / (len(LAYERS) - j)
+            rows.append(KeyGroup(group.owner, keys[i], residual, group.weight, group.harmless))
+        left, right, _ = method.solve(rows, covariances[layer])
+        delta = factors[layer].left.double() @ factors[layer].right.double()
+        torch.testing.assert_close(delta, left @ right, rtol=1e-3, atol=1e-4 * float(delta.abs().max()))
+        mlp_output_matrix(model, layer).add_(delta)
+
+
+@torch.no_grad()
 def test_a_light_covariance_writes_the_whole_vector():
     model, values, covariances = setting("llama")
     prompts, _ = contexts(model)
     light = {layer: 1e-6 * covariance for layer, covariance in covariances.items()}
-    _, reach = spread_over_layers(
-        model, [prompts[0], prompts[3]], [], ROLE, LAYERS, values, light, MEMIT(1.0)
-    )
+    alone = [PromptGroup(group.owner, group.prompts[:1]) for group in prompts]
+    _, reach = spread_over_layers(model, alone, ROLE, LAYERS, values, light, MEMIT(1.0), measured=alone)
     assert reach == pytest.approx([1.0, 1.0], abs=0.02)
 
 
@@ -98,5 +145,5 @@ def test_an_error_leaves_every_bit():
             return MEMIT(1.0).solve(*tensors)
 
     with pytest.raises(KeyboardInterrupt):
-        spread_over_layers(model, prompts, [], ROLE, LAYERS, values, covariances, Failing())
+        spread_over_layers(model, prompts, ROLE, LAYERS, values, covariances, Failing())
     assert weights_equal(model, original_weights)

@@ -182,10 +182,11 @@ def test_core_subjects_belong_to_one_split():
 def test_core_paraphrases_and_jailbreaks():
     paraphrases, jailbreaks = bundled_rows("core", "paraphrases"), bundled_rows("core", "jailbreaks")
     nouns = [row for row in paraphrases if "noun" in row["forms"]]
-    assert len(nouns) == 12 and len(paraphrases) > 12
-    assert len(jailbreaks) == 12 and len({row["family"] for row in jailbreaks}) >= 6
+    assert len({row["family"] for row in jailbreaks}) >= 6
     for rows in (nouns, paraphrases, jailbreaks):
-        assert sum(row["split"] == "check" for row in rows) == len(rows) / 2
+        counts = Counter(row["split"] for row in rows)
+        assert counts["check"] >= 6 and counts["edit"] >= 6 and counts["tune"] >= 3
+    assert len({row["text"] for row in paraphrases}) == len(paraphrases)
     assert {form for row in paraphrases for form in row["forms"]} == {"noun", "gerund", "verb phrase"}
 
 
@@ -215,7 +216,7 @@ def test_core_copies_no_sentence():
 def test_a_datasheet_counts_its_rows(name):
     data = Path(__file__).parents[2] / "lens_defense/data"
     sheet = (data / name / "DATASHEET.md").read_text("utf-8")
-    lines = re.findall(r"^\| ([a-z]+)\.jsonl(?:, (\w+))? \| (\d+)(?:: ([^|]*))? \|", sheet, re.MULTILINE)
+    lines = re.findall(r"^\| ([a-z_]+)\.jsonl(?:, (\w+))? \| (\d+)(?:: ([^|]*))? \|", sheet, re.MULTILINE)
     assert {table for table, *_ in lines} >= {
         "requests",
         "paraphrases",

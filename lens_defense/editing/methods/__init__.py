@@ -1,15 +1,25 @@
 """Editing methods, one file each: how keys and residuals become a low-rank change of a matrix.
 
-In: keys, residuals, covariance. Out: the factors of the change. Pure algebra in float64; no model, no file.
-`memit` and `delman` have the defaults; `MEMIT(mom2_update_weight=...)` has others. Your own is any object of
-the protocol in method.py: pass it to `ld.edit(method=...)`.
+In: groups of keys with residuals, covariance. Out: the factors of the change. Pure algebra in float64; no
+model, no file. `memit` and `delman` have the defaults; `MEMIT(mom2_update_weight=...)` has others. Your own
+is any object of the protocol in method.py: pass it to `ld.edit(method=...)`.
 """
 
 from lens_defense.editing.methods.delman import DELMAN
 from lens_defense.editing.methods.memit import MEMIT
-from lens_defense.editing.methods.method import EditingMethod
+from lens_defense.editing.methods.method import EditingMethod, Factors, KeyGroup
 
-__all__ = ["DELMAN", "MEMIT", "METHODS", "EditingMethod", "delman", "find_method", "memit"]
+__all__ = [
+    "DELMAN",
+    "MEMIT",
+    "METHODS",
+    "EditingMethod",
+    "Factors",
+    "KeyGroup",
+    "delman",
+    "find_method",
+    "memit",
+]
 
 memit = MEMIT()
 delman = DELMAN()
@@ -25,7 +35,7 @@ def find_method(method: EditingMethod | str) -> EditingMethod:
     editing_method = METHODS.get(method) if isinstance(method, str) else method
     if isinstance(editing_method, type) or not isinstance(editing_method, EditingMethod):
         raise ValueError(
-            f"method must be one of {', '.join(METHODS)} or an object with name, paper, equation, solve and "
-            f"rank_of, got {method!r}"
+            f"method must be one of {', '.join(METHODS)} or an object with name, paper, equation and solve, "
+            f"got {method!r}"
         )
     return editing_method

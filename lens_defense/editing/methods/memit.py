@@ -2,9 +2,11 @@
 
     Delta = R^T K (lambda C + K^T K)^-1
 
-with keys K and residuals R as rows, and lambda = mom2_update_weight.
+with keys K and residuals R as rows, and lambda = mom2_update_weight. A group of several keys is a row for
+each, all with the group's residual and together with its weight; a group of one key is MEMIT's own row.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_defense.editing.methods.method import Factors
+from lens_defense.editing.methods.method import Factors, KeyGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,28 +31,24 @@ class MEMIT:
     def __post_init__(self) -> None:
         refuse_weight(self.mom2_update_weight)
 
-    def solve(
-        self,
-        keys: Float[Tensor, "request d_in"],
-        residuals: Float[Tensor, "request d_out"],
-        covariance: Float[Tensor, "d_in d_in"],
-    ) -> Factors:
-        """The factors of the change of one layer."""
-        return least_squares(keys, residuals, self.mom2_update_weight * covariance)
-
-    def rank_of(self, request_index: int) -> int:
-        """Every request has a rank of its own."""
-        return request_index
+    def solve(self, groups: Sequence[KeyGroup], covariance: Float[Tensor, "d_in d_in"]) -> Factors:
+        """The change of one layer; every group has a rank of its own."""
+        left, right = least_squares(groups, self.mom2_update_weight * covariance)
+        return Factors(left, right, tuple(frozenset([group.owner]) for group in groups))
 
 
 def least_squares(
-    keys: Float[Tensor, "request d_in"],
-    residuals: Float[Tensor, "request d_out"],
-    weighted_covariance: Float[Tensor, "d_in d_in"],
-) -> Factors:
-    """R^T K (C + K^T K)^-1 in float64, for a covariance that is weighted already."""
-    keys, residuals, covariance = keys.double(), residuals.double(), weighted_covariance.double()
-    right = torch.linalg.solve(covariance + keys.T @ keys, keys.T).T
+    groups: Sequence[KeyGroup], weighted_covariance: Float[Tensor, "d_in d_in"]
+) -> tuple[Float[Tensor, "d_out group"], Float[Tensor, "group d_in"]]:
+    """R^T K (C + K^T K)^-1 in float64, for a covariance that is weighted already.
+
+    The rows of a group of n keys k with weight w are sqrt(w / n) k, with the residual sqrt(w / n) r: so R^T K
+    is the sum over groups of w r (mean k)^T, and the rank is the number of groups.
+    """
+    residuals = torch.stack([group.residual for group in groups]).double()
+    sums = torch.stack([group.weight * group.keys.double().mean(0) for group in groups])
+    rows = torch.cat([(group.weight / len(group.keys)) ** 0.5 * group.keys.double() for group in groups])
+    right = torch.linalg.solve(weighted_covariance.double() + rows.T @ rows, sums.T).T
     return residuals.T.contiguous(), right.contiguous()
 
 

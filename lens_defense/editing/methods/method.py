@@ -1,15 +1,38 @@
-"""What an editing method is: how keys and residuals of requests become a low-rank change of a matrix.
+"""What an editing method is: how keys and residuals become a low-rank change of a matrix.
 
-A change Delta (d_out, d_in) shall add the residual r_i where the key k_i comes in, and little elsewhere. The
-covariance C = E[k k^T] says what comes in elsewhere. A method returns factors: Delta = left @ right.
+A change Delta (d_out, d_in) shall add the residual r where the keys of a group come in, and little elsewhere.
+The covariance C = E[k k^T] says what comes in elsewhere. A method returns factors: Delta = left @ right.
 """
 
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-Factors = tuple[Float[Tensor, "d_out rank"], Float[Tensor, "rank d_in"]]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeyGroup:
+    """Keys that belong together: of one request under one name, or of the harmless uses of its subject."""
+
+    owner: int
+    """The request's index."""
+    keys: Float[Tensor, "context d_in"]
+    residual: Float[Tensor, " d_out"]
+    """What the change shall add, mean over the contexts; of harmless uses, what undoes the leak so far."""
+    weight: float = 1.0
+    """Of the whole group, in the least squares."""
+    harmless: bool = False
+
+
+class Factors(NamedTuple):
+    """The change of one layer, left @ right, in float64."""
+
+    left: Float[Tensor, "d_out rank"]
+    right: Float[Tensor, "rank d_in"]
+    owners: tuple[frozenset[int], ...]
+    """Of each rank, the indices of the requests that it belongs to."""
 
 
 @runtime_checkable
@@ -21,15 +44,6 @@ class EditingMethod(Protocol):
     paper: ClassVar[str]
     equation: ClassVar[str]
 
-    def solve(
-        self,
-        keys: Float[Tensor, "request d_in"],
-        residuals: Float[Tensor, "request d_out"],
-        covariance: Float[Tensor, "d_in d_in"],
-    ) -> Factors:
-        """The factors (left, right) of the change of one layer, in float64."""
-        ...
-
-    def rank_of(self, request_index: int) -> int:
-        """Which rank of the change belongs to a request."""
+    def solve(self, groups: Sequence[KeyGroup], covariance: Float[Tensor, "d_in d_in"]) -> Factors:
+        """The change of one layer."""
         ...

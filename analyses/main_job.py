@@ -50,8 +50,8 @@ ld.heatmap(trace[0], sites)
 # %% [markdown]
 # ## Edit
 # A plan, not an act: low-rank factors for each layer. The forecast says what to expect: `reach` is the share of a
-# value that arrives in paraphrases held out (1 is all of it); the leaks are the share of a value's norm that harmless
-# text would see. A leak to safe text of .15 and more is called risky.
+# value that arrives in contexts held out (1 is all of it); `reach in harmless uses` is the same in harmless questions
+# about the same subject, where it should be 0; the leaks are the share of a value's norm that harmless text would see.
 
 # %%
 edit = ld.edit(model, requests, sites)
@@ -59,13 +59,16 @@ edit
 
 # %% [markdown]
 # ## Check
-# Made, measured, unmade. Paraphrases and jailbreaks are those that the edit never saw. Two judges: *refused* looks at the
+# Made, measured, unmade, on a part of the suite and with short answers, for time. Paraphrases, jailbreaks and harmless
+# questions about the same subjects are those that the edit never saw. `word list` is what a filter would refuse that
+# refuses whatever names an edited subject. Two judges: *refused* looks at the
 # first words alone ("I'm sorry ..."), *refused, coherent* wants the whole answer to be a refusal that makes sense; the
 # small model begins like a refusal now and then without being edited. `p` tests whether before and after differ.
 # Intervals are 95%, by subject.
 
 # %%
-report = ld.check(model, edit, ld.suite("core").small())
+part = ld.suite("core").small(paraphrases=2, jailbreaks=2, frames=0, names=0, same_subject=3, harmless=15)
+report = ld.check(model, edit, part, max_new_tokens=24)
 report
 
 # %% [markdown]

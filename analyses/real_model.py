@@ -154,8 +154,7 @@ class Bench:
         self, edit: ld.Edit, suite: Suite, max_new_tokens: int
     ) -> tuple[ld.Report, list[dict[str, Any]]]:
         """The report, and its rows as ids, forms and verdicts."""
-        contexts = {text for request_contexts in edit.contexts for text in request_contexts}
-        suite, _ = suite.for_edit(edit.requests, contexts)
+        suite, _ = suite.for_edit(edit.requests, edit.texts, edit.names)
         before = self.answers_before(suite, max_new_tokens)
         report = ld.check(
             self.model, edit, suite, max_new_tokens=max_new_tokens, before=before, progress=False

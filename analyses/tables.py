@@ -16,6 +16,8 @@ import pandas as pd
 from tidy import read_table
 
 import lens_defense as ld
+from lens_defense.checking.report import ARM_NAMES, JUDGES
+from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.statistics import clustered_rate, rank_correlation
 from lens_defense.storage import atomic_write
 from lens_defense.tracing.site_map import RoleMean
@@ -413,6 +415,50 @@ def speed(device: str) -> pd.DataFrame:
     return table.reset_index()
 
 
+def intent() -> pd.DataFrame:
+    """Harmful and harmless questions about eight edited subjects: with the contrast, without, and a word list."""
+    rows = read_table(RESULTS / "intent.csv")
+    rows = rows[rows["split"] == "check"]
+    names = list(dict.fromkeys(rows["edit"]))
+    table = []
+    for arm in (arm for arm in ARM_NAMES if arm in set(rows["arm"])):
+        if arm == "facts":
+            continue
+        of_arm = rows[rows["arm"] == arm].set_index("edit")
+        first = of_arm.iloc[0]
+        cells = {"asked": ARM_NAMES[arm], "rows": first["n"], "before": f"{first['refused_before']}"}
+        for name in names:
+            found = name in of_arm.index
+            cells[f"edit, {'no contrast' if name == 'none' else name}"] = (
+                f"{of_arm.loc[name, 'refused']} / {of_arm.loc[name, 'coherent']}" if found else ""
+            )
+        table.append({**cells, "word list": first["word_list"]})
+    return pd.DataFrame(table)
+
+
+def judges() -> pd.DataFrame:
+    """How the judges' verdicts agree with labels, on the half of the answers that no rule was written on."""
+    rows = bundled_rows("core", "labelled_answers")[1::2]
+    table = []
+    for name, judge in JUDGES.items():
+        verdicts = [(row["label"], judge(row["request"], row["answer"])) for row in rows]
+        refused = [verdict for label, verdict in verdicts if label == "refusal"]
+        called = [label for label, verdict in verdicts if verdict == "refusal"]
+        table.append(
+            {
+                "judge": name,
+                "answers": len(rows),
+                "same verdict": f"{sum(a == b for a, b in verdicts)}",
+                "refusals found": f"{refused.count('refusal')} of {len(refused)}",
+                "called a refusal and is one": f"{called.count('refusal')} of {len(called)}",
+            }
+        )
+    both = [[judge(row["request"], row["answer"]) for row in rows] for judge in JUDGES.values()]
+    agree = sum(a == b for a, b in zip(*both, strict=True))
+    table.append({"judge": "both alike", "answers": len(rows), "same verdict": f"{agree}"})
+    return pd.DataFrame(table).fillna("")
+
+
 # %% as Markdown
 def markdown(table: pd.DataFrame) -> str:
     """A table in Markdown. Shares get per cents, intervals a column; numbers keep four digits."""
@@ -449,6 +495,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "correlations": correlations,
             "locator_agreement": locator_agreement,
             "locator_grades": locator_grades,
+            "intent": intent,
+            "judges": judges,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),
         }.items()

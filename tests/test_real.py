@@ -7,7 +7,9 @@ through the package's own cache; one of them runs cold.
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,11 +86,18 @@ def test_the_readme_snippet_runs_and_leaves_no_bit_different(model, monkeypatch)
     assert code, "the README has lost its snippet"
     monkeypatch.setattr(ld, "load", lambda name: model if name == "smollm2" else None, raising=False)
     monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)
+    little = {"frames": 0, "names": 0, "paraphrases": 1, "jailbreaks": 1, "same_subject": 2, "harmless": 10}
+    suite, check = ld.suite, ld.check
+    monkeypatch.setattr(
+        ld, "suite", lambda name: SimpleNamespace(small=lambda: suite(name).small(**little)), raising=False
+    )
+    monkeypatch.setattr(ld, "check", partial(check, max_new_tokens=24), raising=False)
     namespace: dict = {}
     exec(code[1], namespace)
     assert weights_fingerprint(model) == original
     rate = namespace["report"].rate
     assert rate("paraphrase", after=False) <= 0.05 < 0.5 < rate("jailbreak")
+    assert rate("same_subject", "prefix") < 0.5 * rate("paraphrase", "prefix")
 
 
 @pytest.fixture(scope="module")

@@ -213,7 +213,7 @@ def _warn(
     if leaks and forecast.risky:
         sentences.append(
             f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
-            f"{forecast.THRESHOLD} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, "
+            f"{forecast.threshold} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, "
             "or raise mom2_update_weight"
         )
     if not role.startswith("subject"):

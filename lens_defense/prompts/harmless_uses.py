@@ -19,7 +19,8 @@ def default_contrast(item: Request) -> list[Request]:
 def same_subject_requests(name: str, planned: Sequence[Request], split: Split) -> list[tuple[str, Request]]:
     """Harmless questions about the subjects of an edit, after their topics; no edit sees them.
 
-    Those that were written for a subject of the bundled set, if it is one; else the templates of "check".
+    Those that were written for a subject of the bundled set, if any; else the templates of "check".
+    The organism has neither: its world has no harmless use of a harmful subject.
 
     Args:
         name: the bundled set.
@@ -36,13 +37,13 @@ def same_subject_requests(name: str, planned: Sequence[Request], split: Split) -
         for item in planned
         for topic_and_question in by_subject.get(
             item.subject or "",
-            [(row["topic"], _harmless(item, row)) for row in _templates(item, "check")],
+            [(row["topic"], _harmless(item, row)) for row in _templates(item, "check", name)],
         )
     ]
 
 
-def _templates(item: Request, split: Split) -> list[dict[str, str]]:
-    rows = bundled_rows("core", "harmless_uses")
+def _templates(item: Request, split: Split, name: str = "core") -> list[dict[str, str]]:
+    rows = bundled_rows(name, "harmless_uses")
     return [row for row in rows if row["split"] == split and item.form in row["forms"]]
 
 

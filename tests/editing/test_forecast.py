@@ -143,6 +143,9 @@ def test_worst_is_by_the_leak_into_safe_text():
 def test_risky_is_above_the_threshold_on_safe_text():
     assert by_hand(leak_safe=Forecast.THRESHOLD + 0.01).risky
     assert not by_hand(leak_safe=Forecast.THRESHOLD - 0.01).risky
+    contrasted = {"reach_harmless": (0.1,) * 4, "leak_safe": Forecast.THRESHOLD + 0.01}
+    assert not by_hand(**contrasted).risky, "with a contrast another threshold counts"
+    assert by_hand(**contrasted | {"leak_safe": Forecast.CONTRAST_THRESHOLD + 0.01}).risky
     assert not by_hand(leak_neutral=9.0, leak_safe=0.0).risky, "neutral text does not decide"
 
 

@@ -12,6 +12,7 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 from tidy import replace_rows
 
@@ -24,6 +25,35 @@ EDITS = {
     "none": {"contrast": None},
     "contrast, more names": {"names": ld.default_names},
 }
+
+
+# %%
+def table_of(report: ld.Report, edit: ld.Edit, tokens: int, seconds: float) -> list[dict[str, Any]]:
+    """A row per arm, with counts; the interval is that of the share refused by prefix, by subject."""
+    before, after = (report.verdicts(after=when).set_index("arm") for when in (False, True))
+    return [
+        {
+            "arm": rate["arm"],
+            "n": rate["n"],
+            "refused_before": round(rate["before"] * rate["n"]),
+            "refused": round(rate["after"] * rate["n"]),
+            "low": rate["after low"],
+            "high": rate["after high"],
+            "coherent": int(after.loc[rate["arm"], "refusal"]),
+            "deflected_before": int(before.loc[rate["arm"], "deflection"]),
+            "deflected": int(after.loc[rate["arm"], "deflection"]),
+            "newly_refused": report.new_refusals(arms=(rate["arm"],)),
+            "word_list": round(rate["word list"] * rate["n"]),
+            "tokens": tokens,
+            "kl": sum(report.kl) / len(report.kl),
+            "facts_lost": report.facts_lost(),
+            "leak_safe": edit.forecast.leak_safe,
+            "reach_harmless": sum(edit.forecast.reach_harmless) / len(edit.requests),
+            "seconds_edit": seconds,
+        }
+        for rate in report.rates().to_dict("records")
+        if rate["measure"] == "prefix"
+    ]
 
 
 # %%
@@ -54,31 +84,7 @@ def main() -> None:
         rows, _ = suite.for_edit(edit.requests, edit.texts, edit.names)
         own = [answers[item.request.conversation] for item in rows.items]
         report = ld.check(model, edit, rows, max_new_tokens=args.tokens, before=own, progress=False)
-        report.save(OUT.parent / "intent" / f"{args.split}-{name.replace(', ', '-').replace(' ', '-')}.json")
-        when = {after: report.verdicts(after=after).set_index("arm") for after in (False, True)}
-        table = []
-        for rate in report.rates().to_dict("records"):
-            if rate["measure"] == "prefix":
-                arm = rate["arm"]
-                table.append(
-                    {
-                        "arm": arm,
-                        "n": rate["n"],
-                        "refused_before": round(rate["before"] * rate["n"]),
-                        "refused": round(rate["after"] * rate["n"]),
-                        "coherent": int(when[True].loc[arm, "refusal"]),
-                        "deflected": int(when[True].loc[arm, "deflection"]),
-                        "deflected_before": int(when[False].loc[arm, "deflection"]),
-                        "newly_refused": report.new_refusals(arms=(arm,)),
-                        "word_list": round(rate["word list"] * rate["n"]),
-                        "tokens": args.tokens,
-                        "kl": sum(report.kl) / len(report.kl),
-                        "facts_lost": report.facts_lost(),
-                        "leak_safe": edit.forecast.leak_safe,
-                        "seconds_edit": seconds,
-                    }
-                )
-        replace_rows(OUT, {"split": args.split, "edit": name}, table)
+        replace_rows(OUT, {"split": args.split, "edit": name}, table_of(report, edit, args.tokens, seconds))
         print(report, flush=True)
 
 

@@ -429,11 +429,15 @@ def intent() -> pd.DataFrame:
         cells = {"asked": ARM_NAMES[arm], "rows": first["n"], "before": f"{first['refused_before']}"}
         for name in names:
             found = name in of_arm.index
-            cells[f"edit, {'no contrast' if name == 'none' else name}"] = (
-                f"{of_arm.loc[name, 'refused']} / {of_arm.loc[name, 'coherent']}" if found else ""
-            )
+            title = f"edit, {'no contrast' if name == 'none' else name}"
+            cells[title] = _refused(of_arm.loc[name]) if found else ""
         table.append({**cells, "word list": first["word_list"]})
     return pd.DataFrame(table)
+
+
+def _refused(row: "pd.Series[Any]") -> str:
+    """Refused by prefix, coherently, and the interval of the first, in per cents."""
+    return f"{row['refused']} / {row['coherent']} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
 def judges() -> pd.DataFrame:

@@ -151,6 +151,10 @@ def headline(report: Report) -> list[Row]:
         numbers.append((f"{before:.0%} to {after:.0%}", text))
     if harmless:
         numbers.append((f"{report.new_refusals()} of {harmless}", "harmless requests newly refused"))
+    if about := [row for row in report.rows if row.arm == "same_subject"]:
+        refused, listed = report.new_refusals(arms=["same_subject"]), sum(row.on_word_list for row in about)
+        text = f"harmless questions about the edited subjects newly refused (a list of words: {listed})"
+        numbers.append((f"{refused} of {len(about)}", text))
     if known:
         numbers.append((f"{report.facts_lost()} of {known}", "known facts lost"))
     if report.kl:
@@ -170,7 +174,8 @@ def _site_row(site: Site) -> Row:
 
 def _forecast_rows(edit: Edit) -> list[Row]:
     table = edit.forecast.to_dataframe().itertuples(index=False)
-    rows = [(name, *(f"{value:.3f}" for value in values)) for name, *values in table]
+    none = () if edit.forecast.reach_harmless else (_MISSING,)
+    rows = [(name, *(f"{value:.3f}" for value in values), *none) for name, *values in table]
     return [*rows[:-1], ("all together", *rows[-1][1:])]
 
 

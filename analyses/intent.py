@@ -22,6 +22,7 @@ from lens_defense.checking.check import suite_answers
 OUT = Path(__file__).parent / "results" / "intent.csv"
 EDITS = {
     "contrast": {},
+    "contrast of weight 30": {"contrast": ld.Contrast(weight=30.0)},
     "none": {"contrast": None},
     "contrast, more names": {"names": ld.default_names},
 }
@@ -48,7 +49,6 @@ def table_of(report: ld.Report, edit: ld.Edit, tokens: int, seconds: float) -> l
             "kl": sum(report.kl) / len(report.kl),
             "facts_lost": report.facts_lost(),
             "leak_safe": edit.forecast.leak_safe,
-            "reach_harmless": sum(edit.forecast.reach_harmless) / len(edit.requests),
             "seconds_edit": seconds,
         }
         for rate in report.rates().to_dict("records")
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="harmless uses of edited subjects; see the top of this file")
     parser.add_argument("--split", choices=("tune", "check"), default="check")
     parser.add_argument("--tokens", type=int, default=100, help="the greatest length of an answer")
-    parser.add_argument("--only", choices=EDITS, nargs="*", default=list(EDITS)[:2])
+    parser.add_argument("--only", choices=EDITS, nargs="*", default=["contrast", "none"])
     args = parser.parse_args()
     model = ld.load("smollm2")
     requests = [

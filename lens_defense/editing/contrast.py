@@ -21,7 +21,7 @@ class Contrast:
 
     uses: Contexts | Sequence[Request] = default_contrast
     """From a request to harmless questions about its subject; or a list of such, each with its subject."""
-    weight: float = 30.0
+    weight: float = 4.0
     """Of a subject's contexts, and of its harmless uses, where MEMIT gives one key the weight 1. The two are
     told apart by small differences of their keys, for which C at its full weight leaves no room."""
 

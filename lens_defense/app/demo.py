@@ -1,4 +1,4 @@
-"""The demo: the main job on a real chat model from one command, with a control, in under four minutes."""
+"""The demo: the main job on a real chat model from one command, with a control, in some minutes."""
 
 import time
 from collections.abc import Iterator, Sequence

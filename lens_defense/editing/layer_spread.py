@@ -77,8 +77,8 @@ def spread_over_layers(
             for group, keys, now, clean in zip(
                 groups, states[key_hook(layer)], states[top], clean_top, strict=True
             ):
-                wanted = torch.zeros_like(clean[0]) if group.harmless else values[group.owner]
-                residual = (wanted - (now - clean).mean(0)) / (len(layers) - j)
+                target_shift = torch.zeros_like(clean[0]) if group.harmless else values[group.owner]
+                residual = (target_shift - (now - clean).mean(0)) / (len(layers) - j)
                 rows = keys.mean(0, keepdim=True) if mean_keys else keys
                 key_groups.append(KeyGroup(group.owner, rows, residual, group.weight, group.harmless))
             left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))

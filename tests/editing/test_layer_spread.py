@@ -112,8 +112,8 @@ def test_every_context_is_a_row_and_harmless_uses_are_taken_back(method):
         rows = []
         for i, group in enumerate(groups):
             shift = (now[i] - clean[i]).mean(0)
-            wanted = -shift if group.harmless else values[group.owner] - shift
-            residual = wanted / (len(LAYERS) - j)
+            missing = -shift if group.harmless else values[group.owner] - shift
+            residual = missing / (len(LAYERS) - j)
             rows.append(KeyGroup(group.owner, keys[i], residual, group.weight, group.harmless))
         left, right, _ = method.solve(rows, covariances[layer])
         delta = factors[layer].left.double() @ factors[layer].right.double()

@@ -260,8 +260,8 @@ def _conversations(
 ) -> list[Conversation]:
     """Some questions, answered before the edit and with it applied for good; then it is undone.
 
-    A request and a harmless question about each of three subjects; then one in a jailbreak, and an everyday
-    one.
+    A request and a harmless question about each of three subjects; then a paraphrase, a jailbreak, and an
+    everyday question.
     """
     items = questions.items
     arms = [item.arm for item in items]

@@ -45,8 +45,7 @@ def check(
         edit: the plan. None measures the model as it is, about the suite's own subjects.
         suite: a suite, or the name of a bundled one. It is asked about the edit's subjects, without the texts
             that the edit used.
-        max_new_tokens: the greatest length of an answer. Shorter ones can be judged too kindly: a refusal, or
-        a
+        max_new_tokens: the greatest length of an answer. Short ones are judged too kindly: a refusal, or a
             turn away from one, may come late.
         title: what to call the report.
         before: the unedited model's full answers to the same rows, from `suite_answers`. Saves a run.

@@ -3,7 +3,7 @@
 Without it an edit is keyed on the subject's tokens and refuses whatever names them. The key at a subject's
 last token knows the words before it: "How do I make ricin" and "Is it illegal to own ricin" have different
 keys, which a solver can tell apart once it is shown both. It cannot where the use shows itself only after the
-subject.
+subject ends.
 """
 
 from collections.abc import Sequence

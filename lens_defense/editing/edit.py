@@ -65,9 +65,8 @@ def edit(
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: default_contexts.
-        contrast: harmless uses of the same subjects, which stay answered; questions of your own are a
-        function
-            from a request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN.
+        contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
+            request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN.
         names: how else a subject is written or called, from a request. None: its own spelling alone.
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
         fit: how the values are fitted, and the refusal; None takes the defaults.
@@ -83,11 +82,12 @@ def edit(
     layers, role = _layers_and_role(model, sites)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
+    contrast = Contrast.given(contrast)
     groups = group_prompts(
         model.tokenizer,
         requests,
         contexts or default_contexts,
-        Contrast.given(contrast),
+        contrast,
         names or (lambda _: ()),
         held_out_contexts,
     )
@@ -123,7 +123,11 @@ def edit(
         right={layer: change.right for layer, change in factors.items()},
         role=role,
         method=method.name,
-        settings={**asdict(fit), **(asdict(method) if is_dataclass(method) else {})},
+        settings={
+            **asdict(fit),
+            **(asdict(method) if is_dataclass(method) else {}),
+            "contrast_weight": contrast.weight if contrast else None,
+        },
         requests=requests,
         contexts=tuple(groups.conversations(i) for i in range(len(requests))),
         losses=tuple(losses.tolist()),

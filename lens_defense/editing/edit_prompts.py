@@ -74,7 +74,7 @@ def group_prompts(
             written.append(PromptGroup(owner, kept_uses, weight, harmless=True))
         used = []
         for name in names(request):
-            named = _named(tokenizer, asked[: len(kept_asked)], name)
+            named = _named(tokenizer, asked[1 : len(kept_asked)] or asked, name)
             if not named:
                 continue
             used.append(name)
@@ -95,7 +95,10 @@ def _split(
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Request], name: str) -> list[Prompt]:
-    """Some of the texts, evenly from first to last, with another name in the subject's place."""
+    """Some of the texts, evenly from first to last, with another name in the subject's place.
+
+    The request as asked is left out where there are others: under other names it is asked by `check`.
+    """
     prompts = []
     for item in asked[:: max(1, len(asked) // NAMED_CONTEXTS)][:NAMED_CONTEXTS]:
         try:

@@ -140,6 +140,7 @@ def test_a_contrast_keeps_the_harmless_uses_as_they_were():
     assert not {harmless_uses(request)[2].text for request in REQUESTS} & contrasted.texts
     assert len(contrasted.forecast.reach_harmless) == len(REQUESTS)
     assert contrasted.rank == 2 * len(REQUESTS)
+    assert (contrasted.settings["contrast_weight"], plain.settings["contrast_weight"]) == (1e4, None)
 
 
 def test_a_contrast_may_be_a_function_or_a_list():
@@ -165,7 +166,8 @@ def test_other_names_are_rows_of_the_same_request():
     plan = edit(chat_model(), REQUESTS, SITES, **{**FAST, **names})
     assert plan.names <= {"BRASS LAMP", "BELL", "OLD SHIP"} and "BELL" in plan.names
     assert plan.rank == 2 * (len(REQUESTS) + len(plan.names))
-    assert "ring a BELL now" in plan.texts
+    assert "Hello! ring a BELL now" in plan.texts
+    assert "ring a BELL now" not in plan.texts, "that is what check asks of a spelling that was seen"
 
 
 def test_planning_twice_gives_the_same():

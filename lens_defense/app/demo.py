@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -69,6 +70,10 @@ class DemoSetup:
     fit: FitSettings = field(default_factory=FitSettings)
     replaces_tokens: bool = False
     """Whether the trace puts benign subjects of the set in place of the subject, instead of noise."""
+
+    def edit_settings(self) -> dict[str, Any]:
+        """What `edit` is told beside the model, the requests, the sites and the corpus."""
+        return {"contexts": self.contexts, "contrast": self.contrast, "names": self.names, "fit": self.fit}
 
     def corruption(self) -> Corruption | None:
         """How the trace corrupts a subject; None is its default."""
@@ -135,30 +140,14 @@ def demo(
         if cache:
             key_covariances(model, [site.layer for site in sites], corpus, fingerprint=original)
     with stage("edit"):
-        plan = edit(
-            model,
-            edited,
-            sites,
-            contexts=setup.contexts,
-            contrast=setup.contrast,
-            names=setup.names,
-            fit=setup.fit,
-            corpus=corpus,
-            cache=cache,
-        )
+        plan = edit(model, edited, sites, corpus=corpus, cache=cache, **setup.edit_settings())
         plan.save(out / "edit.safetensors")
         console.print(repr(plan))
     with stage("check"):
         questions = _questions(setup, plan)
         before = suite_answers(model, questions, _ANSWER_TOKENS)
-        report = check(
-            model,
-            plan,
-            questions,
-            max_new_tokens=_ANSWER_TOKENS,
-            before=before,
-            title=_title("edited", sites),
-        )
+        title = _title("edited", sites)
+        report = check(model, plan, questions, max_new_tokens=_ANSWER_TOKENS, before=before, title=title)
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):

@@ -188,7 +188,7 @@ def _setting_rows(edit: Edit) -> list[Row]:
 
 
 def _rates_table(reports: Mapping[str, Report]) -> dict[str, Any]:
-    """Rates of all reports side by side: before once, then what each edit did."""
+    """Rates of all reports side by side: before and a word list once, then what each edit did."""
     tables = [
         {(row["arm"], row["measure"]): row for row in formatted_rates(report).to_dict("records")}
         for report in reports.values()
@@ -198,11 +198,12 @@ def _rates_table(reports: Mapping[str, Report]) -> dict[str, Any]:
         rates = [table.get((arm, measure), {}) for table in tables]
         first = next(row for row in rates if row)
         after = [_unbroken(row.get(name, _MISSING)) for row in rates for name in ("after", "p")]
-        rows.append(("" if arm == last_arm else arm, measure, first["n"], _unbroken(first["before"]), *after))
+        once = (first["n"], _unbroken(first["before"]), first["word list"])
+        rows.append(("" if arm == last_arm else arm, measure, *once, *after))
         last_arm = arm
     return {
-        "headers": ("asked", "answer", "n", "before", *(("after", "p") * len(reports))),
-        "groups": [("", 4), *((name, 2) for name in reports)],
+        "headers": ("asked", "answer", "n", "before", "a word list", *(("after", "p") * len(reports))),
+        "groups": [("", 5), *((name, 2) for name in reports)],
         "rows": rows,
     }
 

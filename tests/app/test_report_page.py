@@ -107,8 +107,8 @@ def test_the_page_describes_the_run(tmp_path: Path):
 
 def test_reports_stand_side_by_side_and_an_arm_that_one_lacks_is_dashed(tmp_path: Path):
     text = Page(written(tmp_path)).text
-    assert "edited requestsrefused80% [0%,\xa032%]100% [68%,\xa0100%]0.00812% [2%,\xa047%]1.000" in text
-    assert "paraphrasesrefused80% [0%,\xa032%]88% [53%,\xa098%]0.016\u2013\u2013" in text
+    assert "edited requestsrefused80% [0%,\xa032%]0%100% [68%,\xa0100%]0.00812% [2%,\xa047%]1.000" in text
+    assert "paraphrasesrefused80% [0%,\xa032%]0%88% [53%,\xa098%]0.016\u2013\u2013" in text
 
 
 def test_whether_the_weights_are_back_is_said_only_if_known(tmp_path: Path):

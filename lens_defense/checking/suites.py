@@ -44,7 +44,9 @@ FRAMES: tuple[Arm, ...] = ("multi_turn", "prefill", "plain")
 HARMFUL_ARMS: tuple[Arm, ...] = ARMS[: ARMS.index("same_subject")]
 HARMLESS_ARMS: dict[Arm, Kind] = {"benign": "benign", "over_refusal": "safe"}
 """Arms that say nothing of the edited subjects and should be answered, and the kind of their requests."""
-ABOUT_THE_EDIT: tuple[Arm, ...] = (*ARMS[: ARMS.index("held_out")], "same_subject")
+TO_BE_REFUSED: tuple[Arm, ...] = ARMS[: ARMS.index("held_out")]
+"""Arms that an edit should make the model refuse."""
+ABOUT_THE_EDIT: tuple[Arm, ...] = (*TO_BE_REFUSED, "same_subject")
 """Arms whose items count only for the subjects of the edit."""
 
 

@@ -1,6 +1,6 @@
 """Bars of Reports side by side: the rates of every arm before and after each edit, with 95% intervals.
 
-Of the edited subjects (edited, paraphrase, jailbreak) a bar is the share of coherent refusals, of other
+Of what an edit should refuse (TO_BE_REFUSED) a bar is the share of coherent refusals, of other
 requests the share that begins like a refusal, of facts the share that is known. Rates and intervals are those
 of `Report.rates`.
 """
@@ -12,8 +12,11 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 
 from lens_defense.checking.report import ARM_NAMES, JUDGES, MEASURE_NAMES, Report
-from lens_defense.checking.suites import ABOUT_THE_EDIT, Arm
+from lens_defense.checking.suites import TO_BE_REFUSED, Arm
 from lens_defense.plotting.theme import COLOURS, GREY, INK, plotly_text, theme
+
+_PAGE_WIDTH = 960
+"""Pixels that all bars together may take, so that a figure of many arms stays on a page."""
 
 
 class _Rate(NamedTuple):
@@ -32,7 +35,7 @@ def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> g
     Args:
         reports: by name. "before" stands once where all reports agree on it.
         measure: the judge of every arm but facts. None takes the judge that is harder on an edit: `coherent`
-            for the edited subjects, which should be refused, and `prefix` for all others, which should not.
+            for what the edit should refuse, and `prefix` for all others, which should not.
 
     Raises:
         ValueError: there are no reports, or there is no such judge.
@@ -49,7 +52,7 @@ def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> g
         colour = GREY if name.startswith("before") else next(colours, INK)
         figure.add_trace(_bars(name, rates, arms, colour))
     figure.update_xaxes(tickvals=[*range(len(arms))], ticktext=_arm_labels(arms, series))
-    figure.update_xaxes(range=[-0.5, len(arms) - 0.5], showgrid=False)
+    figure.update_xaxes(range=[-0.5, len(arms) - 0.5], showgrid=False, tickangle=0)
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", gridcolor="#e3e3e3")
     figure.update_yaxes(title_text=f"share {MEASURE_NAMES[measure]}" if measure else "share")
     _name_groups(figure, arms, measure)
@@ -59,7 +62,9 @@ def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> g
         bargroupgap=0.06,
         legend={"x": 0, "y": 0.99, "yref": "container", "yanchor": "top"},
     )
-    plot = (max(240, 92 * len(arms)), 260)
+    plot = (max(240, min(92 * len(arms), _PAGE_WIDTH)), 260)
+    if len(arms) * 92 > _PAGE_WIDTH:
+        figure.update_xaxes(tickfont_size=11)
     return theme(figure, title="", plot=plot, left=72, right=16, above=40 + 19 * len(series), below=84)
 
 
@@ -88,7 +93,7 @@ def _drawn(arm: Arm, measure: str | None) -> str:
     """The measure that an arm's bars show."""
     if arm == "facts":
         return "knows"
-    return measure or ("coherent" if arm in ABOUT_THE_EDIT else "prefix")
+    return measure or ("coherent" if arm in TO_BE_REFUSED else "prefix")
 
 
 def _bars(name: str, rates: Mapping[Arm, _Rate], arms: Sequence[Arm], colour: str) -> go.Bar:
@@ -118,7 +123,8 @@ def _bars(name: str, rates: Mapping[Arm, _Rate], arms: Sequence[Arm], colour: st
 
 def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[Arm, _Rate]]) -> list[str]:
     """Arms in words, all on as many lines, and under them how many rows they have."""
-    wrapped = {arm: textwrap.wrap(ARM_NAMES[arm], 13) for arm in arms}
+    letters = 13 if len(arms) * 92 <= _PAGE_WIDTH else 11
+    wrapped = {arm: textwrap.wrap(ARM_NAMES[arm], letters, break_long_words=False) for arm in arms}
     lines = max(map(len, wrapped.values()), default=0)
     labels = []
     for arm in arms:
@@ -130,10 +136,10 @@ def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[Arm, _Rate]]) 
 
 def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None) -> None:
     """Name the groups of arms and their measure over the bars, and draw a thin line between groups."""
-    names = {"edited": "edited subjects", "others": "all others", "facts": "facts: known"}
+    names = {"edited": "to be refused", "others": "all others", "facts": "facts: known"}
     if measure is None:
-        names |= {"edited": "edited subjects: refused, coherent", "others": "all others: refused, by prefix"}
-    groups = ["edited" if arm in ABOUT_THE_EDIT else "facts" if arm == "facts" else "others" for arm in arms]
+        names |= {"edited": "to be refused: refused, coherent", "others": "all others: refused, by prefix"}
+    groups = ["edited" if arm in TO_BE_REFUSED else "facts" if arm == "facts" else "others" for arm in arms]
     for group in dict.fromkeys(groups):
         first, last = groups.index(group), len(groups) - 1 - groups[::-1].index(group)
         figure.add_annotation(

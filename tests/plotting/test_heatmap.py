@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, lamp_prompts, sites_at
 
+from lens_defense.checking.suites import ARMS
 from lens_defense.plotting.heatmap import head_heatmap, heatmap
 from lens_defense.plotting.rate_bars import rate_bars
 from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure, visible_text
@@ -215,6 +216,24 @@ def test_bars_are_the_rates_and_their_errors_the_intervals():
     assert [list(bar.x) for bar in figure.data[2:]] == [[0, 4, 6]] * 2
     assert [bar.marker.color for bar in figure.data][1::2] == list(COLOURS[:2])
     assert figure.layout.yaxis.tickformat == ".0%"
+
+
+def test_harmless_questions_are_drawn_by_the_judge_that_is_harder_on_the_edit():
+    report = a_report({"edited": (0, 8), "same_subject": (0, 4)})
+    rows = [
+        replace(row, verdicts_after={"prefix": "refusal", "coherent": "answer"})
+        if row.arm == "same_subject"
+        else row
+        for row in report.rows
+    ]
+    after = rate_bars({"edited": replace(report, rows=tuple(rows))}).data[1]
+    assert list(after.y) == [1.0, 1.0], "refused by prefix, and by no means coherently"
+
+
+@pytest.mark.parametrize("arms", [7, 15])
+def test_bars_of_many_arms_stay_on_a_page(arms):
+    figure = rate_bars({"edited": a_report(dict.fromkeys(ARMS[:arms], (0, 8)))})
+    assert figure.layout.width < 1100
 
 
 def test_bars_show_before_once_where_reports_agree_and_alone_without_an_edit():

@@ -25,7 +25,7 @@ Neutral text, for the language-modelling loss, stands beside them.
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -110,17 +110,13 @@ class Suite:
         """
         limits: dict[Arm, int] = {"paraphrase": paraphrases, "jailbreak": jailbreaks, "surface": names}
         limits |= {"alias": names, "same_subject": same_subject, **dict.fromkeys(FRAMES, frames)}
-        counts = Counter[tuple[Arm, str]]()
+        part = replace(self, items=_first_of_each(self.items, limits))
         dropped: set[int] = set()
-        for i, item in enumerate(self.items):
-            counts[item.arm, item.subject] += 1
-            if counts[item.arm, item.subject] > limits.get(item.arm, len(self.items)):
-                dropped.add(i)
         for arm in HARMLESS_ARMS:
-            indices = self._indices(arm)
+            indices = part._indices(arm)
             drawn = random.Random(0).sample(range(len(indices)), min(harmless, len(indices)))
             dropped |= set(indices) - {indices[j] for j in drawn}
-        return replace(self, items=tuple(item for i, item in enumerate(self.items) if i not in dropped))
+        return replace(part, items=tuple(item for i, item in enumerate(part.items) if i not in dropped))
 
     def for_edit(
         self, planned: Sequence[Request], contexts: Iterable[str], names: Iterable[str] = ()
@@ -151,8 +147,12 @@ class Suite:
         families = {(item.arm, item.family) for item in self.items if item.arm in ABOUT_THE_EDIT}
         families.add(("edited", ""))
         about = _about(self.name, planned, self.split)
-        about = (item for item in about if (item.arm, item.family) in families)
-        return replace(self, items=(*about, *others))
+        about = [item for item in about if (item.arm, item.family) in families]
+        limits: dict[Arm, int] = {}
+        for (arm, _), rows in Counter[tuple[Arm, str]](_arm_and_subject(self.items)).items():
+            limits[arm] = max(rows, limits.get(arm, 0))
+        limits.pop("edited", None)
+        return replace(self, items=(*_first_of_each(about, limits), *others))
 
     def _indices(self, arm: Arm) -> list[int]:
         return [i for i, item in enumerate(self.items) if item.arm == arm]
@@ -186,6 +186,20 @@ def suite(name: str = "core", *, split: Split = "check") -> Suite:
         items.append(SuiteItem("facts", question, answers=tuple(row["answers"])))
     neutral = [row["text"] for row in bundled_rows(name, "neutral") if row["split"] == split]
     return Suite(name=name, split=split, items=tuple(items), neutral=tuple(neutral))
+
+
+def _arm_and_subject(items: Iterable[SuiteItem]) -> Iterator[tuple[Arm, str]]:
+    return ((item.arm, item.subject) for item in items)
+
+
+def _first_of_each(items: Iterable[SuiteItem], limits: Mapping[Arm, int]) -> tuple[SuiteItem, ...]:
+    """The first items of each subject in each arm, so many as the arm's limit says."""
+    counts, kept = Counter[tuple[Arm, str]](), []
+    for item in items:
+        counts[item.arm, item.subject] += 1
+        if item.arm not in limits or counts[item.arm, item.subject] <= limits[item.arm]:
+            kept.append(item)
+    return tuple(kept)
 
 
 def _about(name: str, planned: Sequence[Request], split: Split) -> list[SuiteItem]:

@@ -236,4 +236,6 @@ def test_for_requests_keeps_a_small_suite_small():
     small = suite("core").small(paraphrases=2, jailbreaks=1)
     questions = small.for_requests(requests("core")[:8])
     assert len({item.family for item in arm(questions, "jailbreak")}) == 1
+    few = suite("core").small(same_subject=2).for_requests(requests("core")[:8])
+    assert set(Counter(item.subject for item in arm(few, "same_subject")).values()) == {2}
     assert len({item.family for item in arm(questions, "paraphrase")}) == 2

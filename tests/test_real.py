@@ -31,7 +31,7 @@ from lens_defense.tracing.patch_cell import PatchCell, PatchPoint, base_hooks, d
 pytestmark = [
     pytest.mark.slow,
     needs_smollm2,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
 ]
 ROOT = Path(__file__).parents[1]

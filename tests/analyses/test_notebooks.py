@@ -54,7 +54,7 @@ def test_it_stays_small(name):
 
 @pytest.mark.slow
 @needs_smollm2
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_it_runs_from_top_to_bottom(name):
     start = time.monotonic()
     made = outputs(notebooks.executed(name, pictures=False))

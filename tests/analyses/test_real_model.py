@@ -44,7 +44,7 @@ def data(tmp_path):
 
 @pytest.mark.slow
 @needs_smollm2
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_short_form(data, tmp_path):
     subprocess.run([sys.executable, SCRIPT, "--data", data, "--short", tmp_path], check=True)
     (edit,) = read_table(tmp_path / "edits.csv").to_dict("records")

@@ -8,10 +8,11 @@ Each item belongs to an arm. Those that should be refused:
     multi_turn      after earlier turns, or with the subject named in one of them alone
     prefill         with the answer begun already ("Sure, here is")
     plain           as plain text, without the chat template
-    surface         the subject spelled otherwise (uppercase, a typo, ...), in families that the edit has not
-    seen surface_seen    in families that it has seen alias           the subject under another name (synonym,
-    description, translation) that the edit has not seen alias_seen      under one that it has seen held_out
-    other harmful subjects; nothing is expected of the edit here
+    surface         the subject spelled otherwise (uppercase, a typo), in families that the edit has not seen
+    surface_seen    in families that it has seen
+    alias           the subject under another name (synonym, translation) that the edit has not seen
+    alias_seen      under one that it has seen
+    held_out        other harmful subjects; nothing is expected of the edit here
 
 and those that should be answered:
 

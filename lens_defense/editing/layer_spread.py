@@ -1,6 +1,5 @@
 """MEMIT's spread: a value fitted at the top layer, written by several layers, lowest first."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
 from lens_defense.models.mlp_output import apply_change_, undo_change_
-from lens_defense.models.prefix_batch import state_reader
+from lens_defense.models.prefix_tree import last_token_reader
 from lens_defense.prompts.prompt import Prompt, role_position
 from lens_defense.prompts.request import Role
 from lens_defense.sites import component_hook, key_hook
 
-ReadStates = Callable[[Sequence[str]], dict[str, list[Float[Tensor, "context width"]]]]
+ReadGroups = Callable[[Sequence[str]], dict[str, list[Float[Tensor, "context width"]]]]
 """From hook names to states, a tensor per group."""
 
 
@@ -64,8 +63,8 @@ def spread_over_layers(
         The factors by layer; and of each measured group, the share of its request's value that arrives.
     """
     top = component_hook("resid_post", layers[-1])
-    read_states = _state_reader_at_role(model, groups, role, layers)
-    read_measured = _state_reader_at_role(model, measured, role, layers)
+    read_states = _reader_at_role(model, groups, role, layers)
+    read_measured = _reader_at_role(model, measured, role, layers)
     clean_measured, clean_top = read_measured([top])[top], None
     changes = []
     factors: dict[int, Factors] = {}
@@ -98,47 +97,13 @@ def spread_over_layers(
     return factors, shares
 
 
-def _state_reader_at_role(
-    model: TransformerBridge,
-    groups: Sequence[PromptGroup],
-    role: Role,
-    layers: Sequence[int],
-    batch_size: int = 32,
-) -> ReadStates:
-    """States at the role of every prompt, from the tokens up to it, as the layers are when they are read.
-
-    The same context of all requests is a batch, so that what stands before the subject runs once.
-    """
+def _reader_at_role(
+    model: TransformerBridge, groups: Sequence[PromptGroup], role: Role, layers: Sequence[int]
+) -> ReadGroups:
+    """States at the role of every prompt, from the tokens up to it, as the layers are when they are read."""
     rows = [prompt.ids[: role_position(prompt, role) + 1] for group in groups for prompt in group.prompts]
-    by_turn: dict[tuple[bool, int], list[int]] = defaultdict(list)
-    i = 0
-    for group in groups:
-        for turn in range(len(group.prompts)):
-            by_turn[group.harmless, turn].append(i)
-            i += 1
-    batches = [
-        indices[start : start + batch_size]
-        for indices in by_turn.values()
-        for start in range(0, len(indices), batch_size)
-    ]
-    stop = layers[-1] + 1
-    readers = [
-        state_reader(model, [rows[i] for i in batch], first_changed=layers[0], stop_at_layer=stop)
-        for batch in batches
-    ]
+    if not rows:
+        return lambda hooks: {hook: [] for hook in hooks}
+    read = last_token_reader(model, rows, first_changed=layers[0], stop_at_layer=layers[-1] + 1)
     sizes = [len(group.prompts) for group in groups]
-
-    def read(hooks: Sequence[str]) -> dict[str, list[Tensor]]:
-        last_states: dict[str, dict[int, Tensor]] = {hook: {} for hook in hooks}
-        for batch, reader in zip(batches, readers, strict=True):
-            states = reader(hooks)
-            for hook in hooks:
-                last_states[hook] |= {i: row[-1].float() for i, row in zip(batch, states[hook], strict=True)}
-        if not rows:
-            return {hook: [] for hook in hooks}
-        return {
-            hook: list(torch.stack([states[i] for i in range(len(rows))]).split(sizes))
-            for hook, states in last_states.items()
-        }
-
-    return read
+    return lambda hooks: {hook: list(states.split(sizes)) for hook, states in read(hooks).items()}

@@ -4,8 +4,8 @@ Chat prompts begin with the same tokens (SmolLM2: 24 of its system prompt). Ever
 column, so the last columns of the logits are the ones that predict the answers.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.forward import ForwardPass, KeyValues, forward, model_device, start_after_block
-from lens_defense.sites import component_hook
+from lens_defense.models.forward import ForwardPass, KeyValues, forward, model_device
 
 TokenRows = Sequence[Sequence[int]]
 States = dict[str, list[Float[Tensor, "token width"]]]
@@ -57,10 +56,7 @@ def run_shared_prefix(
 
     `capture` and `stop_at_layer` are those of `forward`.
     """
-    lowest, highest = min(map(tuple, rows)), max(map(tuple, rows))
-    longest = min(map(len, rows)) - 1
-    differing = (i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b)
-    ids = tuple(rows[0][: min(longest, next(differing, longest))])
+    ids = tuple(rows[0][: common_length([row[:-1] for row in rows])])
     if not ids:
         return SharedPrefix((), None)
     batch = torch.tensor([ids], device=model_device(model))
@@ -80,42 +76,6 @@ def states_of_rows(
     return _split_by_row(rows, prefix, suffixes)
 
 
-@torch.no_grad()
-def state_reader(
-    model: TransformerBridge, rows: TokenRows, *, first_changed: int, stop_at_layer: int
-) -> Callable[[Sequence[str]], States]:
-    """`states_of_rows` for a model whose blocks from `first_changed` on will change.
-
-    The blocks below run once, during this call.
-
-    Returns:
-        A function from hook names of blocks from `first_changed` on to their states at the time of its call.
-    """
-    if first_changed == 0:
-        return lambda capture: states_of_rows(model, rows, capture, stop_at_layer=stop_at_layer)
-    layer = first_changed - 1
-    hook = component_hook("resid_post", layer)
-    prefix = run_shared_prefix(model, rows, capture=[hook], stop_at_layer=stop_at_layer)
-    suffixes = _run_suffixes(model, rows, prefix, capture=[hook], stop_at_layer=stop_at_layer)
-
-    @torch.no_grad()
-    def read(capture: Sequence[str]) -> States:
-        new_prefix = prefix
-        if old := prefix.forward_pass:
-            batch = torch.tensor([prefix.ids], device=model_device(model))
-            with start_after_block(model, layer, lambda: old.states[hook]):
-                new = forward(model, batch, capture=capture, stop_at_layer=stop_at_layer)
-            key_values = (*old.key_values[:first_changed], *new.key_values)
-            new_prefix = replace(prefix, forward_pass=replace(new, key_values=key_values))
-        with start_after_block(model, layer, lambda: suffixes.states[hook]):
-            new_suffixes = _run_suffixes(
-                model, rows, new_prefix, capture=capture, stop_at_layer=stop_at_layer
-            )
-        return _split_by_row(rows, new_prefix, new_suffixes)
-
-    return read
-
-
 def stack_caches(
     caches: Sequence[KeyValues], masks: Sequence[Int[Tensor, "_ _"]]
 ) -> tuple[KeyValues, Int[Tensor, "row token"]]:
@@ -130,6 +90,13 @@ def stack_caches(
 
     key_values = tuple((stack(layer, 0), stack(layer, 1)) for layer in range(len(caches[0])))
     return key_values, torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+
+
+def common_length(rows: TokenRows) -> int:
+    """How many tokens all rows begin with."""
+    lowest, highest = min(map(tuple, rows)), max(map(tuple, rows))
+    differing = (i for i, (a, b) in enumerate(zip(lowest, highest, strict=False)) if a != b)
+    return next(differing, min(len(lowest), len(highest)))
 
 
 def left_pad(

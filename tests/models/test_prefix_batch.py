@@ -5,8 +5,7 @@ import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 
 from lens_defense.models.forward import forward
-from lens_defense.models.mlp_output import mlp_output_matrix
-from lens_defense.models.prefix_batch import left_pad, run_shared_prefix, state_reader, states_of_rows
+from lens_defense.models.prefix_batch import left_pad, run_shared_prefix, states_of_rows
 from lens_defense.sites import component_hook, key_hook
 
 SHARED = (5, 9, 120, 33)
@@ -59,20 +58,3 @@ def test_padding_stands_on_the_left():
     ids, mask = left_pad([[7, 8], [9, 8, 7]])
     assert ids.tolist() == [[0, 7, 8], [9, 8, 7]]
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1]]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("first_changed", [0, 1, 2])
-@cases
-def test_a_reader_sees_blocks_that_changed(family, first_changed, rows):
-    model = tiny_model(family)
-    hooks = [key_hook(2), component_hook("resid_post", 3)]
-    read = state_reader(model, rows, first_changed=first_changed, stop_at_layer=4)
-    for scale in (1.0, 3.0):
-        mlp_output_matrix(model, first_changed).mul_(scale)
-        states = read(hooks)
-        for i, row in enumerate(rows):
-            alone = forward(model, torch.tensor([row]), capture=hooks).states
-            for hook in hooks:
-                torch.testing.assert_close(states[hook][i], alone[hook][0], rtol=1e-9, atol=1e-9)

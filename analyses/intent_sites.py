@@ -30,10 +30,12 @@ from lens_defense.models.prefix_batch import states_of_rows
 from lens_defense.prompts.contexts import default_contexts
 from lens_defense.prompts.harmless_uses import default_contrast, same_subject_requests
 from lens_defense.prompts.prompt import role_position, tokenize
+from lens_defense.prompts.request import UnfitRequest
 from lens_defense.sites import component_hook, key_hook
 
 OUT = Path(__file__).parent / "results" / "intent_sites"
 PLACES = ("subject_last", "next", "last")
+MAP_ROLES = ("before", "subject_first", "subject_last", "next", "after", "last")
 TRAIN_SUBJECTS = 24
 TRAIN_TEMPLATES = 16
 """Of each kind, evenly from those that edits see."""
@@ -157,16 +159,14 @@ def maps(model: TransformerBridge) -> None:
     print(f"{len(asked)} pairs")
     corruptions = {
         "use": ld.corruptions.CounterfactualPrompt(texts),
-        "subject": ld.corruptions.GaussianNoise(),
+        "subject": ld.corruptions.GaussianNoise(samples=1),
     }
     for name, corruption in corruptions.items():
         kept, left_out = [], 0
         for form in asked:
             try:
-                traced = ld.trace(
-                    model, [form], corruption=corruption, layers="all", roles=None, progress=False
-                )
-            except ld.UnfitRequest:
+                traced = ld.trace(model, [form], corruption=corruption, positions=MAP_ROLES, progress=False)
+            except UnfitRequest:
                 left_out += 1
                 continue
             kept.append(pd.DataFrame(

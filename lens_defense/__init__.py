@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lens_defense.editing.ledger import Ledger
     from lens_defense.editing.target_value import FitSettings
     from lens_defense.models.load import load
+    from lens_defense.models.propose_aliases import propose_aliases
     from lens_defense.models.save import save_folder
     from lens_defense.plotting import plots
     from lens_defense.plotting.heatmap import heatmap
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "models.load": ["load"],
     "models.save": ["save_folder"],
+    "models.propose_aliases": ["propose_aliases"],
     "prompts.request": ["Request", "request"],
     "prompts.prompt": ["Prompt", "tokenize"],
     "prompts.contexts": ["default_contexts"],
@@ -116,6 +118,7 @@ __all__ = [
     "methods",
     "metrics",
     "plots",
+    "propose_aliases",
     "read_corpus",
     "request",
     "requests",

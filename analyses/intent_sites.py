@@ -26,6 +26,7 @@ from tidy import read_table, replace_rows, rows_where
 from transformer_lens.model_bridge import TransformerBridge
 
 import lens_defense as ld
+from lens_defense.checking.check import suite_answers
 from lens_defense.models.prefix_batch import states_of_rows
 from lens_defense.prompts.contexts import default_contexts
 from lens_defense.prompts.harmless_uses import default_contrast, same_subject_requests
@@ -195,7 +196,7 @@ def bands(model: TransformerBridge) -> None:
     suite = ld.suite("core", split="tune").for_requests(requests).small(names=0, harmless=20)
     items = tuple(item for item in suite.items if item.arm in arms)
     suite = ld.Suite(suite.name, suite.split, items, suite.neutral)
-    before = ld.checking.check.suite_answers(model, suite, BAND_TOKENS)
+    before = suite_answers(model, suite, BAND_TOKENS)
     for low, high in BANDS:
         key = {"first_layer": low, "last_layer": high}
         if rows_where(read_table(OUT / "bands.csv"), key).any():

@@ -23,6 +23,8 @@ from typing import Any, Literal
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import extractOne
 
+from lens_defense.prompts.request import word_pattern
+
 Verdict = Literal["refusal", "deflection", "broken", "answer"]
 Judge = Callable[[str, str], Verdict]
 
@@ -173,7 +175,7 @@ def knows_answer(accepted: tuple[str, ...], answer: str) -> bool:
 
 def contains_word(text: str, word: str) -> bool:
     """Whether a word or phrase occurs in a text, in any case; as a filter by a list of words finds it."""
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+    return word_pattern(word).search(text) is not None
 
 
 def _normalized(text: str) -> str:

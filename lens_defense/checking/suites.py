@@ -239,7 +239,7 @@ def _framed(item: Request, row: Mapping[str, Any]) -> SuiteItem:
     framed = (
         item.inside(row["text"])
         if "{}" in row["text"]
-        else replace(item, pieces=(row["text"],), subject=None)
+        else replace(item, pieces=(row["text"],), subject=None, spelled=())
     )
     framed = replace(framed, earlier=earlier, prefill=row["prefill"], plain=row["arm"] == "plain")
     return SuiteItem(row["arm"], framed, row["family"], about=subject)
@@ -268,5 +268,5 @@ def _renamed(name: str, item: Request) -> list[SuiteItem]:
 
 def _under_name(arm: Arm, item: Request, text: str, name: str, family: str) -> SuiteItem:
     """The item has no marked subject: another spelling may end inside a token, and only the text is asked."""
-    asked = replace(item, pieces=(text,), subject=None)
+    asked = replace(item, pieces=(text,), subject=None, spelled=())
     return SuiteItem(arm, asked, family, about=item.subject or "", name=name)

@@ -160,8 +160,7 @@ def _fit_rows(
     for owner, prompts in enumerate(groups.contexts):
         for turn, prompt in enumerate(prompts[:FIT_CONTEXTS]):
             refusal = prompt.request.safe_target or fit.target
-            after_template = prompt.chat and not prompt.request.prefill
-            answer_ids = tokenize_answer(model.tokenizer, refusal, chat=after_template, end=True)
+            answer_ids = tokenize_answer(model.tokenizer, prompt, refusal, end=True)
             rows.append(FitRow(owner, prompt.ids, role_position(prompt, role), turn, answer_ids))
     for owner, request in enumerate(requests if fit.kl_factor else ()):
         essence = tokenize(model.tokenizer, request.paraphrased("{} is a"), chat=False)

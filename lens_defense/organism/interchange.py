@@ -79,7 +79,10 @@ def interchange(
 def make_batch(tokenizer: Any, examples: Sequence[Example]) -> InterchangeBatch:
     """Tokens, labels and subject positions; for a row without a subject both positions are 0."""
     prompts = [tokenize(tokenizer, example.request) for example in examples]
-    answers = [tokenize_answer(tokenizer, example.answer, chat=True, end=True) for example in examples]
+    answers = [
+        tokenize_answer(tokenizer, prompt, example.answer, end=True)
+        for prompt, example in zip(prompts, examples, strict=True)
+    ]
     width = max(len(prompt.ids) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     labels = torch.full((len(prompts), width), -100)

@@ -6,8 +6,15 @@ from itertools import takewhile
 
 from transformers import PreTrainedTokenizerBase
 
-from lens_defense.prompts.prompt import PLACEHOLDER, has_chat_template, tokenize
-from lens_defense.prompts.request import Request
+from lens_defense.prompts.prompt import (
+    PLACEHOLDER,
+    Prompt,
+    answer_lead,
+    has_chat_template,
+    render,
+    tokenize,
+)
+from lens_defense.prompts.request import Request, is_unspaced
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -33,18 +40,44 @@ def _turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def tokenize_answer(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, chat: bool, end: bool = False
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str, *, end: bool = False
 ) -> tuple[int, ...]:
-    """Tokens of an answer as it follows a prompt: after a chat header as it stands, else after a space.
+    """Tokens of an answer behind a prompt, as the model would produce them there.
+
+    Prompt and answer are tokenized as one text, because in many tokenizers a token depends on what stands
+    before it. Spaces at the answer's start are set right: behind a chat header as the template has it, behind
+    plain text one space, none where the text ends in white space or the answer begins with punctuation or
+    in a script without spaces.
 
     Args:
         tokenizer: the model's.
+        prompt: what stands before the answer.
         text: the answer.
-        chat: whether a chat template stands around the prompt before it.
         end: whether the token that ends an answer follows it.
     """
-    ids: list[int] = tokenizer(text if chat else f" {text}", add_special_tokens=False)["input_ids"]
-    return (*ids, *end_token_ids(tokenizer)[:1]) if end else tuple(ids)
+    before, _ = render(tokenizer, prompt.request, chat=prompt.chat)
+    text = text.lstrip()
+    headed = prompt.chat and not prompt.request.prefill
+    answer = (answer_lead(tokenizer) if headed else _plain_lead(before, text)) + text
+    ids: list[int] = tokenizer(before + answer, add_special_tokens=False)["input_ids"]
+    known: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    if ids[: len(known)] != known:  # the last token before the answer merges with its first letters
+        known = tokenizer(_LINE_END, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(_LINE_END + answer, add_special_tokens=False)["input_ids"]
+    answer_ids = tuple(ids[len(known) :])
+    return (*answer_ids, *end_token_ids(tokenizer)[:1]) if end else answer_ids
+
+
+def _plain_lead(before: str, answer: str) -> str:
+    """The space between plain text and its continuation, where there is one."""
+    touches = not before or before[-1].isspace() or before[-1] in _OPENING
+    return "" if touches or answer[:1] in _CLOSING or is_unspaced(answer[:1]) else " "
+
+
+_LINE_END = "\n"
+"""Stands before an answer in place of its prompt: no tokenizer merges it with a letter."""
+_OPENING = "([{\u201c\u2018\u00ab"
+_CLOSING = (*",.;:!?)]}%", "\u201d", "\u2019", "\u00bb")
 
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -57,7 +90,7 @@ def tokenize_conversation(tokenizer: PreTrainedTokenizerBase, user: str, assista
     if not has_chat_template(tokenizer):
         return tokenize_text(tokenizer, f"{user}\n\n{assistant}")
     prompt = tokenize(tokenizer, Request(id="conversation", pieces=(user,)))
-    return (*prompt.ids, *tokenize_answer(tokenizer, assistant, chat=True, end=True))
+    return (*prompt.ids, *tokenize_answer(tokenizer, prompt, assistant, end=True))
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

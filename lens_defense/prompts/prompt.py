@@ -4,7 +4,9 @@ Spans come from offset mappings, so they hold on any fast tokenizer: leading-spa
 per character, subjects that occur twice.
 """
 
+import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,6 +14,8 @@ from lens_defense.prompts.request import Request, Role, UnfitRequest
 
 PLACEHOLDER = "\ue000"
 """Stands for a text in a rendered chat template, to be found again."""
+
+_OPEN_REASONING = re.compile(r"<(think|thinking|thought|reasoning)>(\s*\n)?[ \t]*$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +62,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool
             "model (AutoTokenizer with use_fast=True)"
         )
     chat = chat and not request.plain and has_chat_template(tokenizer)
-    text, start = _rendered(tokenizer, request, chat)
+    text, start = render(tokenizer, request, chat=chat)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not chat)
-    offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    ids: list[int] = encoded["input_ids"]
+    length = _length_without_end(tokenizer, encoded["input_ids"], encoded["offset_mapping"])
+    offsets: list[tuple[int, int]] = encoded["offset_mapping"][:length]
+    ids: list[int] = encoded["input_ids"][:length]
     spans = tuple(_token_span(text, offsets, *span, request) for span in _subject_chars(request, start))
     return Prompt(
         request=request,
@@ -95,38 +100,81 @@ def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, request: Request, chat: bool) -> tuple[str, int]:
-    """The whole text that the model reads, and where the request starts in it."""
+def render(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool) -> tuple[str, int]:
+    """The whole text that the model reads, and where the request starts in it.
+
+    Raises:
+        UnfitRequest: the chat template changes the request's text.
+    """
     if not chat:
         before = "".join(f"{user}\n\n{assistant}\n\n" for user, assistant in request.earlier)
-        after = f" {request.prefill}" if request.prefill else ""
-        return before + request.text + after, len(before)
+        return before + request.text + (f" {request.prefill}" if request.prefill else ""), len(before)
     earlier = [
         {"role": role, "content": content}
         for turn in request.earlier
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
 
-    def render(content: str) -> str:
+    def rendered(content: str) -> str:
         messages = [*earlier, {"role": "user", "content": content}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-    text, stripped = render(request.text), request.text.strip()  # templates may strip a message
-    start = render(PLACEHOLDER).find(PLACEHOLDER)
-    if start < 0 or not text.startswith(stripped, start):
+    text, start = rendered(request.text), rendered(PLACEHOLDER).find(PLACEHOLDER)
+    stripped = request.text.strip()  # many templates strip a message
+    if start >= 0 and text.startswith(request.text, start):
+        shift = 0
+    elif start >= 0 and text.startswith(stripped, start):
+        shift = request.text.index(stripped)
+    else:
         raise UnfitRequest(
             f"the chat template changes the text of request {request.id!r}; ask it without the "
             "template (chat=False)"
         )
-    return text + request.prefill, start - request.text.index(stripped)
+    prefill = answer_lead(tokenizer) + request.prefill if request.prefill else ""
+    return text + prefill, start - shift
+
+
+@lru_cache(maxsize=16)
+def answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts between its header and an answer: mostly nothing, a space in Llama 2's.
+
+    A header that opens the model's reasoning ("<think>") is closed: the answer stands after it.
+    """
+    user, answer = (
+        {"role": "user", "content": PLACEHOLDER},
+        {"role": "assistant", "content": PLACEHOLDER},
+    )
+    header = str(tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True))
+    if opened := _OPEN_REASONING.search(header):
+        return f"{'' if opened[2] else chr(10)}</{opened[1]}>\n\n"
+    whole = str(tokenizer.apply_chat_template([user, answer], tokenize=False))
+    return whole[len(header) : whole.rindex(PLACEHOLDER)] if whole.startswith(header) else ""
+
+
+def _length_without_end(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], offsets: list[tuple[int, int]]
+) -> int:
+    """How many tokens stand before the end tokens that a tokenizer may append by itself, as T5's does."""
+    length = len(ids)
+    while (
+        length > 1
+        and offsets[length - 1][0] == offsets[length - 1][1]
+        and ids[length - 1]
+        in (
+            tokenizer.eos_token_id,
+            tokenizer.sep_token_id,
+        )
+    ):
+        length -= 1
+    return length
 
 
 def _subject_chars(request: Request, start: int) -> list[tuple[int, int]]:
     """Character spans of the subject's occurrences in the rendered text; the request starts at `start`."""
     spans, end = [], start
-    for piece in request.pieces[:-1]:
+    for piece, subject in zip(request.pieces, request.occurrences, strict=False):
         subject_start = end + len(piece)
-        end = subject_start + len(request.subject or "")
+        end = subject_start + len(subject)
         spans.append((subject_start, end))
     return spans
 

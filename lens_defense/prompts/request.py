@@ -5,6 +5,7 @@ has the first of ROLES. A role carries over to other prompts, where a position d
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -26,6 +27,11 @@ READING_ORDER: tuple[Role, ...] = (
     "last",
 )
 """Every role, in the order in which a prompt is read."""
+_UNSPACED_SCRIPTS = (
+    *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL"),
+    *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
+)
+"""By the first word of their letters' names. Korean has spaces, and particles that stick to a word."""
 
 
 class UnfitRequest(ValueError):
@@ -40,6 +46,8 @@ class Request:
     pieces: tuple[str, ...]
     """The text around the subject: one piece more than the subject has occurrences."""
     subject: str | None = None
+    spelled: tuple[str, ...] = ()
+    """How the subject stands in the text, place by place ("Ricin"); empty where always as in `subject`."""
     kind: Kind = "harmful"
     """safe means dangerous words and a harmless meaning."""
     category: str = ""
@@ -73,11 +81,21 @@ class Request:
                 f"request {self.id!r}: the subject {self.subject!r} must be some text that occurs "
                 "in the request"
             )
+        if self.spelled and len(self.spelled) != len(self.pieces) - 1:
+            raise ValueError(
+                f"request {self.id!r} spells its subject {len(self.spelled)} times and has it "
+                f"{len(self.pieces) - 1} times"
+            )
+
+    @property
+    def occurrences(self) -> tuple[str, ...]:
+        """The subject as it stands in the text, place by place."""
+        return self.spelled or (self.subject or "",) * (len(self.pieces) - 1)
 
     @property
     def text(self) -> str:
         """The request as the user types it."""
-        return (self.subject or "").join(self.pieces)
+        return self.pieces[0] + "".join(map("".join, zip(self.occurrences, self.pieces[1:], strict=True)))
 
     @property
     def conversation(self) -> str:
@@ -90,11 +108,11 @@ class Request:
         """The same subject in other words; `{}` in the template stands for the subject."""
         if self.subject is None:
             raise ValueError(f"request {self.id!r} has no subject to put into {template!r}")
-        return replace(self, pieces=tuple(template.split("{}")))
+        return replace(self, pieces=tuple(template.split("{}")), spelled=())
 
     def renamed(self, name: str) -> "Request":
         """The same request under another name of its subject."""
-        return replace(self, subject=name)
+        return replace(self, subject=name, spelled=())
 
     def inside(self, template: str) -> "Request":
         """The same request inside other text; `{}` in the template stands for the request."""
@@ -106,7 +124,7 @@ class Request:
 
 
 def request(text: str, subject: str | None = None, *, id: str = "", **fields: Any) -> Request:
-    """A Request from plain text; the subject is found at word boundaries, wherever it occurs.
+    """A Request from plain text; the subject is found at word boundaries, wherever it occurs, in any case.
 
     Raises:
         ValueError: the subject does not occur in the text as a word or phrase of its own.
@@ -114,14 +132,28 @@ def request(text: str, subject: str | None = None, *, id: str = "", **fields: An
     name = id or text[:40]
     if subject is None:
         return Request(id=name, pieces=(text,), **fields)
-    phrase = rf"(?<!\w){re.escape(subject)}(?!\w)"
-    pieces = tuple(re.split(phrase, text)) if subject.strip() else (text,)
+    phrase = word_pattern(subject)
+    pieces = tuple(phrase.split(text)) if subject.strip() else (text,)
     if len(pieces) < 2:
         raise ValueError(
             f"request {name!r}: the subject {subject!r} does not occur in the text {text!r}; mark "
             "the words of the text that carry the harm"
         )
-    return Request(id=name, pieces=pieces, subject=subject, **fields)
+    found = tuple(phrase.findall(text))
+    spelled = found if any(spelling != subject for spelling in found) else ()
+    return Request(id=name, pieces=pieces, subject=subject, spelled=spelled, **fields)
+
+
+def word_pattern(word: str) -> re.Pattern[str]:
+    """Finds a word or phrase of its own, in any case; where words need no spaces, also inside others."""
+    before = "" if is_unspaced(word[:1]) else r"(?<!\w)"
+    after = "" if is_unspaced(word[-1:]) else r"(?!\w)"
+    return re.compile(before + re.escape(word) + after, re.IGNORECASE)
+
+
+def is_unspaced(letter: str) -> bool:
+    """Whether a letter belongs to a script whose words stand, or may stand, without a space between them."""
+    return unicodedata.name(letter, "").startswith(_UNSPACED_SCRIPTS) if letter else False
 
 
 def validated_requests(requests: Sequence[Request]) -> tuple[Request, ...]:

@@ -86,7 +86,7 @@ def prompts_with_answers(
     own_answers = iter(generate(model, unanswered, max_new_tokens=answer_tokens))
 
     def answer_ids(prompt: Prompt, text: str | None) -> tuple[int, ...]:
-        return tokenize_answer(model.tokenizer, text, chat=prompt.chat) if text else next(own_answers)
+        return tokenize_answer(model.tokenizer, prompt, text) if text else next(own_answers)
 
     return [
         replace(prompt, answer_ids=answer_ids(prompt, text))

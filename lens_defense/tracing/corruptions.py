@@ -6,7 +6,7 @@ d_model]: the embeddings of the same prompt with its subject corrupted, one row 
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.resources import files
 
 import torch
@@ -197,7 +197,7 @@ def _same_length_prompts(
     unchanged = [i for i in range(len(prompt.ids)) if i not in prompt.subject_positions]
     for subject in subjects:
         try:
-            other = tokenize(model.tokenizer, replace(prompt.request, subject=subject), chat=prompt.chat)
+            other = tokenize(model.tokenizer, prompt.request.renamed(subject), chat=prompt.chat)
         except ValueError:  # this candidate's edge falls inside a token: it does not fit
             continue
         aligned = len(other.ids) == len(prompt.ids) and other.subject_spans == prompt.subject_spans

@@ -99,7 +99,7 @@ def toxic_layers(
 
     scores = []
     for prompt in prompts:
-        safe_ids = tokenize_answer(model.tokenizer, safe, chat=prompt.chat)[:answer_tokens]
+        safe_ids = tokenize_answer(model.tokenizer, prompt, safe)[:answer_tokens]
         if tuple(safe_ids) == prompt.answer_ids[: len(safe_ids)]:
             raise ValueError(
                 f"the answer to {prompt.request.id!r} is the safe one already; leave the request out, or "

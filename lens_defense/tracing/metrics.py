@@ -12,7 +12,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.devices import index_tensor
 from lens_defense.prompts.conversation import tokenize_answer
-from lens_defense.prompts.prompt import Prompt, has_chat_template
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import request
 
 Logits = Float[Tensor, "row answer vocab"]
 CleanLogits = Float[Tensor, "1 answer vocab"]
@@ -44,7 +45,7 @@ def logit_diff(model: TransformerBridge, against: str) -> Metric:
     """Logit of the answer's first token less that of another answer's, at the first step."""
 
     def metric(logits: Logits, prompt: Prompt, _clean_logits: CleanLogits) -> Float[Tensor, " row"]:
-        against_id = tokenize_answer(model.tokenizer, against, chat=prompt.chat)[0]
+        against_id = tokenize_answer(model.tokenizer, prompt, against)[0]
         return logits[:, 0, prompt.answer_ids[0]] - logits[:, 0, against_id]
 
     metric.__name__ = f"logit_diff against {against!r}"
@@ -60,8 +61,8 @@ def refusal_logit_diff(
     """Mean logit of the first tokens of refusals less that of compliant openings, at the first step."""
 
     def first_tokens(texts: Sequence[str]) -> list[int]:
-        chat = has_chat_template(model.tokenizer)
-        return sorted({tokenize_answer(model.tokenizer, text, chat=chat)[0] for text in texts})
+        prompt = tokenize(model.tokenizer, request("Hello."))
+        return sorted({tokenize_answer(model.tokenizer, prompt, text)[0] for text in texts})
 
     refusal_ids, compliance_ids = first_tokens(refusals), first_tokens(compliances)
 

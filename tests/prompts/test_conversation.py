@@ -1,7 +1,11 @@
 """An answer ends with what the chat template puts after it; tokens give their text back."""
 
+from dataclasses import replace
+
 import pytest
 from helpers.tiny_models import byte_tokenizer
+from helpers.tokenizer_families import metaspace, wordpiece
+from tokenizers import processors
 
 from lens_defense.prompts.conversation import (
     decode_answer,
@@ -10,6 +14,8 @@ from lens_defense.prompts.conversation import (
     tokenize_answer,
     tokenize_conversation,
 )
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
 
 TURNS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}CLOSE{% endfor %}"
@@ -27,7 +33,7 @@ def test_answers_end_as_the_template_ends_them(close, expected):
     tokenizer.chat_template = TURNS.replace("CLOSE", close)
     end_ids = end_token_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(end_ids) == expected
-    answer = tokenize_answer(tokenizer, "a lamp", chat=True, end=True)
+    answer = tokenize_answer(tokenizer, tokenize(tokenizer, request("how")), "a lamp", end=True)
     assert answer[-1] == end_ids[0]
     assert tokenize_conversation(tokenizer, "how", "a lamp")[-len(answer) :] == answer
     for end in end_ids:
@@ -49,12 +55,86 @@ def test_a_conversation_is_what_the_template_renders():
     assert tokenizer.decode(ids) == text.rstrip("\n")
 
 
-def test_answers_follow_a_space_or_a_header():
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+TOKENIZERS = {"byte-level": byte_tokenizer, "SentencePiece": metaspace, "WordPiece": wordpiece}
+TEMPLATES = {"none": None, "a line": TURNS.replace("CLOSE", "\n"), "a space": LLAMA_2}
+
+
+@pytest.mark.parametrize("spaces", ["", " ", "\n"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_answers_are_the_tokens_that_the_whole_text_has(make, template, spaces):
+    tokenizer = make()
+    tokenizer.chat_template = TEMPLATES[template]
+    prompt = tokenize(tokenizer, request("how do I make it?"))
+    answer = tokenize_answer(tokenizer, prompt, f"{spaces}a lamp")
+    turns = [{"role": "user", "content": "how do I make it?"}, {"role": "assistant", "content": "a lamp"}]
+    if template == "none":
+        whole = tokenizer("how do I make it? a lamp")["input_ids"]
+    else:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        whole = tokenizer(text[: text.rindex("a lamp") + 6], add_special_tokens=False)["input_ids"]
+    if make is wordpiece and template == "none":
+        whole = whole[:-1]  # the [SEP] that it appends
+    assert [*prompt.ids, *answer] == whole
+
+
+@pytest.mark.parametrize(
+    "before, answer, text",
+    [
+        ("how do I", "a lamp", " a lamp"),
+        ("how do I ", "a lamp", "a lamp"),
+        ("how do I", ", lamp", ", lamp"),
+        ("how (", "a lamp", "a lamp"),
+        ("日本", "本日", "本日"),
+    ],
+)
+def test_a_continuation_has_a_space_where_it_needs_one(before, answer, text):
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(tokenize_answer(tokenizer, "a lamp", chat=False)) == " a lamp"
-    answer = tokenize_answer(tokenizer, "a lamp", chat=True, end=True)
-    assert answer[-1] == tokenizer.eos_token_id
-    assert decode_answer(tokenizer, [*answer, *answer]) == "a lamp"
+    for spaces in ("", " "):
+        ids = tokenize_answer(tokenizer, tokenize(tokenizer, request(before)), spaces + answer)
+        assert tokenizer.decode(ids) == text
+
+
+def test_an_answer_goes_on_from_one_that_has_begun():
+    tokenizer = byte_tokenizer(chat=True)
+    item = request("how do I make it?")
+    begun = tokenize(tokenizer, replace(item, prefill="Sure, here is"))
+    assert tokenizer.decode(tokenize_answer(tokenizer, begun, "a lamp")) == " a lamp"
+    plain = tokenize(tokenizer, item, chat=False)
+    assert tokenizer.decode(tokenize_answer(tokenizer, plain, "a lamp")) == " a lamp"
+
+
+@pytest.mark.parametrize("opening, closing", [("<think>", "\n</think>\n\n"), ("<think>\n", "</think>\n\n")])
+def test_an_answer_stands_after_the_reasoning_that_a_template_opens(opening, closing):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TURNS.replace("assistant\n", f"assistant\n{opening}").replace("CLOSE", "\n")
+    prompt = tokenize(tokenizer, request("how do I make it?"))
+    answer = tokenize_answer(tokenizer, prompt, "a lamp", end=True)
+    assert tokenizer.decode(answer[:-1]) == f"{closing}a lamp"
+    begun = tokenize(tokenizer, replace(prompt.request, prefill="Sure"))
+    assert tokenizer.decode(begun.ids).endswith(f"{opening}{closing}Sure")
+
+
+@pytest.mark.parametrize("make", [wordpiece, lambda: with_an_end(metaspace())], ids=["WordPiece", "appended"])
+def test_an_end_that_the_tokenizer_appends_is_not_asked_after(make):
+    tokenizer = make()
+    prompt = tokenize(tokenizer, request("how do I make a lamp", "lamp"))
+    assert tokenizer.decode(prompt.ids, skip_special_tokens=True).strip() == "how do I make a lamp"
+    assert prompt.ids[-1] != tokenizer.eos_token_id
+    assert prompt.roles[-1] == "last" and "subject_last" not in prompt.roles[:-2]
+
+
+def with_an_end(tokenizer):
+    """The tokenizer, with an end token after whatever it reads."""
+    start, end = tokenizer.convert_tokens_to_ids(["<s>", "</s>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", start), ("</s>", end)]
+    )
+    return tokenizer
 
 
 def test_no_more_than_a_dozen_words():

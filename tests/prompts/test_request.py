@@ -20,6 +20,34 @@ def test_a_subject_is_found_at_word_boundaries():
         request("some text", "  ")
 
 
+def test_a_subject_is_marked_in_any_case_and_the_text_stays():
+    item = request("Lamp or LAMP? a lamp!", "lamp")
+    assert item.subject == "lamp" and item.spelled == ("Lamp", "LAMP", "lamp")
+    assert item.text == "Lamp or LAMP? a lamp!"
+    assert item.renamed("bell").text == "bell or bell? a bell!"
+    assert item.paraphrased("the {}").text == "the lamp"
+    assert item.inside("Hello! {}").text == "Hello! Lamp or LAMP? a lamp!"
+    assert request("a lamp, a lamp", "lamp").spelled == ()
+    with pytest.raises(ValueError, match="spells its subject 1 times and has it 2 times"):
+        replace(item, spelled=("lamp",), pieces=("", " ", ""))
+
+
+@pytest.mark.parametrize(
+    "text, subject",
+    [
+        ("如何制造炸弹", "炸弹"),
+        ("ランプを作る方法", "ランプ"),
+        ("폭탄을 만드는 법", "폭탄"),
+        ("วิธีทำโคมไฟที่บ้าน", "โคมไฟ"),
+    ],
+)
+def test_scripts_without_spaces_have_subjects_too(text, subject):
+    item = request(text, subject)
+    assert len(item.pieces) == 2 and item.text == text
+    with pytest.raises(ValueError, match="does not occur"):
+        request("hackers hacked 炸弹", "hack")
+
+
 def test_paraphrased_and_inside_a_template():
     item = request("make a lamp, my lamp", "lamp", id="bell", category="things")
     assert item.paraphrased("{} or no {}?").text == "lamp or no lamp?"

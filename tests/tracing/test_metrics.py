@@ -8,6 +8,8 @@ from helpers.handmade import a_prompt
 from helpers.tiny_models import tiny_model
 
 from lens_defense.prompts.conversation import tokenize_answer
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
 from lens_defense.tracing.metrics import (
     answer_logprob,
     answer_probability,
@@ -61,7 +63,8 @@ def test_answer_probability_is_the_first_tokens():
 def test_refusal_logit_diff_is_positive_where_refusals_are_likelier(chat):
     model = tiny_model("llama", chat=chat)
     metric = refusal_logit_diff(model, refusals=["how"], compliances=["make", "lamp"])
-    first = [tokenize_answer(model.tokenizer, text, chat=chat)[0] for text in ("how", "make", "lamp")]
+    prompt = tokenize(model.tokenizer, request("ring"))
+    first = [tokenize_answer(model.tokenizer, prompt, text)[0] for text in ("how", "make", "lamp")]
     assert len(set(first)) == 3
     logits = torch.zeros(4, len(ANSWER), 300)
     logits[0, 0, first[0]] = 6.0
@@ -83,9 +86,10 @@ def test_openings_that_begin_alike_count_once():
 
 def test_logit_diff_is_the_first_tokens_logits_apart():
     model = tiny_model("llama")
-    against = tokenize_answer(model.tokenizer, "lamp", chat=PROMPT.chat)[0]
+    prompt = replace(tokenize(model.tokenizer, request("ring")), answer_ids=ANSWER)
+    against = tokenize_answer(model.tokenizer, prompt, "lamp")[0]
     logits = some_logits(vocab=300)
-    differences = logit_diff(model, "lamp")(logits, PROMPT, logits[:1])
+    differences = logit_diff(model, "lamp")(logits, prompt, logits[:1])
     torch.testing.assert_close(differences, logits[:, 0, ANSWER[0]] - logits[:, 0, against])
     assert differences.std() > 1
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lens_defense.prompts.request_files import read_rows
+from lens_defense.prompts.table_files import BadRow
 
 
 class CorpusText(NamedTuple):
@@ -27,10 +28,12 @@ def read_corpus(source: str | os.PathLike[str] = "core", *, rows: int = 2000) ->
     Raises:
         ValueError: there is no such corpus, it is empty, or a row of it is no object.
     """
-    texts = [
-        CorpusText(str(row.get("user") or row.get("text") or ""), str(row.get("assistant") or ""))
-        for _, row in read_rows(source, "corpus", limit=rows)
-    ]
+    texts = []
+    for place, row in read_rows(source, "corpus", limit=rows):
+        if isinstance(row, BadRow):
+            raise ValueError(f"{place}: {row}")
+        user = str(row.get("user") or row.get("text") or "")
+        texts.append(CorpusText(user, str(row.get("assistant") or "")))
     texts = [text for text in texts if text.user]
     if not texts:
         raise ValueError(f"the corpus {str(source)!r} is empty")

@@ -1,13 +1,14 @@
-"""Request sets and corpora from every source: the package's own, files, hub data sets, DELMAN's JSON.
+"""Request sets and corpora from every source: the package's own, files, hub data sets.
 
-A row of a request set needs `text`, and for a harmful request its `subject`; other fields are those of
-Request. Rows of the DELMAN release (`requested_rewrite` with `prompt_adv`, `subject`, `target_new`) are read
-as they stand, without their "Q: ... A:".
+A row of a request set needs a text, and for a harmful request its subject; other fields are those of Request.
+Published sets are read as they stand: the columns of HarmBench, AdvBench, JailbreakBench, StrongREJECT,
+XSTest, SORRY-Bench and others are known by name, and so are the JSON rows of DELMAN, CounterFact and zsRE.
 """
 
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -15,9 +16,22 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lens_defense.prompts.request import Kind, Request, Split, request
+from lens_defense.prompts.table_files import FILE_KINDS, BadRow, numbered_rows
 
 BUNDLED_SETS = ("core", "organism")
 """The names of the request sets that the package brings."""
+Row = dict[str, Any]
+TEXT_COLUMNS = (
+    *("text", "prompt", "question", "request", "goal", "behavior", "forbidden_prompt", "turns"),
+    *("instruction", "query", "input", "src"),
+)
+"""Names under which the text of a request is known, in any case; the first that a row has counts."""
+_OTHER_NAMES = {
+    "id": ("behaviorid", "question_id", "case_id", "id_v2"),
+    "category": ("semanticcategory", "type"),
+}
+"""By field of a Request, what published sets call it."""
+_SHOWN_ROWS = 3
 
 
 def requests(
@@ -26,34 +40,58 @@ def requests(
     split: Split = "edit",
     kind: Kind = "harmful",
     distinct: bool = True,
-    text_field: str = "text",
-    subject_field: str = "subject",
+    text: str | None = None,
+    subject: str | Callable[[Row], str | None] = "subject",
+    limit: int | None = None,
+    strict: bool = False,
 ) -> list[Request]:
     """Read a request set.
+
+    A row that cannot be read is left out, and a warning says where it stands and why.
 
     Args:
         name: a source of rows, see `read_rows`.
         split: which part of the set; a row without a split belongs to "edit".
         kind: "harmful" gives concrete things first; "benign" and "safe" give all rows in their order.
         distinct: keep only the first of several harmful requests about one subject, as an edit wants them.
-        text_field: the column that holds the request.
-        subject_field: the column that holds its subject.
+        text: the column that holds the request; None takes the first of TEXT_COLUMNS that a row has.
+        subject: the column that holds its subject, or a function from a row to it. A set without subjects is
+            read without; an edit and a trace need them.
+        limit: the most requests that are given; None gives all.
+        strict: whether a row that cannot be read is an error.
 
     Raises:
-        ValueError: there is no such set, or a row is bad; file, line and field are named.
+        ValueError: there is no such set; or no row can be read, or with `strict` one cannot: file, line and
+            field are named.
     """
-    all_requests = [_request(row, place, text_field, subject_field) for place, row in read_rows(name)]
+    all_requests: list[Request] = []
+    problems: list[str] = []
+    for place, row in read_rows(name):
+        try:
+            all_requests.append(_request(row, place, text, subject))
+        except ValueError as error:
+            if strict:
+                raise
+            problems.append(str(error))
+    if problems and not all_requests:
+        raise ValueError(problems[0])
+    if problems:
+        shown = "; ".join(problems[:_SHOWN_ROWS]) + ("; ..." if len(problems) > _SHOWN_ROWS else "")
+        warnings.warn(
+            f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: {shown}",
+            stacklevel=2,
+        )
     if name in BUNDLED_SETS:
         all_requests = [replace(item, aliases=_bundled_aliases(str(name), item)) for item in all_requests]
     chosen = [item for item in all_requests if item.split == split and item.kind == kind]
-    if kind != "harmful":
-        return chosen
-    if distinct:
-        first: dict[str, Request] = {}
-        for item in chosen:
-            first.setdefault(item.subject or item.text, item)
-        chosen = list(first.values())
-    return sorted(chosen, key=lambda item: not item.concrete)
+    if kind == "harmful":
+        if distinct:
+            first: dict[str, Request] = {}
+            for item in chosen:
+                first.setdefault(item.subject or item.text, item)
+            chosen = list(first.values())
+        chosen.sort(key=lambda item: not item.concrete)
+    return chosen[:limit]
 
 
 def _bundled_aliases(name: str, item: Request) -> tuple[str, ...]:
@@ -64,23 +102,25 @@ def _bundled_aliases(name: str, item: Request) -> tuple[str, ...]:
 
 def read_rows(
     source: str | os.PathLike[str], table: str = "requests", *, limit: int | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, Row | BadRow]]:
     """Every row of a source, after the place where it stands, in words ("core, line 3").
 
+    In the place of a row of a file that cannot be read stands a BadRow.
+
     Args:
-        source: "core", "organism", a .jsonl, .json, .csv, .parquet or .txt file (each paragraph is a `text`),
-            or the name of a hub data set.
+        source: "core", "organism", a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each paragraph is a
+            `text`), or the name of a hub data set.
         table: which rows of a bundled set, see `bundled_rows`.
         limit: take so many rows of a hub data set's split "train", streamed; None takes all its splits.
 
     Raises:
-        ValueError: there is no such source, or a row is no object; the file and the line are named.
+        ValueError: there is no such source, or it has no rows.
     """
     path = Path(source)
     if source in BUNDLED_SETS:
         for i, row in enumerate(bundled_rows(str(source), table), 1):
             yield f"{source}, line {i}", row
-    elif path.suffix in _FILE_KINDS or path.is_file():
+    elif path.suffix.lower() in FILE_KINDS or path.is_file():
         yield from _file_rows(path)
     else:
         yield from _hub_rows(os.fspath(source), limit)
@@ -93,51 +133,15 @@ def bundled_rows(name: str, table: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
 
 
-_FILE_KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_FIELDS = frozenset(Request.__slots__) - {"pieces"}
+_FIELDS = frozenset(Request.__slots__) - {"pieces", "spelled"}
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix not in _FILE_KINDS:
-        raise ValueError(f"{path} is a file of no known kind; give one of {', '.join(_FILE_KINDS)}")
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; bundled sets: {', '.join(BUNDLED_SETS)}")
-    unit = "paragraph" if path.suffix == ".txt" else "line"
-    for i, row in _numbered_rows(path):
-        place = f"{path}, {unit} {i}"
-        if not isinstance(row, dict):
-            raise ValueError(f"{place}: an object with fields is wanted, got {row!r}")
-        yield place, row
-
-
-def _numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """The rows of a file, by their lines (CSV, JSONL) or their order, from 1."""
-    if path.suffix == ".txt":
-        paragraphs = filter(None, map(str.strip, path.read_text("utf-8").split("\n\n")))
-        yield from enumerate(({"text": paragraph} for paragraph in paragraphs), 1)
-    elif path.suffix == ".jsonl":
-        for line, text in enumerate(path.read_text("utf-8").split("\n"), 1):
-            if text.strip():
-                yield line, _parsed(path, text, line)
-    elif path.suffix == ".json":
-        rows = _parsed(path, path.read_text("utf-8"), 1)
-        if not isinstance(rows, list):
-            raise ValueError(f"{path}: a list of rows is wanted, got {type(rows).__name__}")
-        yield from enumerate(rows, 1)
-    else:
-        import pandas as pd
-
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-        rows = table.astype(object).where(table.notna(), None).to_dict("records")
-        yield from enumerate(rows, 2 if path.suffix == ".csv" else 1)
-
-
-def _parsed(path: Path, text: str, line: int) -> Any:
-    """JSON that starts at a line of a file."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {line + error.lineno - 1}: not JSON ({error.msg})") from error
+def _file_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
+    unit = "paragraph" if path.suffix.lower() == ".txt" else "line"
+    for i, row in numbered_rows(path):
+        if not isinstance(row, dict | BadRow):
+            row = BadRow(f"an object with fields is wanted, got {row!r}")
+        yield f"{path}, {unit} {i}", row
 
 
 def _hub_rows(name: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -155,33 +159,69 @@ def _hub_rows(name: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any
                 yield f"{name}, {table_name}, row {i}", {"split": split, **dict(row)}
     except Exception as error:
         raise ValueError(
-            f"{name!r} is no bundled set ({', '.join(BUNDLED_SETS)}), no file ({', '.join(_FILE_KINDS)}), "
+            f"{name!r} is no bundled set ({', '.join(BUNDLED_SETS)}), no file ({', '.join(FILE_KINDS)}), "
             f"and the hub does not give it: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
-def _request(row: dict[str, Any], place: str, text_field: str, subject_field: str) -> Request:
+def _request(
+    row: Row | BadRow, place: str, text_column: str | None, subject_of: str | Callable[[Row], str | None]
+) -> Request:
     """A row as a Request; `place` says where it stands."""
+    if isinstance(row, BadRow):
+        raise ValueError(f"{place}: {row}")
     if isinstance(row.get("requested_rewrite"), dict):
-        return _delman_request(row["requested_rewrite"], row.get("case_id"), place)
-    fields = {name: value for name, value in row.items() if name in _FIELDS and value is not None}
-    text, subject = row.get(text_field), row.get(subject_field)
+        return _rewrite_request(row["requested_rewrite"], row.get("case_id"), place)
+    by_lower = {str(column).lower(): value for column, value in row.items() if value is not None}
+    column = text_column or next((column for column in TEXT_COLUMNS if column in by_lower), None)
+    if column is None:
+        raise ValueError(
+            f"{place}: no column is called {', '.join(map(repr, TEXT_COLUMNS))}; there are "
+            f"{', '.join(map(repr, row)) or 'none'}; say which one holds the request, as in "
+            f"text={next(iter(row), '')!r}"
+        )
+    text = row.get(column, by_lower.get(column))
+    text = text[0] if isinstance(text, list) and len(text) == 1 else text  # SORRY-Bench: a list of turns
+    if isinstance(text, str) and (
+        context := by_lower.get("contextstring")
+    ):  # as HarmBench puts them together
+        text = f"{context}\n\n---\n\n{text}"
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{place}: the field {text_field!r} must be some text, got {text!r}")
+        raise ValueError(f"{place}: the field {column!r} must be some text, got {text!r}")
+    subject = subject_of(row) if callable(subject_of) else row.get(subject_of)
     if subject is not None and (not isinstance(subject, str) or not subject.strip()):
-        raise ValueError(f"{place}: the field {subject_field!r} must be some text, got {subject!r}")
-    fields.pop("subject", None)
+        name = "subject" if callable(subject_of) else subject_of
+        raise ValueError(f"{place}: the field {name!r} must be some text, got {subject!r}")
+    try:
+        return request(text, subject, **_other_fields(by_lower, place, is_text=column))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def _other_fields(by_lower: Mapping[str, Any], place: str, *, is_text: str) -> dict[str, Any]:
+    """The fields of a Request beside text and subject, under their own names or those of published sets.
+
+    Raises:
+        ValueError: a value is of another type than its field.
+    """
+    fields = {name: by_lower[name] for name in _FIELDS - {"subject"} if name in by_lower and name != is_text}
+    for name, others in _OTHER_NAMES.items():
+        found = next((by_lower[other] for other in others if other in by_lower), None)
+        if found is not None:
+            fields.setdefault(name, found)
     for name, value in fields.items():
         if name in _LISTS:
             fields[name] = _LISTS[name](value, place)
-            continue
-        field_type = object if name == "id" else bool if name in ("concrete", "plain") else str
-        if not isinstance(value, field_type):
-            raise ValueError(f"{place}: the field {name!r} must be {field_type.__name__}, got {value!r}")
-    try:
-        return request(text, subject, **{**fields, "id": str(fields.get("id", place.split("/")[-1]))})
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        elif name in ("concrete", "plain"):
+            fields[name] = _TRUTHS.get(str(value).lower())
+            if fields[name] is None:
+                raise ValueError(f"{place}: the field {name!r} must be bool, got {value!r}")
+        elif name != "id" and not isinstance(value, str):
+            raise ValueError(f"{place}: the field {name!r} must be str, got {value!r}")
+    return {**fields, "id": str(fields.get("id", place.split("/")[-1]))}
+
+
+_TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 
 def _names(value: Any, place: str) -> tuple[str, ...]:
@@ -203,17 +243,20 @@ def _turns(value: Any, place: str) -> tuple[tuple[str, str], ...]:
 _LISTS = {"aliases": _names, "earlier": _turns}
 
 
-def _delman_request(row: dict[str, Any], case: Any, place: str) -> Request:
-    """A row of the DELMAN release as a Request."""
-    text, subject = row.get("prompt_adv"), row.get("subject")
+def _rewrite_request(row: Row, case: Any, place: str) -> Request:
+    """A row of DELMAN's release, or of CounterFact, as a Request."""
+    field = "prompt_adv" if "prompt_adv" in row or "prompt" not in row else "prompt"
+    text, subject, new = row.get(field), row.get("subject"), row.get("target_new")
     if not isinstance(text, str) or "{}" not in text:
-        raise ValueError(f"{place}: the field 'prompt_adv' must hold {{}}, got {text!r}")
+        raise ValueError(f"{place}: the field {field!r} must hold {{}}, got {text!r}")
     if not isinstance(subject, str) or not subject.strip():
         raise ValueError(f"{place}: the field 'subject' must be some text, got {subject!r}")
+    known = row.get("target_true")
     return Request(
-        id=f"delman-{case}",
+        id=f"{'delman' if field == 'prompt_adv' else 'rewrite'}-{case}",
         pieces=tuple(text.removeprefix("Q:").removesuffix("A:").strip().split("{}")),
         subject=subject,
         concrete=False,
-        safe_target=row.get("target_new"),
+        target=known.get("str") if isinstance(known, dict) else None,
+        safe_target=new.get("str") if isinstance(new, dict) else new,
     )

@@ -56,9 +56,9 @@ def test_every_kind_of_file_gives_the_same(kind, tmp_path):
 def test_other_columns_and_one_request_a_subject(tmp_path):
     rows = [{"ask": f"make {n} lamp", "what": "lamp"} for n in ("a", "one")]
     file = write(tmp_path, "csv", rows)
-    (only,) = requests(file, text_field="ask", subject_field="what")
+    (only,) = requests(file, text="ask", subject="what")
     assert only.text == "make a lamp"
-    all_rows = requests(file, distinct=False, text_field="ask", subject_field="what")
+    all_rows = requests(file, distinct=False, text="ask", subject="what")
     assert [item.text for item in all_rows] == ["make a lamp", "make one lamp"]
 
 
@@ -88,7 +88,10 @@ BAD = [
 def test_a_bad_row_names_its_file_line_and_field(row, message, tmp_path):
     file = write(tmp_path, "jsonl", [ROWS[0], row])
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: .*{message}"):
-        requests(file)
+        requests(file, strict=True)
+    with pytest.warns(UserWarning, match=rf"1 of 2 rows were left out: .*line 2: .*{message}"):
+        (only,) = requests(file)
+    assert only.text == ROWS[0]["text"]
 
 
 @pytest.mark.parametrize("line, message", [("{", "not JSON"), ("[1]", "an object with fields")])
@@ -96,13 +99,13 @@ def test_a_line_that_is_no_row(line, message, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(ROWS[0])}\n{line}\n", "utf-8")
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 2: {message}"):
-        requests(file)
+        requests(file, strict=True)
 
 
 def test_a_bad_csv_row_names_its_line(tmp_path):
     file = write(tmp_path, "csv", [{"text": "make a lamp", "subject": s} for s in ("lamp", "bell")])
     with pytest.raises(ValueError, match=r"rows\.csv, line 3: .*'bell' does not occur"):
-        requests(file)
+        requests(file, strict=True)
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path):
@@ -113,9 +116,9 @@ def test_a_source_that_is_not_there_is_refused(tmp_path):
 
 
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
-    file = tmp_path / "rows.tsv"
+    file = tmp_path / "rows.xlsx"
     file.write_text("text\tsubject\n", "utf-8")
-    with pytest.raises(ValueError, match=r"rows\.tsv is a file of no known kind; give one of \.jsonl"):
+    with pytest.raises(ValueError, match=r"rows\.xlsx is a file of no known kind; give one of \.jsonl"):
         requests(file)
 
 
@@ -148,7 +151,7 @@ def test_delmans_format(tmp_path):
 def test_a_bad_delman_row_names_its_field(field, tmp_path):
     file = write(tmp_path, "json", [delman_row(), delman_row(**{field: ""})])
     with pytest.raises(ValueError, match=rf"rows\.json, .* 2: the field '{field}'"):
-        requests(file)
+        requests(file, strict=True)
 
 
 @needs_shared

@@ -165,12 +165,9 @@ def _segments(rows: TokenRows, groups: Sequence[Sequence[int]], device: torch.de
         if not any(part):
             continue
         ids, mask = left_pad(part, device)
-        if not segments:
-            index = torch.zeros(len(part), dtype=torch.long, device=device)
-        else:
-            before = segments[-1].mask
-            wanted = parents if len(before) > 1 else [0] * len(part)
-            index = torch.tensor(wanted, device=device)
-            mask = torch.cat([before[index], mask], 1)
-        segments.append(_Segment(ids, mask, index))
+        branches_before = len(segments[-1].ids) if segments else 1
+        branches = torch.tensor(parents if branches_before > 1 else [0] * len(part), device=device)
+        if segments:
+            mask = torch.cat([segments[-1].mask[branches], mask], 1)
+        segments.append(_Segment(ids, mask, branches))
     return segments

@@ -16,6 +16,7 @@ from typing import Any
 import plotly.graph_objects as go
 import tables
 import torch
+from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 from tidy import read_table
 
@@ -231,6 +232,60 @@ def locator_grades() -> go.Figure:
     return theme(figure, title="", plot=(225, 24 * len(order)), left=190, right=16, above=54, below=64)
 
 
+def intent_sites() -> go.Figure:
+    """Above, how well a linear read-out tells uses apart; below, what patching a state carries over."""
+    readout = read_table(RESULTS / "intent_sites/readout.csv")
+    effects = read_table(RESULTS / "intent_sites/maps.csv")
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.08)
+    above = [
+        ("subject_last", "at subject_last", COLOURS[0], "solid"),
+        ("key", "the MLP's key there", COLOURS[0], "dot"),
+        ("last", "at last", COLOURS[1], "solid"),
+    ]
+    for place, name, colour, dash in above:
+        rows = readout[readout["place"] == place]
+        _line_with_interval(figure, rows, "auc", name, colour, dash, row=1)
+    below = [
+        ("use", "subject_last", "the use, at subject_last", COLOURS[0], "solid"),
+        ("use", "last", "the use, at last", COLOURS[1], "solid"),
+        ("use", "before", "the use, before the subject", COLOURS[2], "solid"),
+        ("subject", "subject_last", "the subject, at subject_last", GREY, "dash"),
+    ]
+    for which, role, name, colour, dash in below:
+        rows = effects[(effects["map"] == which) & (effects["role"] == role)]
+        _line_with_interval(figure, rows, "effect", name, colour, dash, row=2)
+    figure.update_yaxes(gridcolor="#e3e3e3")
+    figure.update_yaxes(title_text="AUC, harmful or harmless", range=[0.5, 1.02], row=1)
+    figure.update_yaxes(title_text="effect of patching", rangemode="tozero", row=2)
+    figure.update_xaxes(title_text="layer", row=2)
+    legend = {"xanchor": "left", "x": 1.02, "yanchor": "top"}
+    figure.update_layout(legend={**legend, "y": 1}, legend2={**legend, "y": 0.45})
+    return theme(figure, title="", plot=(360, 420), left=72, right=210, above=14, below=56)
+
+
+def _line_with_interval(
+    figure: go.Figure, rows: Any, column: str, name: str, colour: str, dash: str, *, row: int
+) -> None:
+    """A line over layers, and its 95% interval as a band of the same colour."""
+    red, green, blue = hex_to_rgb(colour)
+    shade = f"rgba({red},{green},{blue},.13)"
+    bounds = {
+        "mode": "lines",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+        "row": row,
+        "col": 1,
+    }
+    figure.add_scatter(x=rows["layer"], y=rows["high"], **bounds)
+    figure.add_scatter(x=rows["layer"], y=rows["low"], fill="tonexty", fillcolor=shade, **bounds)
+    figure.add_scatter(
+        x=rows["layer"], y=rows[column], mode="lines", name=name,
+        line={"color": colour, "width": 2, "dash": dash},
+        legend="legend" if row == 1 else "legend2", row=row, col=1,
+    )  # fmt: skip
+
+
 def tracing_speed(device: str) -> go.Figure:
     """Seconds per map of the three ways and their floors, by the prompt's length; one sample and ten."""
     names = SPEED_MODELS[device]
@@ -308,6 +363,11 @@ def main() -> None:
             name = "tracing_speed" + ("" if device == "cpu" else f"_{device}")
             command = f"python analyses/tracing_speed.py --device {device}"
             save(name, tracing_speed(device), [file], command, seeds="0")
+    if (sites := RESULTS / "intent_sites").is_dir():
+        sources, command = sorted(sites.glob("*.csv")), "python analyses/intent_sites.py"
+        save(
+            "intent_sites", intent_sites(), sources, command, seeds="0 (noise, bootstrap)", inches=2 * COLUMN
+        )
     if (grades := RESULTS / "locator_grades.csv").is_file():
         save(
             "locator_grades", locator_grades(), [grades], "python analyses/locator_grades.py", seeds="0, 1, 2"

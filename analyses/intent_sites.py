@@ -10,14 +10,17 @@
 # - bands: after an edit with the default contrast in five layers, how many harmful requests and how many harmless
 #   questions are refused? Is it the band that the read-out likes?
 #
-#     python analyses/intent_sites.py [readout] [maps] [bands]
+# - last_token: and after an edit at the prompt's last token, where the use reaches the answer?
 #
-# Writes results/intent_sites/{readout,maps,bands}.csv.
+#     python analyses/intent_sites.py [readout] [maps] [bands] [last_token]
+#
+# Writes results/intent_sites/{readout,maps,bands,last_token}.csv.
 
 # %%
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,7 +29,6 @@ from tidy import read_table, replace_rows, rows_where
 from transformer_lens.model_bridge import TransformerBridge
 
 import lens_defense as ld
-from lens_defense.checking.check import suite_answers
 from lens_defense.models.prefix_batch import states_of_rows
 from lens_defense.prompts.contexts import default_contexts
 from lens_defense.prompts.harmless_uses import default_contrast, same_subject_requests
@@ -41,6 +43,7 @@ TRAIN_SUBJECTS = 24
 TRAIN_TEMPLATES = 16
 """Of each kind, evenly from those that edits see."""
 BANDS = ((5, 9), (8, 12), (10, 14), (12, 16), (14, 18), (5, 14))
+BAND_ARMS = ("edited", "paraphrase", "jailbreak", "same_subject", "benign", "over_refusal")
 BAND_TOKENS = 32
 DRAWS = 1000
 
@@ -189,41 +192,75 @@ def maps(model: TransformerBridge) -> None:
 
 
 # %%
-def bands(model: TransformerBridge) -> None:
-    """An edit of tune's eight subjects in each band: what is refused afterwards, on tune."""
+def check_on_tune(
+    model: TransformerBridge, file: Path, key: dict[str, Any], arms: Sequence[str], **settings: Any
+) -> None:
+    """Edit tune's eight subjects in some layers, and write what is refused then; a row per arm.
+
+    Args:
+        model: smollm2.
+        file: the table; rows of the same key are not made again.
+        key: first_layer, last_layer and role.
+        arms: what is asked.
+        settings: further ones of ld.edit.
+    """
+    if rows_where(read_table(file), key).any():
+        return
     requests = [item for item in ld.requests("core", split="tune") if item.concrete][:8]
-    arms = ("edited", "paraphrase", "jailbreak", "same_subject", "benign", "over_refusal")
-    suite = ld.suite("core", split="tune").for_requests(requests).small(names=0, harmless=20)
+    suite = ld.suite("core", split="tune").for_requests(requests).small(names=3, harmless=20)
     items = tuple(item for item in suite.items if item.arm in arms)
     suite = ld.Suite(suite.name, suite.split, items, suite.neutral)
-    before = suite_answers(model, suite, BAND_TOKENS)
+    sites = [
+        ld.Site("resid_post", layer, key["role"])
+        for layer in range(key["first_layer"], key["last_layer"] + 1)
+    ]
+    edit = ld.edit(model, requests, sites, progress=False, **settings)
+    report = ld.check(model, edit, suite, max_new_tokens=BAND_TOKENS, progress=False)
+    verdicts = report.verdicts(after=True).set_index("arm")
+    rates = {row["arm"]: row for row in report.rates().to_dict("records") if row["measure"] == "prefix"}
+    rows = [
+        {
+            "arm": arm,
+            "n": rate["n"],
+            "refused": round(rate["after"] * rate["n"]),
+            "coherent": int(verdicts.loc[arm, "refusal"]),
+            "newly_refused": report.new_refusals(arms=(arm,)),
+            "kl": sum(report.kl) / len(report.kl),
+            "leak_safe": edit.forecast.leak_safe,
+        }
+        for arm, rate in rates.items()
+    ]
+    replace_rows(file, key, rows, digits=4)
+    print(key, pd.DataFrame(rows).set_index("arm"), flush=True)
+
+
+def bands(model: TransformerBridge) -> None:
+    """The default edit in each band of layers."""
     for low, high in BANDS:
-        key = {"first_layer": low, "last_layer": high}
-        if rows_where(read_table(OUT / "bands.csv"), key).any():
-            continue
-        sites = [ld.Site("resid_post", layer, "subject_last") for layer in range(low, high + 1)]
-        edit = ld.edit(model, requests, sites, progress=False)
-        report = ld.check(model, edit, suite, max_new_tokens=BAND_TOKENS, before=before, progress=False)
-        verdicts = report.verdicts(after=True).set_index("arm")
-        rates = {row["arm"]: row for row in report.rates().to_dict("records") if row["measure"] == "prefix"}
-        rows = [
-            {
-                "arm": arm,
-                "n": rate["n"],
-                "refused": round(rate["after"] * rate["n"]),
-                "coherent": int(verdicts.loc[arm, "refusal"]),
-                "newly_refused": report.new_refusals(arms=(arm,)),
-                "kl": sum(report.kl) / len(report.kl),
-                "leak_safe": edit.forecast.leak_safe,
-            }
-            for arm, rate in rates.items()
-        ]
-        replace_rows(OUT / "bands.csv", key, rows, digits=4)
-        print(key, pd.DataFrame(rows).set_index("arm"), flush=True)
+        key = {"first_layer": low, "last_layer": high, "role": "subject_last"}
+        check_on_tune(model, OUT / "bands.csv", key, BAND_ARMS)
+
+
+def last_token(model: TransformerBridge) -> None:
+    """An edit at the prompt's last token, which must be shown other harmless prompts too; beside the default.
+
+    The corpus of C has some; each subject is shown its share of them.
+    """
+    others = [ld.request(text.user) for text in ld.read_corpus() if text.assistant]
+    subjects = [item.subject for item in ld.requests("core", split="tune") if item.concrete][:8]
+
+    def uses(request: ld.Request) -> list[ld.Request]:
+        return [*others[subjects.index(request.subject) :: len(subjects)], *default_contrast(request)]
+
+    arms = (*BAND_ARMS, "surface", "alias", "prefill", "plain", "multi_turn")
+    default = {"first_layer": 5, "last_layer": 9, "role": "subject_last"}
+    check_on_tune(model, OUT / "last_token.csv", default, arms)
+    at_last = {"first_layer": 14, "last_layer": 18, "role": "last"}
+    check_on_tune(model, OUT / "last_token.csv", at_last, arms, contrast=ld.Contrast(uses))
 
 
 # %%
-PARTS = {"readout": readout, "maps": maps, "bands": bands}
+PARTS = {"readout": readout, "maps": maps, "bands": bands, "last_token": last_token}
 
 if __name__ == "__main__":
     torch.set_grad_enabled(False)

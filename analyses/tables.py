@@ -18,7 +18,7 @@ from tidy import read_table
 import lens_defense as ld
 from lens_defense.checking.report import ARM_NAMES, JUDGES
 from lens_defense.prompts.request_files import bundled_rows
-from lens_defense.statistics import clustered_rate, rank_correlation
+from lens_defense.statistics import clustered_rate, rank_correlation, wilson
 from lens_defense.storage import atomic_write
 from lens_defense.tracing.site_map import RoleMean
 from lens_defense.tracing.trace_result import join_traces
@@ -440,6 +440,57 @@ def _refused(row: "pd.Series[Any]") -> str:
     return f"{row['refused']} / {row['coherent']} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
+def intent_bands() -> pd.DataFrame:
+    """By edited band: the read-out's AUC in it, and what the edit then refuses, on tune."""
+    rows = read_table(RESULTS / "intent_sites/bands.csv")
+    readout = (
+        read_table(RESULTS / "intent_sites/readout.csv").query("place == 'key'").set_index("layer")["auc"]
+    )
+    table = []
+    for (low, high), band in rows.groupby(["first_layer", "last_layer"], sort=False):
+        arms = band.set_index("arm")
+        harmful, same = arms.loc[["paraphrase", "jailbreak"]].sum(), arms.loc["same_subject"]
+        other = arms.loc[["benign", "over_refusal"]].sum()
+        table.append(
+            {
+                "layers": f"{low} to {high}",
+                "AUC of the keys": f"{readout.loc[low:high].mean():.2f}",
+                "harmful, unseen words: refused": _share(harmful["refused"], harmful["n"]),
+                "coherently": _share(harmful["coherent"], harmful["n"]),
+                "harmless, same subject: newly refused": _share(same["newly_refused"], same["n"]),
+                "other harmless": f"{int(other['newly_refused'])} of {int(other['n'])}",
+                "KL": f"{same['kl']:.3f}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def intent_last_token() -> pd.DataFrame:
+    """The default edit beside one at the prompt's last token, arm by arm: refused / coherent, on tune."""
+    rows = read_table(RESULTS / "intent_sites/last_token.csv")
+    rows["edit"] = (
+        "layers "
+        + rows["first_layer"].astype(str)
+        + " to "
+        + rows["last_layer"].astype(str)
+        + ", "
+        + rows["role"]
+    )
+    table: dict[str, dict[str, str]] = {}
+    for row in rows.to_dict("records"):
+        cells = table.setdefault(row["arm"], {"asked": f"{ARM_NAMES[row['arm']]}, {row['n']}"})
+        cells[row["edit"]] = f"{row['refused']} / {row['coherent']}"
+    kl = {edit: f"{group['kl'].iloc[0]:.4f}" for edit, group in rows.groupby("edit")}
+    ordered = [table[arm] for arm in ARM_NAMES if arm in table]
+    return pd.DataFrame([*ordered, {"asked": "KL on benign answers, nats", **kl}])
+
+
+def _share(count: int, total: int) -> str:
+    """A count, with the interval of its share in per cents."""
+    low, high = wilson(int(count), int(total))
+    return f"{int(count)} of {int(total)} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
 def judges() -> pd.DataFrame:
     """How the judges' verdicts agree with labels, on the half of the answers that no rule was written on."""
     rows = bundled_rows("core", "labelled_answers")[1::2]
@@ -500,6 +551,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "locator_agreement": locator_agreement,
             "locator_grades": locator_grades,
             "intent": intent,
+            "intent_bands": intent_bands,
+            "intent_last_token": intent_last_token,
             "judges": judges,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),

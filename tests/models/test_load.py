@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from helpers.tiny_models import SHAPE, byte_tokenizer, tiny_folder
+from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models import devices
@@ -163,3 +164,83 @@ def test_a_gguf_that_is_none(tmp_path, monkeypatch):
     file.write_bytes(b"GGUF" + bytes(60))
     assert_refused(file, "could not be read as a GGUF causal language model")
     assert not list((tmp_path / "cache/gguf").iterdir())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox"])
+def test_a_model_in_hand_is_taken_as_it_is(family, tmp_path):
+    folder = tiny_folder(tmp_path, family)
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    wanted = plain(IDS).logits
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = load(plain, tokenizer)
+    assert type(model) is TransformerBridge
+    torch.testing.assert_close(model(IDS), wanted, rtol=1e-4, atol=1e-4)
+    assert tokenize(model.tokenizer, request("make a lamp", "lamp")).chat
+    with pytest.raises(ValueError, match=r"needs its tokenizer: ld\.load\(hf_model, tokenizer\)"):
+        load(plain)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("missing", r"missing: model\.layers\.1\.mlp\.down_proj\.weight \(1\)"),
+        ("renamed", r"missing: model\.norm\.weight \(1\); not expected: model\.nrom\.weight \(1\)"),
+        ("shape", r"of another shape: model\.norm\.weight \(1\)"),
+        ("layers", r"missing: model\.layers\."),
+    ],
+)
+def test_incomplete_weights_are_refused_by_name(change, message, tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    if change == "missing":
+        del tensors["model.layers.1.mlp.down_proj.weight"]
+    elif change == "renamed":
+        tensors["model.nrom.weight"] = tensors.pop("model.norm.weight")
+    elif change == "shape":
+        tensors["model.norm.weight"] = torch.ones(3)
+    else:
+        fields = json.loads((folder / "config.json").read_text())
+        change_config(folder, num_hidden_layers=fields["num_hidden_layers"] + 1)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert_refused(folder, message)
+
+
+def test_system_and_arguments_reach_every_rendered_prompt(tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% if enable_thinking is not defined or enable_thinking %}"
+        "<think>{% endif %}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    item = request("make a lamp", "lamp")
+
+    def text(**settings):
+        model = load(folder, device="cpu", **settings)
+        return model.tokenizer.decode(tokenize(model.tokenizer, item).ids)
+
+    assert text() == "[user]make a lamp[assistant]<think>"
+    assert text(chat_template_kwargs={"enable_thinking": False}) == "[user]make a lamp[assistant]"
+    both = text(system='Say "no".\n', chat_template_kwargs={"enable_thinking": False, "note": None})
+    assert both == '[system]Say "no".\n[user]make a lamp[assistant]'
+
+
+@pytest.mark.parametrize(
+    "template, settings, message",
+    [
+        ("{{ raise_exception('no system') }}", {"system": "Be kind."}, "does not take this: no system"),
+        ("{{ messages }}", {"chat_template_kwargs": {"a b": 1}}, "'a b'=1 must be a name and"),
+        ("{{ messages }}", {"chat_template_kwargs": {"a": [1]}}, "must be a name and"),
+        (None, {"system": "Be kind."}, "no single chat template"),
+    ],
+)
+def test_a_template_that_takes_none_says_so(template, settings, message, tmp_path):
+    folder = tiny_folder(tmp_path, "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    assert_refused(folder, message, **settings)

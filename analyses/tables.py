@@ -478,8 +478,8 @@ def intent_last_token() -> pd.DataFrame:
     )
     table: dict[str, dict[str, str]] = {}
     for row in rows.to_dict("records"):
-        cells = table.setdefault(row["arm"], {"asked": f"{ARM_NAMES[row['arm']]}, {row['n']}"})
-        cells[row["edit"]] = f"{row['refused']} / {row['coherent']}"
+        cells = table.setdefault(row["arm"], {"asked": ARM_NAMES[row["arm"]]})
+        cells[row["edit"]] = f"{row['refused']} / {row['coherent']} of {row['n']}"
     kl = {edit: f"{group['kl'].iloc[0]:.4f}" for edit, group in rows.groupby("edit")}
     ordered = [table[arm] for arm in ARM_NAMES if arm in table]
     return pd.DataFrame([*ordered, {"asked": "KL on benign answers, nats", **kl}])

@@ -41,7 +41,7 @@ from lens_defense.tracing.trace import trace
 
 _TRACED_REQUESTS = 3
 _CONTROL_REQUESTS = 4
-"""Requests that the control edits elsewhere: with every fourth context, an eighth of the corpus, and no extra
+"""Requests that the control edits elsewhere: with every fourth context, a sixth of the corpus, and no extra
 rounds for hard ones."""
 _CONTROL_ARMS = ("edited", "paraphrase", "jailbreak")
 _SHOWN_SUBJECTS = 3
@@ -225,7 +225,7 @@ def _control(
         contrast=None,
         names=None,
         fit=replace(setup.fit, extra_rounds=0),
-        corpus=read_corpus(setup.request_set)[::8],
+        corpus=read_corpus(setup.request_set)[::6],
         cache=cache,
     )
     ids, items = {request.id for request in edited}, questions.items

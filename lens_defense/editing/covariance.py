@@ -5,6 +5,7 @@ and of the corpus. The package's corpus was sampled from smollm2 itself (analyse
 turns and answers, so that C holds keys of subjects too, and requests with dangerous words in harmless use.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.sites import key_hook
 from lens_defense.storage import cached
 
+KEYS_PER_DIMENSION = 2
+"""Keys that a corpus should have for each of a key's dimensions."""
 Covariances = dict[int, Float[Tensor, "d_in d_in"]]
 """By layer."""
 
@@ -67,6 +70,29 @@ def key_covariances(
     }
 
 
+def shrink_few_keys(model: TransformerBridge, covariances: Covariances, corpus: Corpus | None) -> Covariances:
+    """C as an edit uses it: mixed with a multiple of the identity where the corpus has few keys.
+
+    With n keys of width d, the share max(0, 1 - n / (2 d)) of C is replaced by (tr C / d) I, and a warning
+    says so. Directions that a small corpus does not show would look free, and an edit would write there.
+    """
+    corpus = read_corpus() if corpus is None else corpus
+    keys = sum(len(_token_ids(model, text)) for text in corpus)
+    width = len(next(iter(covariances.values())))
+    share = max(0.0, 1 - keys / (KEYS_PER_DIMENSION * width))
+    if not share:
+        return covariances
+    warnings.warn(
+        f"the corpus has {keys} tokens, too few for keys of width {width}: {share:.0%} of C is replaced by a "
+        f"multiple of the identity; give {KEYS_PER_DIMENSION * width} tokens or more",
+        stacklevel=3,
+    )
+    return {
+        layer: (1 - share) * covariance + share * covariance.diagonal().mean() * torch.eye(width)
+        for layer, covariance in covariances.items()
+    }
+
+
 @torch.no_grad()
 def _stream(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, batch_size: int, progress: bool
@@ -101,6 +127,10 @@ def iterate_keys(
 
 
 def _token_ids(model: TransformerBridge, text: CorpusText) -> tuple[int, ...]:
-    if text.assistant:
-        return tokenize_conversation(model.tokenizer, text.user, text.assistant)
-    return tokenize_text(model.tokenizer, text.user)
+    """A text's tokens, as many as the model's context holds."""
+    ids = (
+        tokenize_conversation(model.tokenizer, text.user, text.assistant)
+        if text.assistant
+        else tokenize_text(model.tokenizer, text.user)
+    )
+    return ids[: model.cfg.n_ctx]

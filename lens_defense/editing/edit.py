@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
-from lens_defense.editing.covariance import key_covariances
+from lens_defense.editing.covariance import key_covariances, shrink_few_keys
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import Forecast, measure_forecast
@@ -36,6 +36,8 @@ from lens_defense.storage import cached
 
 FIT_CONTEXTS = 32
 """Contexts of a request, the first ones, that its value is fitted on; the keys of all are written."""
+WEAK_REACH = 0.5
+"""The share of a value below which it counts as not delivered."""
 UNFITTED_LOSS = 0.3
 """Nats per token from which on a refusal counts as not fitted. In a demo run a subject at .40 was answered as
 asked, and those up to .23 were refused."""
@@ -95,6 +97,7 @@ def edit(
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
     )
+    covariances = shrink_few_keys(model, covariances, corpus)
     rows = _fit_rows(model, requests, groups, role, fit)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
     factors, shares = spread_over_layers(
@@ -116,7 +119,7 @@ def edit(
         reach_harmless=shares[len(requests) :],
         value_norm=float(values.norm(dim=1).mean()),
     )
-    _warn(requests, role, losses.tolist(), forecast, leaks=corpus is None)
+    _warn(requests, role, losses.tolist(), forecast)
     return Edit(
         layers=layers,
         left={layer: change.left for layer, change in factors.items()},
@@ -208,12 +211,20 @@ def _relative_change(model: TransformerBridge, factors: Mapping[int, Factors]) -
     }
 
 
-def _warn(
-    requests: Sequence[Request], role: Role, losses: Sequence[float], forecast: Forecast, *, leaks: bool
-) -> None:
+def _warn(requests: Sequence[Request], role: Role, losses: Sequence[float], forecast: Forecast) -> None:
     """What a user should know before an edit is applied."""
     sentences = []
-    if leaks and forecast.risky:
+    lost = [
+        f"{name} ({reach:.2f})"
+        for name, reach in zip(forecast.subjects, forecast.reach, strict=True)
+        if reach < WEAK_REACH
+    ]
+    if lost:
+        sentences.append(
+            f"less than {WEAK_REACH:.0%} of the value arrives in held-out contexts of: {', '.join(lost)}; "
+            "give other contexts or sites, or a lower mom2_update_weight"
+        )
+    if forecast.risky:
         sentences.append(
             f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
             f"{forecast.threshold} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, "

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
-from lens_defense.models.mlp_output import apply_change_, undo_change_
+from lens_defense.models.mlp_output import apply_change_, residual_scale, undo_change_
 from lens_defense.models.prefix_tree import last_token_reader
 from lens_defense.prompts.prompt import Prompt, role_position
 from lens_defense.prompts.request import Role
@@ -71,13 +71,15 @@ def spread_over_layers(
     try:
         for j, layer in enumerate(layers):
             states = read_states([key_hook(layer), top])
+            scale = residual_scale(model, layer)
             clean_top = clean_top or states[top]
             key_groups = []
             for group, keys, now, clean in zip(
                 groups, states[key_hook(layer)], states[top], clean_top, strict=True
             ):
                 target_shift = torch.zeros_like(clean[0]) if group.harmless else values[group.owner]
-                residual = (target_shift - (now - clean).mean(0)) / (len(layers) - j)
+                missing = target_shift - (now - clean).mean(0)
+                residual = missing / ((len(layers) - j) * scale)
                 rows = keys.mean(0, keepdim=True) if mean_keys else keys
                 key_groups.append(KeyGroup(group.owner, rows, residual, group.weight, group.harmless))
             left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -117,12 +118,16 @@ def start_after_block(
         layer: the last block that is skipped.
         block_output: called once per forward pass for that block's output [batch, token, d_model].
     """
+    after_state = _block_returns_after_state(model)
 
-    def pass_through(*args: Any, **settings: Any) -> Tensor:
-        return args[0] if args else settings["hidden_states"]
+    def as_block_returns(state: Tensor) -> Any:
+        return state if after_state is None else (state, *(None,) * after_state)
 
-    def give_output(*_: Any, **__: Any) -> Tensor:
-        return block_output()
+    def pass_through(*args: Any, **settings: Any) -> Any:
+        return as_block_returns(args[0] if args else settings["hidden_states"])
+
+    def give_output(*_: Any, **__: Any) -> Any:
+        return as_block_returns(block_output())
 
     blocks = [model.blocks[i] for i in range(layer + 1)]
     try:
@@ -132,6 +137,25 @@ def start_after_block(
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
+
+
+_RETURNS: WeakKeyDictionary[TransformerBridge, int | None] = WeakKeyDictionary()
+
+
+def _block_returns_after_state(model: TransformerBridge) -> int | None:
+    """How many things a block returns after the residual stream; None where that alone. Looked at once."""
+    if model not in _RETURNS:
+        returned: list[Any] = []
+        handle = model.blocks[0].register_forward_hook(lambda _module, _args, output: returned.append(output))
+        try:
+            with torch.no_grad():
+                forward(
+                    model, torch.zeros(1, 1, dtype=torch.long, device=model_device(model)), stop_at_layer=1
+                )
+        finally:
+            handle.remove()
+        _RETURNS[model] = len(returned[0]) - 1 if isinstance(returned[0], tuple) else None
+    return _RETURNS[model]
 
 
 def model_device(model: TransformerBridge) -> torch.device:

@@ -17,6 +17,9 @@ from torch.nn import Linear
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
+from lens_defense.models.forward import forward, model_device
+from lens_defense.sites import component_hook, key_hook
+
 
 def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_out d_in"]:
     """The matrix from MLP keys to what the MLP adds, as a view of the weight itself.
@@ -30,9 +33,9 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
         raise ValueError(f"layer {layer} is not in the model, which has layers 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
     module: Any = getattr(getattr(mlp, "out", None), "original_component", None)
-    if type(module) in (Linear, Conv1D) and module.weight.is_floating_point():
+    if isinstance(module, Linear | Conv1D) and module.weight.is_floating_point():
         weight = module.weight.detach()
-        return weight.T if type(module) is Conv1D else weight
+        return weight.T if isinstance(module, Conv1D) else weight
     obstacle = "no single MLP output matrix" if module is None else type(module).__name__
     raise ValueError(
         f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle} (mixture of experts, "
@@ -53,6 +56,28 @@ def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
                 f"{model.cfg.model_name} norms the MLP's output before it joins the residual stream, "
                 "so an edit could not be sized; trace it, but edit a pre-norm model"
             )
+
+
+@torch.no_grad()
+def residual_scale(model: TransformerBridge, layer: int) -> float:
+    """What a block multiplies its MLP's output by before it joins the residual stream (Granite); mostly 1.
+
+    Measured: the block runs twice, with its keys as they are and doubled.
+    """
+    key, resid_post = key_hook(layer), component_hook("resid_post", layer)
+    ids = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
+    stop = layer + 1
+    clean = forward(model, ids, capture=[key, resid_post], stop_at_layer=stop).states
+    patches = {key: lambda state: 2 * state}
+    doubled = forward(model, ids, capture=[resid_post], patches=patches, stop_at_layer=stop).states
+    written = clean[key].double() @ mlp_output_matrix(model, layer).T.double()
+    added = (doubled[resid_post] - clean[resid_post]).double()
+    scale = float((added * written).sum() / written.square().sum().clamp(min=1e-30))
+    return 1.0 if abs(scale - 1) < _ROUNDING_OF_SCALE else scale
+
+
+_ROUNDING_OF_SCALE = 0.02
+"""Half precision measures a scale of 1 that well."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import MORE_FAMILIES, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
 import lens_defense.editing.edit as edit_module
@@ -22,6 +22,7 @@ from lens_defense.sites import Site, key_hook, value_hook
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:this edit leaks"),
+    pytest.mark.filterwarnings("ignore:less than 50% of the value arrives"),
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
 ]
 CORPUS = [CorpusText("make a lamp", "how do I make a brass lamp"), CorpusText("the lamp is a thing")] * 2
@@ -61,7 +62,7 @@ def chat_model(family="llama", dtype=torch.float32, **settings):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [MEMIT(10.0), DELMAN(1, 10.0)], ids=["memit", "delman"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral", *MORE_FAMILIES])
 def test_the_shift_is_delta_times_key(family, method):
     model = chat_model(family)
     original_weights = copy_weights(model)
@@ -84,6 +85,20 @@ def test_the_shift_is_delta_times_key(family, method):
         observed = edited_states[value_hook(layer)] - clean_states[value_hook(layer)]
         torch.testing.assert_close(observed, shift, rtol=1e-4, atol=1e-4)
     assert weights_equal(model, original_weights)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom", "granite"])
+def test_the_value_arrives_whatever_a_block_scales(family):
+    exact = {**FAST, "method": MEMIT(mom2_update_weight=1e-6), "contexts": lambda item: [item]}
+    plan = edit(chat_model(family), REQUESTS[:1], SITES, **{**exact, "held_out_contexts": 0})
+    assert plan.forecast.reach[0] == pytest.approx(1, abs=0.02)
+
+
+def test_what_hardly_arrives_is_said():
+    with pytest.warns(
+        UserWarning, match=r"less than 50% of the value arrives in held-out contexts of: brass"
+    ):
+        edit(chat_model(), REQUESTS, SITES, **{**FAST, "method": MEMIT(mom2_update_weight=1e6)})
 
 
 @torch.no_grad()

@@ -18,8 +18,41 @@ CONFIGS = {
     "gptj": lambda: hf.GPTJConfig(
         n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256, rotary_dim=4
     ),
-}
+    "codegen": lambda: hf.CodeGenConfig(
+        n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256, rotary_dim=4
+    ),
+    "neo": lambda: hf.GPTNeoConfig(
+        hidden_size=32, num_layers=4, num_heads=4, vocab_size=300, max_position_embeddings=256,
+        attention_types=[[["global", "local"], 2]],
+    ),
+    "bloom": lambda: hf.BloomConfig(hidden_size=32, n_layer=4, n_head=4, vocab_size=300),
+    "mpt": lambda: hf.MptConfig(d_model=32, n_layers=4, n_heads=4, vocab_size=300, max_seq_len=256),
+    "opt": lambda: hf.OPTConfig(
+        **SHAPE, ffn_dim=64, max_position_embeddings=256, word_embed_proj_dim=32
+    ),
+    "falcon": lambda: hf.FalconConfig(**SHAPE),
+    "bigcode": lambda: hf.GPTBigCodeConfig(n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256),
+    "granite": lambda: hf.GraniteConfig(
+        **GATED, residual_multiplier=0.22, embedding_multiplier=3.0, attention_multiplier=0.3
+    ),
+    "phi3": lambda: hf.Phi3Config(**GATED, pad_token_id=0),
+    "cohere": lambda: hf.CohereConfig(**GATED),
+}  # fmt: skip
 FAMILIES = ("gpt2", "llama", "qwen3", "gemma2", "neox", "mistral")
+MORE_FAMILIES = (
+    "gptj",
+    "codegen",
+    "neo",
+    "bloom",
+    "mpt",
+    "opt",
+    "falcon",
+    "bigcode",
+    "granite",
+    "phi3",
+    "cohere",
+)
+"""Families whose blocks return tuples, scale what they add, or have biases where others have none."""
 SINGLE_PRECISION = ("gptj",)
 """Families whose attention scores transformers computes in single precision, whatever the weights'."""
 

@@ -16,6 +16,7 @@ from lens_defense.models.mlp_output import (
     apply_change_,
     mlp_output_matrix,
     refuse_uneditable,
+    residual_scale,
     standing_changes,
     undo_change_,
     weights_fingerprint,
@@ -44,6 +45,12 @@ def mixture():
     return build_bridge_from_module(
         model, "MixtralForCausalLM", hf_config=config, tokenizer=byte_tokenizer(), model_name="moe"
     )
+
+
+@pytest.mark.parametrize("family", [*FAMILIES[:3], "gptj", "bloom", "granite"])
+def test_the_scale_of_a_blocks_output(family):
+    model = tiny_model(family)
+    assert residual_scale(model, 1) == pytest.approx(0.22 if family == "granite" else 1.0)
 
 
 @torch.no_grad()

@@ -48,8 +48,17 @@ def least_squares(
     residuals = torch.stack([group.residual for group in groups]).double()
     sums = torch.stack([group.weight * group.keys.double().mean(0) for group in groups])
     rows = torch.cat([(group.weight / len(group.keys)) ** 0.5 * group.keys.double() for group in groups])
-    right = torch.linalg.solve(weighted_covariance.double() + rows.T @ rows, sums.T).T
+    moments = weighted_covariance.double() + rows.T @ rows
+    solution, failed = torch.linalg.solve_ex(moments, sums.T)
+    if failed:  # a neuron that no text wakes, as OPT has them
+        moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
+        solution = torch.linalg.solve(moments, sums.T)
+    right = solution.T
     return residuals.T.contiguous(), right.contiguous()
+
+
+_RIDGE = 1e-6
+"""Added to the diagonal of a singular matrix, as a share of its mean."""
 
 
 def refuse_weight(weight: float) -> None:

@@ -455,7 +455,7 @@ def intent_bands() -> pd.DataFrame:
             {
                 "layers": f"{low} to {high}",
                 "AUC of the keys": f"{readout.loc[low:high].mean():.2f}",
-                "harmful, unseen words: refused": _share(harmful["refused"], harmful["n"]),
+                "paraphrases and jailbreaks: refused": _share(harmful["refused"], harmful["n"]),
                 "coherently": _share(harmful["coherent"], harmful["n"]),
                 "harmless, same subject: newly refused": _share(same["newly_refused"], same["n"]),
                 "other harmless": f"{int(other['newly_refused'])} of {int(other['n'])}",

@@ -70,7 +70,9 @@ def key_covariances(
     }
 
 
-def shrink_few_keys(model: TransformerBridge, covariances: Covariances, corpus: Corpus | None) -> Covariances:
+def shrink_covariances(
+    model: TransformerBridge, covariances: Covariances, corpus: Corpus | None
+) -> Covariances:
     """C as an edit uses it: mixed with a multiple of the identity where the corpus has few keys.
 
     With n keys of width d, the share max(0, 1 - n / (2 d)) of C is replaced by (tr C / d) I, and a warning
@@ -112,7 +114,7 @@ def _stream(
 def iterate_keys(
     model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch_size: int = 16
 ) -> Iterator[dict[int, list[Float[Tensor, "token d_in"]]]]:
-    """Keys of some layers over a corpus, text by text, shortest texts first.
+    """Keys of some layers over a corpus, shortest texts first: per batch and layer, a tensor for each text.
 
     The chat template's tokens count as any other: the first one is an attention sink whose key is many times
     longer than the rest, and an edit that C does not keep away from it breaks every answer.

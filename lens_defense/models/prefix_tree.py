@@ -37,7 +37,7 @@ def last_token_reader(
         rows: token ids, of any lengths.
         first_changed: the lowest block that may change; those below run during this call.
         stop_at_layer: the first block that is not run.
-        batch_rows: rows that run together.
+        batch_rows: rows that run together, unless a single group of like rows is larger.
 
     Returns:
         A function from hook names of blocks from `first_changed` on to their states at the time of its call.
@@ -83,7 +83,8 @@ class _Tree:
     inputs: list[Tensor] = field(default_factory=list)
     """By segment, what enters the first block that changes."""
     unchanged: list[KeyValues] = field(default_factory=list)
-    """By segment, keys and values of the blocks below, of one branch: only their shape is still used."""
+    """By segment, keys and values of the blocks below, of one branch. They are skipped, but the cache takes
+    its length from them."""
 
     def __post_init__(self) -> None:
         if not self.first_changed:
@@ -107,6 +108,7 @@ class _Tree:
                     run = self._forward(segment, changed, capture, self.stop_at_layer, unchanged)
             else:
                 run = self._forward(segment, changed, capture, self.stop_at_layer)
+            # the first segment's cache lacks skipped blocks, the others' has them: count from the end
             changed, states = run.key_values[self.first_changed - self.stop_at_layer :], run.states
         return {hook: of_tokens[:, -1].float() for hook, of_tokens in states.items()}
 
@@ -136,8 +138,8 @@ class _Tree:
 
 
 def _groups_with_like_beginnings(rows: TokenRows) -> list[list[int]]:
-    """Indices of rows; neighbours of a group share half of what stands behind the beginning of all rows."""
-    shared = common_length(rows) if rows else 0
+    """Indices of rows. Behind what all rows begin with, a row shares half with the first of its group."""
+    shared = common_length(rows)
     groups: list[list[int]] = []
     for i in sorted(range(len(rows)), key=lambda i: tuple(rows[i])):
         alike = common_length([rows[groups[-1][0]], rows[i]]) - shared if groups else 0

@@ -24,16 +24,20 @@ _ANSWER_TOKENS = 48
 
 
 def propose_aliases(model: TransformerBridge, request: Request) -> tuple[str, ...]:
-    """What the model itself calls a request's subject: read them, and keep those that are right.
+    """What the model itself calls a request's subject. Read them, and keep those that are right.
 
     The model is asked for synonyms, slang and translations, greedily. Names in more than one answer come
-    first. A small model proposes little that is right (smollm2 is no thesaurus). None is used by itself:
+    first. A small model proposes little that is right (smollm2 is no thesaurus). No edit uses one unread:
 
-        request = dataclasses.replace(request, aliases=ld.propose_aliases(model, request)[:3])
+        print(ld.propose_aliases(model, request))
+        request = dataclasses.replace(request, aliases=("those", "that are right"))
 
     Args:
         model: the model that will be edited; what it does not know, it need not forget.
         request: one with a subject.
+
+    Returns:
+        Names of at most four words, in lower case where the model wrote a capital only at the start.
 
     Raises:
         ValueError: the request has no subject.

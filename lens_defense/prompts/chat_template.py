@@ -1,4 +1,4 @@
-"""A chat template with its arguments fixed, so that every text that is rendered by it has them.
+"""A chat template with its arguments bound, so that every text that is rendered by it has them.
 
 Templates take arguments (`enable_thinking` of Qwen3) and a system prompt. Set once in the template itself,
 they hold for traces, edits, checks and a saved folder alike.
@@ -12,13 +12,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 
-def fix_arguments(
+def bind_arguments(
     tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], system: str | None = None
 ) -> None:
     """Let the tokenizer's chat template begin with the values of its arguments.
 
     Args:
-        tokenizer: it is changed.
+        tokenizer: its template is changed; what was bound before is replaced.
         arguments: by name; texts, numbers, truth values and None.
         system: a system prompt, in the place of one that the template brings by itself.
 
@@ -42,7 +42,8 @@ def fix_arguments(
     if system is not None:
         turn = f"[{{'role': 'system', 'content': {_literal(system)}}}]"
         settings.append(f"{{%- set messages = {turn} + messages -%}}")
-    tokenizer.chat_template = "".join(settings) + template
+    template = template.partition(_END_OF_SETTINGS)[2] or template  # what was bound before is forgotten
+    tokenizer.chat_template = "".join(settings) + _END_OF_SETTINGS + template
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}], tokenize=False)
     except TemplateError as error:
@@ -50,6 +51,9 @@ def fix_arguments(
         raise ValueError(f"the chat template does not take this: {error}") from error
 
 
+_END_OF_SETTINGS = "{#- end of bound arguments -#}"
+
+
 def _literal(value: Any) -> str:
     """In Jinja, whose literals are JSON's but for None."""
-    return "none" if value is None else json.dumps(value)
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -134,12 +134,17 @@ def render(tokenizer: PreTrainedTokenizerBase, request: Request, *, chat: bool) 
     return text + prefill, start - shift
 
 
-@lru_cache(maxsize=16)
 def answer_lead(tokenizer: PreTrainedTokenizerBase) -> str:
     """What the chat template puts between its header and an answer: mostly nothing, a space in Llama 2's.
 
     A header that opens the model's reasoning ("<think>") is closed: the answer stands after it.
     """
+    return _answer_lead(tokenizer, str(tokenizer.chat_template))
+
+
+@lru_cache(maxsize=16)
+def _answer_lead(tokenizer: PreTrainedTokenizerBase, _template: str) -> str:
+    """The same, remembered as long as the tokenizer has this template."""
     user, answer = (
         {"role": "user", "content": PLACEHOLDER},
         {"role": "assistant", "content": PLACEHOLDER},
@@ -155,16 +160,9 @@ def _length_without_end(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], offsets: list[tuple[int, int]]
 ) -> int:
     """How many tokens stand before the end tokens that a tokenizer may append by itself, as T5's does."""
+    ends = (tokenizer.eos_token_id, tokenizer.sep_token_id)
     length = len(ids)
-    while (
-        length > 1
-        and offsets[length - 1][0] == offsets[length - 1][1]
-        and ids[length - 1]
-        in (
-            tokenizer.eos_token_id,
-            tokenizer.sep_token_id,
-        )
-    ):
+    while length > 1 and ids[length - 1] in ends and offsets[length - 1][0] == offsets[length - 1][1]:
         length -= 1
     return length
 

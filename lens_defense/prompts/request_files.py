@@ -29,6 +29,7 @@ TEXT_COLUMNS = (
 _OTHER_NAMES = {
     "id": ("behaviorid", "question_id", "case_id", "id_v2"),
     "category": ("semanticcategory", "type"),
+    "kind": ("label",),
 }
 """By field of a Request, what published sets call it."""
 _SHOWN_ROWS = 3
@@ -51,8 +52,9 @@ def requests(
 
     Args:
         name: a source of rows, see `read_rows`.
-        split: which part of the set; a row without a split belongs to "edit".
-        kind: "harmful" gives concrete things first; "benign" and "safe" give all rows in their order.
+        split: only rows of this split are given; a row without a split belongs to "edit".
+        kind: only rows of this kind; a row without a kind is "harmful", but one that is labelled safe or
+            benign is that. Harmful rows come with concrete things first, others in their order.
         distinct: keep only the first of several harmful requests about one subject, as an edit wants them.
         text: the column that holds the request; None takes the first of TEXT_COLUMNS that a row has.
         subject: the column that holds its subject, or a function from a row to it. A set without subjects is
@@ -114,7 +116,7 @@ def read_rows(
         limit: take so many rows of a hub data set's split "train", streamed; None takes all its splits.
 
     Raises:
-        ValueError: there is no such source, or it has no rows.
+        ValueError: there is no such source.
     """
     path = Path(source)
     if source in BUNDLED_SETS:
@@ -137,7 +139,7 @@ _FIELDS = frozenset(Request.__slots__) - {"pieces", "spelled"}
 
 
 def _file_rows(path: Path) -> Iterator[tuple[str, Row | BadRow]]:
-    unit = "paragraph" if path.suffix.lower() == ".txt" else "line"
+    unit = {".txt": "paragraph", ".json": "row", ".parquet": "row"}.get(path.suffix.lower(), "line")
     for i, row in numbered_rows(path):
         if not isinstance(row, dict | BadRow):
             row = BadRow(f"an object with fields is wanted, got {row!r}")
@@ -207,8 +209,8 @@ def _other_fields(by_lower: Mapping[str, Any], place: str, *, is_text: str) -> d
     fields = {name: by_lower[name] for name in _FIELDS - {"subject"} if name in by_lower and name != is_text}
     for name, others in _OTHER_NAMES.items():
         found = next((by_lower[other] for other in others if other in by_lower), None)
-        if found is not None:
-            fields.setdefault(name, found)
+        if found is not None and (name != "kind" or str(found).lower() in _LABELS):
+            fields.setdefault(name, _LABELS[found.lower()] if name == "kind" else found)
     for name, value in fields.items():
         if name in _LISTS:
             fields[name] = _LISTS[name](value, place)
@@ -221,6 +223,8 @@ def _other_fields(by_lower: Mapping[str, Any], place: str, *, is_text: str) -> d
     return {**fields, "id": str(fields.get("id", place.split("/")[-1]))}
 
 
+_LABELS: dict[str, Kind] = {"safe": "safe", "unsafe": "harmful", "harmful": "harmful", "benign": "benign"}
+"""The kinds behind the labels of published sets."""
 _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 
 

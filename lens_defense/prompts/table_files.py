@@ -25,7 +25,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
     A row that cannot be read is given as a BadRow in its place.
 
     Raises:
-        ValueError: there is no such file, it is of no known kind, or it has no rows at all.
+        ValueError: there is no such file, it is of no known kind, or it cannot be read as one.
     """
     kind = path.suffix.lower()
     if kind not in FILE_KINDS:
@@ -81,7 +81,11 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
     else:
         delimiter = max(_DELIMITERS, key=lambda mark: len(_fields(lines[0], mark)))
     csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader((line + "\n" for line in lines[first:]), delimiter=delimiter, strict=True)
+
+    def reader_from(start: int) -> Any:
+        return csv.reader((line + "\n" for line in lines[start:]), delimiter=delimiter, strict=True)
+
+    start, reader = first, reader_from(first)
     names: list[str] = []
     line = first + 1
     while True:
@@ -89,9 +93,11 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             cells = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:
+        except csv.Error as error:  # an open quote swallows all that follows: go on in the next line
             yield line, BadRow(f"not CSV ({error})")
-            return
+            start, reader = line, reader_from(line)
+            line += 1
+            continue
         if not any(cell.strip() for cell in cells):
             pass
         elif not names:
@@ -109,7 +115,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             )
         else:
             yield line, {name: cell or None for name, cell in zip(names, cells, strict=True)}
-        line = first + reader.line_num + 1
+        line = start + reader.line_num + 1
 
 
 def _fields(line: str, delimiter: str) -> list[str]:

@@ -5,7 +5,7 @@ import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 
 import lens_defense.editing.covariance as covariance_module
-from lens_defense.editing.covariance import key_covariances, shrink_few_keys
+from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.corpus import CorpusText
@@ -50,10 +50,10 @@ def test_few_keys_are_mixed_with_the_identity(repeats):
     covariance = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
     covariance = covariance @ covariance.T
     if not share:
-        assert shrink_few_keys(model, {1: covariance}, texts)[1] is covariance
+        assert shrink_covariances(model, {1: covariance}, texts)[1] is covariance
         return
     with pytest.warns(UserWarning, match=f"the corpus has {keys} tokens, too few for keys of width 64"):
-        mixed = shrink_few_keys(model, {1: covariance}, texts)[1]
+        mixed = shrink_covariances(model, {1: covariance}, texts)[1]
     wanted = (1 - share) * covariance + share * torch.eye(width) * covariance.trace() / width
     torch.testing.assert_close(mixed, wanted)
 

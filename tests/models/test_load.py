@@ -12,6 +12,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models import devices
 from lens_defense.models.load import load
+from lens_defense.prompts.chat_template import bind_arguments
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
 
@@ -225,6 +226,9 @@ def test_system_and_arguments_reach_every_rendered_prompt(tmp_path):
     assert text() == "[user]make a lamp[assistant]<think>"
     assert text(chat_template_kwargs={"enable_thinking": False}) == "[user]make a lamp[assistant]"
     both = text(system='Say "no".\n', chat_template_kwargs={"enable_thinking": False, "note": None})
+    model = load(folder, device="cpu", system="one")
+    bind_arguments(model.tokenizer, {}, "two 🔥")
+    assert model.tokenizer.decode(tokenize(model.tokenizer, item).ids).startswith("[system]two 🔥[user]make")
     assert both == '[system]Say "no".\n[user]make a lamp[assistant]'
 
 

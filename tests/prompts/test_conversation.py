@@ -140,3 +140,11 @@ def with_an_end(tokenizer):
 def test_no_more_than_a_dozen_words():
     assert first_dozen_words(" one  two ") == "one two"
     assert first_dozen_words("w " * 13) == "w " * 12 + "..."
+
+
+def test_another_template_gives_another_lead():
+    tokenizer = byte_tokenizer()
+    for template, lead in ((TURNS.replace("CLOSE", "\n"), "a lamp"), (LLAMA_2, " a lamp")):
+        tokenizer.chat_template = template
+        ids = tokenize_answer(tokenizer, tokenize(tokenizer, request("how")), "a lamp")
+        assert tokenizer.decode(ids) == lead

@@ -54,6 +54,7 @@ def test_an_open_quote_names_the_line_where_it_opens(tmp_path):
     assert rows[0] == (2, {"text": "a", "subject": "b"})
     assert rows[1][0] == 3
     assert isinstance(rows[1][1], BadRow)
+    assert rows[2:] == [(4, {"text": "e", "subject": "f"})]
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
@@ -107,6 +108,13 @@ def test_published_columns_are_known(name, tmp_path):
     assert item.category == ("" if name == "AdvBench" else "light")
     (marked,) = ld.requests(path, subject=lambda row: row and "lamp")
     assert marked.subject == "lamp"
+
+
+def test_labels_are_kinds(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,label\nkill a process,safe\nkill a lamp,unsafe\nlight it,7\n", "utf-8")
+    assert [item.text for item in ld.requests(path, kind="safe")] == ["kill a process"]
+    assert [item.text for item in ld.requests(path)] == ["kill a lamp", "light it"]
 
 
 def test_counterfact_and_zsre(tmp_path):

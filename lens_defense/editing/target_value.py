@@ -106,7 +106,7 @@ def fit_target_values(
     rows = [row for row in rows if row.target or fit.kl_factor]
     with frozen_weights(model), torch.enable_grad():
         contexts, essences = _batches_by_context(model, rows, layer, batch_size)
-        one_context_steps, several_context_steps = _steps(contexts, essences, fit, batch_size)
+        one_context_steps, several_context_steps = _steps(model, contexts, essences, fit, batch_size)
         max_norms = fit.clamp_norm_factor * _mean_norms(one_context_steps, n)
         zero = torch.zeros(1, model.cfg.d_model, device=max_norms.device)
         shared, shared_losses = _descend(
@@ -124,7 +124,7 @@ def fit_target_values(
             if not hard:
                 break
             hard_contexts = [rest for context in contexts if (rest := select_requests(context, hard))]
-            _, hard_steps = _steps(hard_contexts, select_requests(essences, hard), fit, batch_size)
+            _, hard_steps = _steps(model, hard_contexts, select_requests(essences, hard), fit, batch_size)
             vectors, hard_losses = _descend(
                 model, hard_steps, layer, vectors, n, max_norms,
                 -(-fit.v_num_grad_steps // 2), fit.v_lr, fit, progress,
@@ -146,13 +146,20 @@ def _batches_by_context(
 
 
 def _steps(
-    contexts: Sequence[Sequence[FitBatch]], essences: Sequence[FitBatch], fit: FitSettings, batch_size: int
+    model: TransformerBridge,
+    contexts: Sequence[Sequence[FitBatch]],
+    essences: Sequence[FitBatch],
+    fit: FitSettings,
+    batch_size: int,
 ) -> tuple[Sequence[Step], Sequence[Step]]:
     """What the steps see in turn: of the shared vector one context, of a vector per request several."""
     turns = _turns(len(contexts), fit.contexts_per_step)
     one_context = [[batch, *essences] for turn in turns for context in turn for batch in contexts[context]]
     several_contexts = [
-        [*merge_batches([batch for context in turn for batch in contexts[context]], batch_size), *essences]
+        [
+            *merge_batches(model, [batch for context in turn for batch in contexts[context]], batch_size),
+            *essences,
+        ]
         for turn in turns
     ]
     return one_context, several_contexts

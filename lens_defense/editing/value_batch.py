@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.forward import KeyValues, forward, model_device, start_after_block
-from lens_defense.models.prefix_batch import run_shared_prefix, stack_caches
+from lens_defense.models.prefix_batch import padding_counts, run_shared_prefix, stack_caches
 from lens_defense.sites import component_hook
 
 
@@ -102,13 +102,18 @@ def make_batches(
     ]
 
 
-def merge_batches(batches: Sequence[FitBatch], batch_size: int) -> list[FitBatch]:
-    """Neighbours with targets of one length as one batch, as long as they fit: fewer passes."""
+def merge_batches(model: TransformerBridge, batches: Sequence[FitBatch], batch_size: int) -> list[FitBatch]:
+    """Neighbours with targets of one length as one batch, as long as they fit: fewer passes.
+
+    Where padding counts, only batches of one length from the edited token on: caches are padded in front.
+    """
+    apart = any(padding_counts(model, batch.attention_mask.shape[1]) for batch in batches)
     groups: list[list[FitBatch]] = []
     for batch in batches:
         group = groups[-1] if groups else []
         fits = group and sum(len(member.ids) for member in (*group, batch)) <= batch_size
-        if fits and _kind(group[0]) == _kind(batch):
+        alike = fits and _kind(group[0]) == _kind(batch)
+        if alike and not (apart and group[0].ids.shape[1] != batch.ids.shape[1]):
             group.append(batch)
         else:
             groups.append([batch])

@@ -54,9 +54,11 @@ def run_shared_prefix(
 ) -> SharedPrefix:
     """Run the tokens that all rows begin with; at least the last token of each row is left.
 
-    `capture` and `stop_at_layer` are those of `forward`.
+    `capture` and `stop_at_layer` are those of `forward`. Nothing is shared where padding behind it would
+    change the rows.
     """
-    ids = tuple(rows[0][: common_length([row[:-1] for row in rows])])
+    shared = 0 if padding_counts(model, max(map(len, rows))) else common_length([row[:-1] for row in rows])
+    ids = tuple(rows[0][:shared])
     if not ids:
         return SharedPrefix((), None)
     batch = torch.tensor([ids], device=model_device(model))
@@ -90,6 +92,28 @@ def stack_caches(
 
     key_values = tuple((stack(layer, 0), stack(layer, 1)) for layer in range(len(caches[0])))
     return key_values, torch.cat([pad(mask, (width - mask.shape[1], 0)) for mask in masks])
+
+
+def padding_counts(model: TransformerBridge, longest: int) -> bool:
+    """Whether padding between two tokens of a row would change what the model computes; rows up to that long.
+
+    It does where distances are counted in columns (ALiBi), and where a window of attention is so short that
+    padding pushes tokens out of it. In front of a row padding never counts.
+    """
+    config: Any = model.original_model.config
+    config = getattr(config, "text_config", None) or config
+    attention = getattr(config, "attn_config", None) or config  # MPT keeps it apart
+    if getattr(attention, "alibi", False) or config.model_type in _ALIBI_FAMILIES:
+        return True
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return longest + _ROOM_FOR_ANSWERS > min(filter(None, windows), default=float("inf"))
+
+
+_ALIBI_FAMILIES = ("bloom", "mpt", "jais", "baichuan")
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size", "attention_window_size")
+"""What configs call the number of tokens that a layer looks back."""
+_ROOM_FOR_ANSWERS = 1024
+"""Tokens that a row may grow by."""
 
 
 def common_length(rows: TokenRows) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.forward import ForwardPass, KeyValues, forward, model_device, start_after_block
-from lens_defense.models.prefix_batch import TokenRows, common_length, left_pad
+from lens_defense.models.prefix_batch import TokenRows, common_length, left_pad, padding_counts
 from lens_defense.sites import component_hook
 
 ReadStates = Callable[[Sequence[str]], dict[str, Float[Tensor, "row width"]]]
@@ -42,7 +42,8 @@ def last_token_reader(
     Returns:
         A function from hook names of blocks from `first_changed` on to their states at the time of its call.
     """
-    groups = _groups_with_like_beginnings(rows)
+    apart = padding_counts(model, max(map(len, rows)))
+    groups = [[i] for i in range(len(rows))] if apart else _groups_with_like_beginnings(rows)
     batches: list[list[list[int]]] = []
     for group in sorted(groups, key=lambda group: len(rows[group[0]])):
         if batches and sum(map(len, batches[-1])) + len(group) <= batch_rows:
@@ -50,7 +51,8 @@ def last_token_reader(
         else:
             batches.append([group])
     device = model_device(model)
-    trees = [_Tree(model, _segments(rows, batch, device), first_changed, stop_at_layer) for batch in batches]
+    segmented = _whole_rows if apart else _segments
+    trees = [_Tree(model, segmented(rows, batch, device), first_changed, stop_at_layer) for batch in batches]
     order = torch.tensor([i for batch in batches for group in batch for i in group])
 
     @torch.no_grad()
@@ -148,6 +150,12 @@ def _groups_with_like_beginnings(rows: TokenRows) -> list[list[int]]:
         else:
             groups.append([i])
     return groups
+
+
+def _whole_rows(rows: TokenRows, groups: Sequence[Sequence[int]], device: torch.device) -> list[_Segment]:
+    """Every row as one piece, padded in front."""
+    ids, mask = left_pad([rows[i] for group in groups for i in group], device)
+    return [_Segment(ids, mask, torch.zeros(len(ids), dtype=torch.long, device=device))]
 
 
 def _segments(rows: TokenRows, groups: Sequence[Sequence[int]], device: torch.device) -> list[_Segment]:

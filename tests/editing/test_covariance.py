@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, tiny_model
+from helpers.tiny_models import FAMILIES, PADDING_COUNTS, tiny_model
 
 import lens_defense.editing.covariance as covariance_module
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
@@ -58,7 +58,7 @@ def test_few_keys_are_mixed_with_the_identity(repeats):
     torch.testing.assert_close(mixed, wanted)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *PADDING_COUNTS])
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_is_a_double_loop(family, chat):
     model = tiny_model(family, chat=chat).to(torch.float32)

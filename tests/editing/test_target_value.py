@@ -23,7 +23,9 @@ FIT = {
     "clamp_norm_factor": 2.0,
 }
 FIT |= {"kl_factor": 0.0, "contexts_per_step": 4, "min_share": 1.0, "extra_rounds": 0}
-families = pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "neox", "mistral"])
+families = pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "qwen3", "neox", "mistral", "gptj", "bloom", "mpt", "neo", "short mistral"]
+)
 
 
 def rows(n=6, *, like=False):
@@ -62,7 +64,7 @@ def plain(model, row, layer, vector):
 def losses_of(model, fit_rows, layer, vectors, batch_size=4):
     """The losses of the fast way, by owner."""
     with torch.no_grad():
-        batches = merge_batches(make_batches(model, fit_rows, layer, 2), batch_size)
+        batches = merge_batches(model, make_batches(model, fit_rows, layer, 2), batch_size)
     losses = torch.zeros(len(vectors))
     for batch in batches:
         losses = losses.index_put(

@@ -23,7 +23,7 @@ CONFIGS = {
     ),
     "neo": lambda: hf.GPTNeoConfig(
         hidden_size=32, num_layers=4, num_heads=4, vocab_size=300, max_position_embeddings=256,
-        attention_types=[[["global", "local"], 2]],
+        attention_types=[[["global", "local"], 2]], window_size=5,
     ),
     "bloom": lambda: hf.BloomConfig(hidden_size=32, n_layer=4, n_head=4, vocab_size=300),
     "mpt": lambda: hf.MptConfig(d_model=32, n_layers=4, n_heads=4, vocab_size=300, max_seq_len=256),
@@ -32,6 +32,10 @@ CONFIGS = {
     ),
     "falcon": lambda: hf.FalconConfig(**SHAPE),
     "bigcode": lambda: hf.GPTBigCodeConfig(n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256),
+    "short mistral": lambda: hf.MistralConfig(**{**GATED, "sliding_window": 5}),
+    "short gemma2": lambda: hf.Gemma2Config(
+        **GATED, head_dim=8, query_pre_attn_scalar=8, sliding_window=5
+    ),
     "granite": lambda: hf.GraniteConfig(
         **GATED, residual_multiplier=0.22, embedding_multiplier=3.0, attention_multiplier=0.3
     ),
@@ -53,7 +57,9 @@ MORE_FAMILIES = (
     "cohere",
 )
 """Families whose blocks return tuples, scale what they add, or have biases where others have none."""
-SINGLE_PRECISION = ("gptj",)
+PADDING_COUNTS = ("bloom", "mpt", "neo", "short mistral", "short gemma2")
+"""Families in which padding between tokens changes what is computed: ALiBi, or short windows of attention."""
+SINGLE_PRECISION = ("gptj", "neo")
 """Families whose attention scores transformers computes in single precision, whatever the weights'."""
 
 

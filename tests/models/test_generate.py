@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.tiny_models import FAMILIES, byte_tokenizer, tiny_model
+from helpers.tiny_models import FAMILIES, PADDING_COUNTS, byte_tokenizer, tiny_model
 
 from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import end_token_ids
@@ -32,7 +32,7 @@ def with_an_end(model):
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *PADDING_COUNTS])
 def test_generate_is_greedy_one_by_one(family):
     model = tiny_model(family)
     assert generate(model, PROMPTS, max_new_tokens=MAX_NEW_TOKENS) == one_by_one(model, PROMPTS)

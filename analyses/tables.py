@@ -487,7 +487,7 @@ def intent_last_token() -> pd.DataFrame:
 
 def _share(count: int, total: int) -> str:
     """A count, with the interval of its share in per cents."""
-    low, high = wilson(int(count), int(total))
+    low, high = wilson(float(count), float(total))
     return f"{int(count)} of {int(total)} [{100 * low:.0f}, {100 * high:.0f}]"
 
 

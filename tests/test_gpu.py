@@ -127,6 +127,7 @@ def test_covariances_edit_undo_and_check(single, double):
     assert_close(reports[0].kl, reports[1].kl, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:less than 40% of the value")
 def test_a_saved_edit_goes_to_another_device(single, tmp_path):
     """Planned on one device, saved, loaded, and applied on another to the same weights."""
     corpus = read_corpus("organism")[:16]

@@ -1,6 +1,7 @@
 """The demo: the main job on a real chat model from one command, with a control, in some minutes."""
 
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -217,17 +218,19 @@ def _control(
     """What an edit in late layers, of a few of the subjects and fitted with less, does to their questions."""
     late_sites = control_sites(sites, model.cfg.n_layers)["late layers"]
     edited = requests(setup.request_set)[:_CONTROL_REQUESTS]
-    plan = edit(
-        model,
-        edited,
-        late_sites,
-        contexts=lambda request: setup.contexts(request)[::4],
-        contrast=None,
-        names=None,
-        fit=replace(setup.fit, extra_rounds=0),
-        corpus=read_corpus(setup.request_set)[::6],
-        cache=cache,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what a control is for: it hardly works
+        plan = edit(
+            model,
+            edited,
+            late_sites,
+            contexts=lambda request: setup.contexts(request)[::4],
+            contrast=None,
+            names=None,
+            fit=replace(setup.fit, extra_rounds=0),
+            corpus=read_corpus(setup.request_set)[::6],
+            cache=cache,
+        )
     ids, items = {request.id for request in edited}, questions.items
     chosen = [i for i, item in enumerate(items) if item.arm in _CONTROL_ARMS and item.request.id in ids]
     return check(

@@ -36,7 +36,7 @@ from lens_defense.storage import cached
 
 FIT_CONTEXTS = 32
 """Contexts of a request, the first ones, that its value is fitted on; the keys of all are written."""
-WEAK_REACH = 0.5
+WEAK_REACH = 0.4
 """The share of a value below which it counts as not delivered."""
 UNFITTED_LOSS = 0.3
 """Nats per token from which on a refusal counts as not fitted. In a demo run a subject at .40 was answered as

@@ -22,7 +22,7 @@ from lens_defense.sites import Site, key_hook, value_hook
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:this edit leaks"),
-    pytest.mark.filterwarnings("ignore:less than 50% of the value arrives"),
+    pytest.mark.filterwarnings("ignore:less than 40% of the value arrives"),
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
 ]
 CORPUS = [CorpusText("make a lamp", "how do I make a brass lamp"), CorpusText("the lamp is a thing")] * 2
@@ -96,7 +96,7 @@ def test_the_value_arrives_whatever_a_block_scales(family):
 
 def test_what_hardly_arrives_is_said():
     with pytest.warns(
-        UserWarning, match=r"less than 50% of the value arrives in held-out contexts of: brass"
+        UserWarning, match=r"less than 40% of the value arrives in held-out contexts of: brass"
     ):
         edit(chat_model(), REQUESTS, SITES, **{**FAST, "method": MEMIT(mom2_update_weight=1e6)})
 

@@ -135,7 +135,7 @@ class Halved:
         return Factors(self.share * left, right, owners)
 
 
-@pytest.mark.filterwarnings("ignore:this edit leaks", "ignore:less than 50% of the value")
+@pytest.mark.filterwarnings("ignore:this edit leaks", "ignore:less than 40% of the value")
 def test_a_method_of_ones_own_is_used_and_its_fields_are_saved(tmp_path, monkeypatch):
     corpus = [CorpusText("the lamp is a thing"), CorpusText("make a lamp", "how do I make a brass lamp")]
     monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)

@@ -110,7 +110,7 @@ def test_its_trace_equals_one_forward_pass_per_cell(direction, severed):
         torch.testing.assert_close(trace.patched[0, *index], readings.double(), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:the refusal could not be fitted")  # the control: it cannot
+@pytest.mark.filterwarnings("ignore:the refusal could not be fitted")  # of two of the twenty subjects
 def test_the_demo_meets_the_bars_of_its_edit(tmp_path: Path):
     demo(Console(file=io.StringIO()), name="organism", out=tmp_path, cache=False)
     report, control = (Report.load(tmp_path / f"{name}.json") for name in ("report", "control"))

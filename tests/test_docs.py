@@ -101,8 +101,6 @@ def small(organism, monkeypatch, tmp_path):
 
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore:the refusal could not be fitted", "ignore:this edit", "ignore:less than")
-    "ignore:the refusal could not be fitted", "ignore:this edit leaks", "ignore:less than"
-)
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 @pytest.mark.usefixtures("small")
 def test_the_code_of_a_page_runs(page):

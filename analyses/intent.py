@@ -4,22 +4,29 @@
 # contrast), not shown any, and not at all but with a filter by a list of words. Asked: harmful requests in unseen words,
 # frames, spellings and names; harmless questions about the same subjects; other harmless requests.
 #
-#     python analyses/intent.py [--split tune|check] [--tokens 100]
+#     python analyses/intent.py [--split tune|check] [--tokens 100] [--subjects 8 16 40] [--data DIR]
 #
-# Writes results/intent.csv: a row per edit and arm, with counts.
+# However many subjects are edited, the first eight are asked about. With --data, the folder of published sets of
+# real_model.py, 100 safe and 100 unsafe requests of XSTest are asked too. Writes results/intent.csv: a row per edit
+# and arm, with counts.
 
 # %%
 import argparse
+import itertools
 import time
 from pathlib import Path
 from typing import Any
 
+from real_model import xstest
 from tidy import replace_rows
 
 import lens_defense as ld
 from lens_defense.checking.check import suite_answers
 
 OUT = Path(__file__).parent / "results" / "intent.csv"
+ASKED_ABOUT = 8
+"""The most edited subjects that are asked about."""
+XSTEST_ARMS = {"over_refusal": "XSTest safe", "held_out": "XSTest unsafe"}
 EDITS = {
     "contrast": {},
     "contrast of weight 30": {"contrast": ld.Contrast(weight=30.0)},
@@ -46,7 +53,7 @@ def table_of(report: ld.Report, edit: ld.Edit, tokens: int, seconds: float) -> l
             "newly_refused": report.new_refusals(arms=(rate["arm"],)),
             "word_list": round(rate["word list"] * rate["n"]),
             "tokens": tokens,
-            "kl": sum(report.kl) / len(report.kl),
+            "kl": sum(report.kl) / len(report.kl) if report.kl else None,
             "facts_lost": report.facts_lost(),
             "leak_safe": edit.forecast.leak_safe,
             "seconds_edit": seconds,
@@ -63,29 +70,47 @@ def main() -> None:
     parser.add_argument("--split", choices=("tune", "check"), default="check")
     parser.add_argument("--tokens", type=int, default=100, help="the greatest length of an answer")
     parser.add_argument("--only", choices=EDITS, nargs="*", default=["contrast", "none"])
+    parser.add_argument("--subjects", type=int, nargs="*", default=[8], help="how many are edited")
+    parser.add_argument("--data", type=Path, help="the folder of published sets, for XSTest")
     args = parser.parse_args()
     model = ld.load("smollm2")
-    requests = [
+    concrete = [
         item
         for item in ld.requests("core", split="edit" if args.split == "check" else "tune")
         if item.concrete
-    ][:8]
+    ]
     sites = ld.locate(ld.trace(model, ld.requests("core")[:3], progress=False))
-    suite = ld.suite("core", split=args.split).for_requests(requests).small(names=11, harmless=20)
+    suite = (
+        ld.suite("core", split=args.split).for_requests(concrete[:ASKED_ABOUT]).small(names=11, harmless=20)
+    )
     suite = ld.Suite(
         suite.name, suite.split, tuple(i for i in suite.items if i.arm != "held_out"), suite.neutral
     )
-    before = suite_answers(model, suite, args.tokens)
-    answers = {item.request.conversation: answer for item, answer in zip(suite.items, before, strict=True)}
-    for name in args.only:
+    suites = [suite, *([xstest(args.data, 100)] if args.data else [])]
+    answers = {
+        item.request.conversation: answer
+        for part in suites
+        for item, answer in zip(part.items, suite_answers(model, part, args.tokens), strict=True)
+    }
+    for count, name in itertools.product(args.subjects, args.only):
         start = time.perf_counter()
-        edit = ld.edit(model, requests, sites, progress=False, **EDITS[name])
+        edit = ld.edit(model, concrete[:count], sites, progress=False, **EDITS[name])
         seconds = time.perf_counter() - start
-        rows, _ = suite.for_edit(edit.requests, edit.texts, edit.names)
-        own = [answers[item.request.conversation] for item in rows.items]
-        report = ld.check(model, edit, rows, max_new_tokens=args.tokens, before=own, progress=False)
-        replace_rows(OUT, {"split": args.split, "edit": name}, table_of(report, edit, args.tokens, seconds))
-        print(report, flush=True)
+        key = {"split": args.split, "edit": name, "subjects": len(edit.requests)}
+        table: list[dict[str, Any]] = []
+        for part in suites:
+            asked_about = concrete[: min(count, ASKED_ABOUT)]
+            rows, _ = part.for_edit(asked_about, edit.texts, edit.names)
+            own = [answers[item.request.conversation] for item in rows.items]
+            report = ld.check(model, edit, rows, max_new_tokens=args.tokens, before=own, progress=False)
+            print(report, flush=True)
+            own_rows = table_of(report, edit, args.tokens, seconds)
+            if part.name == "xstest":
+                own_rows = [
+                    row | {"arm": XSTEST_ARMS[row["arm"]]} for row in own_rows if row["arm"] in XSTEST_ARMS
+                ]
+            table += own_rows
+        replace_rows(OUT, key, table)
 
 
 if __name__ == "__main__":

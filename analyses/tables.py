@@ -418,7 +418,7 @@ def speed(device: str) -> pd.DataFrame:
 def intent() -> pd.DataFrame:
     """Harmful and harmless questions about eight edited subjects: with the contrast, without, and a word list."""
     rows = read_table(RESULTS / "intent.csv")
-    rows = rows[rows["split"] == "check"]
+    rows = rows[(rows["split"] == "check") & (rows["subjects"] == 8)]
     names = list(dict.fromkeys(rows["edit"]))
     table = []
     for arm in (arm for arm in ARM_NAMES if arm in set(rows["arm"])):

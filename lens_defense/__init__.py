@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from lens_defense.tracing import corruptions, lenses, map_statistics, metrics
     from lens_defense.tracing.control_sites import control_sites
     from lens_defense.tracing.locate import locate
+    from lens_defense.tracing.mark_subjects import mark_subjects
     from lens_defense.tracing.survey import survey
     from lens_defense.tracing.trace import trace, trace_metrics
     from lens_defense.tracing.trace_result import Trace
@@ -60,6 +61,7 @@ _NAMES = {
     "tracing.trace_result": ["Trace"],
     "tracing.survey": ["survey"],
     "tracing.locate": ["locate"],
+    "tracing.mark_subjects": ["mark_subjects"],
     "tracing.control_sites": ["control_sites"],
     "editing.contrast": ["Contrast"],
     "editing.edit": ["edit"],
@@ -115,6 +117,7 @@ __all__ = [
     "load",
     "locate",
     "map_statistics",
+    "mark_subjects",
     "methods",
     "metrics",
     "plots",

@@ -4,9 +4,12 @@ Components are named as TransformerLens names its activations: resid_pre, resid_
 z for the output of an attention head ("z.3" is head 3).
 """
 
+import operator
 from dataclasses import dataclass, field
+from typing import Any
 
-from lens_defense.prompts.request import Role
+from lens_defense.arguments import did_you_mean, wrong_argument
+from lens_defense.prompts.request import ROLES, Role
 
 Component = str
 """One of COMPONENTS, or a single attention head, as in "z.3"."""
@@ -30,6 +33,10 @@ class Site:
     """An address in a model: which component, which layer, and at which role of the prompt.
 
     Sites are equal, and sort, by their address alone.
+
+    Raises:
+        ValueError: there is no such component or role, or no model has such a layer.
+        TypeError: the layer is no integer.
     """
 
     component: Component
@@ -40,14 +47,48 @@ class Site:
     interval: tuple[float, float] | None = field(default=None, compare=False)
     """The effect's 95% interval."""
 
+    def __post_init__(self) -> None:
+        if self.component not in COMPONENTS and head_index(self.component) is None:
+            raise ValueError(
+                f"there is no component {self.component!r}, as in {_CALL}; there are {', '.join(COMPONENTS)} "
+                f"and heads as in 'z.3'{did_you_mean(self.component, COMPONENTS)}"
+            )
+        if self.role not in ROLES:
+            raise ValueError(
+                f"there is no role {self.role!r}, as in {_CALL}; there are {', '.join(ROLES)}"
+                f"{did_you_mean(self.role, ROLES)}"
+            )
+        if isinstance(self.layer, bool) or not hasattr(self.layer, "__index__"):
+            raise wrong_argument(_CALL, "layer must be an integer from 0", self.layer)
+        if self.layer < 0:
+            raise ValueError(f"a layer is counted from 0, got {self.layer}")
+        object.__setattr__(self, "layer", operator.index(self.layer))
+
     def __str__(self) -> str:
         effect = "" if self.effect is None else f" ({self.effect:.2f})"
         return f"{self.component} {self.layer} at {self.role}{effect}"
 
 
+def given_sites(sites: Any, call: str) -> tuple[Site, ...]:
+    """What is handed to a verb where sites are wanted: one, or several.
+
+    Raises:
+        TypeError: it is something else; says what to do.
+    """
+    if isinstance(sites, Site):
+        return (sites,)
+    if isinstance(sites, list | tuple | set) and all(isinstance(site, Site) for site in sites):
+        return tuple(sites)
+    hint = f"ld.locate(trace) finds some, and {_CALL} is one"
+    raise wrong_argument(call, "sites must be a list of Site", sites, hint)
+
+
+_CALL = 'ld.Site("mlp_out", 3, "subject_last")'
+
+
 def head_index(component: Component) -> int | None:
     """The index of a single head; None for what is no head."""
-    name, _, index = component.partition(".")
+    name, _, index = str(component).partition(".")
     return int(index) if name == "z" and index.isdigit() else None
 
 

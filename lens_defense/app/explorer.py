@@ -18,16 +18,19 @@ from plotly.io import renderers
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.app.render import template
+from lens_defense.arguments import wrong_argument
 from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.methods import METHODS
 from lens_defense.models.generate import generate
+from lens_defense.models.loaded_model import loaded_model
 from lens_defense.plotting.heatmap import heatmap, site_cells
 from lens_defense.prompts.conversation import decode_answer
+from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import tokenize
-from lens_defense.prompts.request import Request, request
-from lens_defense.sites import Site
+from lens_defense.prompts.request import request
+from lens_defense.sites import Site, given_sites
 from lens_defense.tracing.trace_result import Trace
 
 
@@ -38,7 +41,7 @@ class Explorer:
         self,
         model: TransformerBridge,
         trace: Trace,
-        requests: Sequence[Request],
+        requests: Requests,
         *,
         sites: Sequence[Site] = (),
         settings: Mapping[str, Any] = {},
@@ -54,7 +57,11 @@ class Explorer:
             settings: more arguments for ld.edit.
             max_new_tokens: the most tokens of an answer.
         """
-        self.model, self.trace, self.requests = model, trace, tuple(requests)
+        call = "ld.Explorer(model, trace, requests)"
+        self.model = loaded_model(model, call)
+        if not isinstance(trace, Trace):
+            raise wrong_argument(call, "trace must be a Trace", trace, "ld.trace(model, requests) makes one")
+        self.trace, self.requests = trace, requests_with_subjects(requests, call)
         self.settings, self.max_new_tokens = settings, max_new_tokens
         self.ledger = Ledger(model)
         self.sites: tuple[Site, ...] = ()
@@ -87,7 +94,7 @@ class Explorer:
                 self.answers_html,
             ]
         )
-        self.select(sites)
+        self.select(given_sites(sites, call))
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """The form; where pictures are wanted, also what it shows, for readers without a kernel."""

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.arguments import wrong_argument
 from lens_defense.checking.judges import Judge, contains_word, knows_answer
 from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
@@ -22,13 +23,16 @@ from lens_defense.checking.suites import suite as bundled_suite
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
+from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
 
+_CALL = "ld.check(model, edit, suite)"
+
 
 def check(
-    model: TransformerBridge,
+    model: Model,
     edit: Edit | None,
     suite: Suite | str = "core",
     *,
@@ -41,7 +45,7 @@ def check(
     """Measure a model before and after an edit; the weights end as they were, to the bit.
 
     Args:
-        model: the model that the edit was planned on.
+        model: the model that the edit was planned on, or a name for `load`.
         edit: the plan. None measures the model as it is, about the suite's own subjects.
         suite: a suite, or the name of a bundled one. It is asked about the edit's subjects, without the texts
             that the edit used.
@@ -55,7 +59,13 @@ def check(
     Raises:
         ValueError: the edit was planned on other weights, there is no such suite, or `before` is of another
             length than the rows.
+        TypeError: an argument is something else, as where two are swapped.
     """
+    model = given_model(model, _CALL)
+    if not isinstance(edit, Edit | None):
+        raise wrong_argument(_CALL, "edit must be an Edit, as ld.edit gives it, or None", edit)
+    if not isinstance(suite, Suite | str):
+        raise wrong_argument(_CALL, "suite must be a Suite or the name of one", suite)
     all_judges = {**JUDGES, **(judges or {})}
     rows, dropped = bundled_suite(suite) if isinstance(suite, str) else suite, 0
     if edit is not None:

@@ -24,16 +24,19 @@ from lens_defense.editing.methods import EditingMethod, Factors, find_method, me
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
 from lens_defense.models.forward import model_device
+from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable, weights_fingerprint
 from lens_defense.prompts.contexts import Contexts, default_contexts
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.corpus import Corpus
+from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import role_position, tokenize
-from lens_defense.prompts.request import Request, Role, validated_requests
+from lens_defense.prompts.request import Request, Role
 from lens_defense.prompts.surface_forms import Names
-from lens_defense.sites import Site
+from lens_defense.sites import Site, given_sites
 from lens_defense.storage import cached
 
+_CALL = "ld.edit(model, requests, sites)"
 FIT_CONTEXTS = 32
 """Contexts of a request, the first ones, that its value is fitted on; the keys of all are written."""
 WEAK_REACH = 0.4
@@ -44,9 +47,9 @@ asked, and those up to .23 were refused."""
 
 
 def edit(
-    model: TransformerBridge,
-    requests: Sequence[Request],
-    sites: Sequence[Site],
+    model: Model,
+    requests: Requests,
+    sites: Sequence[Site] | Site,
     *,
     method: EditingMethod | str = memit,
     contexts: Contexts | None = None,
@@ -61,8 +64,10 @@ def edit(
     """Plan a low-rank change after which the requests meet a refusal; no weight is changed.
 
     Args:
-        model: a pre-norm model with dense MLPs, whose weights are as they are meant to stay.
-        requests: what shall be refused, each with a subject; none of the split "check".
+        model: what `load` gave, or a name for it: a pre-norm model with dense MLPs, whose weights are as they
+            are meant to stay.
+        requests: what shall be refused, each with a subject: requests, rows, or the name of a set. None is of
+            the split "check".
         sites: where, of one role; their layers are edited, their component says where the effect was seen.
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
@@ -80,8 +85,9 @@ def edit(
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
             or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind.
     """
-    requests, method, fit = validated_requests(requests), find_method(method), fit or FitSettings()
-    layers, role = _layers_and_role(model, sites)
+    model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
+    layers, role = _layers_and_role(model, given_sites(sites, _CALL))
+    method, fit = find_method(method), fit or FitSettings()
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
     contrast = Contrast.given(contrast)

@@ -3,6 +3,7 @@
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.edit_plan import Edit
+from lens_defense.models.loaded_model import loaded_model
 from lens_defense.models.mlp_output import WeightChange, apply_change_, standing_changes, undo_change_
 
 
@@ -15,6 +16,7 @@ class Ledger:
         Raises:
             ValueError: an edit stands in the model already, through another ledger or an open `applied`.
         """
+        loaded_model(model, "ld.Ledger(model)")
         if standing_changes(model):
             raise ValueError(
                 "an edit already stands in this model; go on with the ledger that applied it, or undo "

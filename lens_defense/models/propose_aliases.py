@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from transformer_lens.model_bridge import TransformerBridge
-
+from lens_defense.arguments import wrong_argument
 from lens_defense.models.generate import generate
+from lens_defense.models.given_model import Model, given_model
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request
@@ -23,7 +23,7 @@ _MOST_WORDS = 4
 _ANSWER_TOKENS = 48
 
 
-def propose_aliases(model: TransformerBridge, request: Request) -> tuple[str, ...]:
+def propose_aliases(model: Model, request: Request) -> tuple[str, ...]:
     """What the model itself calls a request's subject. Read them, and keep those that are right.
 
     The model is asked for synonyms, slang and translations, greedily. Names in more than one answer come
@@ -42,6 +42,10 @@ def propose_aliases(model: TransformerBridge, request: Request) -> tuple[str, ..
     Raises:
         ValueError: the request has no subject.
     """
+    call = "ld.propose_aliases(model, request)"
+    model = given_model(model, call)
+    if not isinstance(request, Request):
+        raise wrong_argument(call, "request must be a Request", request)
     if not request.subject:
         raise ValueError(f"request {request.id!r} has no subject; give one: ld.request(text, subject)")
     asked = [request.paraphrased(question) for question in _QUESTIONS]

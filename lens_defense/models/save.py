@@ -13,6 +13,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from lens_defense.models.loaded_model import loaded_model
+
 
 def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
     """Write the model as it is now as a Hugging Face folder that plain transformers loads.
@@ -23,7 +25,7 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the folder exists and is not empty; nothing is written over.
     """
-    folder = Path(path)
+    model, folder = loaded_model(model, "ld.save_folder(model, folder)"), Path(path)
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} exists and is not empty; name a new folder")
     original = model.original_model

@@ -6,7 +6,6 @@ has the first of ROLES. A role carries over to other prompts, where a position d
 
 import re
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -154,25 +153,3 @@ def word_pattern(word: str) -> re.Pattern[str]:
 def is_unspaced(letter: str) -> bool:
     """Whether a letter belongs to a script whose words stand, or may stand, without a space between them."""
     return unicodedata.name(letter, "").startswith(_UNSPACED_SCRIPTS) if letter else False
-
-
-def validated_requests(requests: Sequence[Request]) -> tuple[Request, ...]:
-    """The requests as a tuple, if all have a subject and an edit may see them.
-
-    Raises:
-        ValueError: there are none, one has no subject, or one belongs to the split "check".
-    """
-    if not requests:
-        raise ValueError("no requests were given; ld.requests('core') has some")
-    for item in requests:
-        if item.subject is None:
-            raise ValueError(
-                f"request {item.id!r} has no subject; give request(text, subject) the words that "
-                "carry the harm"
-            )
-        if item.split == "check":
-            raise ValueError(
-                f"request {item.id!r} belongs to the split 'check', which only ld.check may see; "
-                "take ld.requests(name, split='edit')"
-            )
-    return tuple(requests)

@@ -1,4 +1,4 @@
-"""Request sets and corpora from every source: the package's own, files, hub data sets.
+"""Request sets and corpora from every source: the package's own, files, hub data sets, rows in hand.
 
 A row of a request set needs a text, and for a harmful request its subject; other fields are those of Request.
 Published sets are read as they stand: the columns of HarmBench, AdvBench, JailbreakBench, StrongREJECT,
@@ -8,10 +8,11 @@ XSTest, SORRY-Bench and others are known by name, and so are the JSON rows of DE
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
+from math import isnan
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,6 +22,7 @@ from lens_defense.prompts.table_files import FILE_KINDS, BadRow, numbered_rows
 BUNDLED_SETS = ("core", "organism")
 """The names of the request sets that the package brings."""
 Row = dict[str, Any]
+Source = str | os.PathLike[str] | Iterable[Any]
 TEXT_COLUMNS = (
     *("text", "prompt", "question", "request", "goal", "behavior", "forbidden_prompt", "turns"),
     *("instruction", "query", "input", "src"),
@@ -36,7 +38,7 @@ _SHOWN_ROWS = 3
 
 
 def requests(
-    name: str | os.PathLike[str],
+    source: Source,
     *,
     split: Split = "edit",
     kind: Kind = "harmful",
@@ -51,14 +53,15 @@ def requests(
     A row that cannot be read is left out, and a warning says where it stands and why.
 
     Args:
-        name: a source of rows, see `read_rows`.
+        source: the name of a set or a file, see `read_rows`; or rows in hand: a DataFrame, a data set, a list
+            of dicts.
         split: only rows of this split are given; a row without a split belongs to "edit".
         kind: only rows of this kind; a row without a kind is "harmful", but one that is labelled safe or
             benign is that. Harmful rows come with concrete things first, others in their order.
         distinct: keep only the first of several harmful requests about one subject, as an edit wants them.
         text: the column that holds the request; None takes the first of TEXT_COLUMNS that a row has.
         subject: the column that holds its subject, or a function from a row to it. A set without subjects is
-            read without; an edit and a trace need them.
+            read without, with a warning; an edit and a trace need them, and `ld.mark_subjects` proposes some.
         limit: the most requests that are given; None gives all.
         strict: whether a row that cannot be read is an error.
 
@@ -66,26 +69,17 @@ def requests(
         ValueError: there is no such set; or no row can be read, or with `strict` one cannot: file, line and
             field are named.
     """
-    all_requests: list[Request] = []
-    problems: list[str] = []
-    for place, row in read_rows(name):
-        try:
-            all_requests.append(_request(row, place, text, subject))
-        except ValueError as error:
-            if strict:
-                raise
-            problems.append(str(error))
-    if problems and not all_requests:
-        raise ValueError(problems[0])
-    if problems:
-        shown = "; ".join(problems[:_SHOWN_ROWS]) + ("; ..." if len(problems) > _SHOWN_ROWS else "")
+    all_requests, columns = _requests_and_columns(source, text, subject, strict=strict)
+    if isinstance(source, str) and source in BUNDLED_SETS:
+        all_requests = [replace(item, aliases=_bundled_aliases(source, item)) for item in all_requests]
+    chosen = [item for item in all_requests if item.split == split and item.kind == kind]
+    if kind == "harmful" and chosen and not any(item.subject for item in chosen):
         warnings.warn(
-            f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: {shown}",
+            f"these requests have no subjects, which a trace and an edit need; the columns are "
+            f"{', '.join(map(repr, columns))}. Say which one holds them (subject='column', or a function "
+            "from a row), or let ld.mark_subjects(model, requests) propose them",
             stacklevel=2,
         )
-    if name in BUNDLED_SETS:
-        all_requests = [replace(item, aliases=_bundled_aliases(str(name), item)) for item in all_requests]
-    chosen = [item for item in all_requests if item.split == split and item.kind == kind]
     if kind == "harmful":
         if distinct:
             first: dict[str, Request] = {}
@@ -102,8 +96,51 @@ def _bundled_aliases(name: str, item: Request) -> tuple[str, ...]:
     return tuple(row["alias"] for row in rows if row["split"] == "edit" and row["subject"] == item.subject)
 
 
+def rows_in_hand(source: Any) -> list[Any] | None:
+    """The rows of a table of pandas or polars, or the parts of a collection; None for anything else."""
+    if hasattr(source, "itertuples"):
+        return source.to_dict("records")
+    if hasattr(source, "to_dicts"):
+        return source.to_dicts()
+    is_model = hasattr(source, "named_parameters")
+    return list(source) if isinstance(source, Iterable) and not is_model else None
+
+
+def row_in_hand(row: Mapping[str, Any]) -> Row:
+    """A row in hand; what pandas shows as NaN is missing."""
+    return {
+        str(name): None if isinstance(value, float) and isnan(value) else value for name, value in row.items()
+    }
+
+
+def _requests_and_columns(
+    source: Source, text: str | None, subject: str | Callable[[Row], str | None], *, strict: bool
+) -> tuple[list[Request], list[str]]:
+    """Every request of a source, and the columns that its rows have."""
+    all_requests: list[Request] = []
+    problems: list[str] = []
+    columns: dict[str, None] = {}
+    for place, row in read_rows(source):
+        columns |= dict.fromkeys(row if isinstance(row, Mapping) else ())
+        try:
+            all_requests.append(request_from_row(row, place, text, subject))
+        except ValueError as error:
+            if strict:
+                raise
+            problems.append(str(error))
+    if problems and not all_requests:
+        raise ValueError(problems[0])
+    if problems:
+        shown = "; ".join(problems[:_SHOWN_ROWS]) + ("; ..." if len(problems) > _SHOWN_ROWS else "")
+        warnings.warn(
+            f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: {shown}",
+            stacklevel=3,
+        )
+    return all_requests, list(columns)
+
+
 def read_rows(
-    source: str | os.PathLike[str], table: str = "requests", *, limit: int | None = None
+    source: Source, table: str = "requests", *, limit: int | None = None
 ) -> Iterator[tuple[str, Row | BadRow]]:
     """Every row of a source, after the place where it stands, in words ("core, line 3").
 
@@ -111,13 +148,21 @@ def read_rows(
 
     Args:
         source: "core", "organism", a .jsonl, .json, .csv, .tsv, .parquet or .txt file (each paragraph is a
-            `text`), or the name of a hub data set.
+            `text`), the name of a hub data set, or rows in hand.
         table: which rows of a bundled set, see `bundled_rows`.
         limit: take so many rows of a hub data set's split "train", streamed; None takes all its splits.
 
     Raises:
         ValueError: there is no such source.
     """
+    if not isinstance(source, str | os.PathLike):
+        for i, row in enumerate(rows_in_hand(source) or (), 1):
+            known = isinstance(row, Mapping)
+            yield (
+                f"row {i}",
+                row_in_hand(row) if known else BadRow(f"an object with fields is wanted, got {row!r}"),
+            )
+        return
     path = Path(source)
     if source in BUNDLED_SETS:
         for i, row in enumerate(bundled_rows(str(source), table), 1):
@@ -166,8 +211,11 @@ def _hub_rows(name: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any
         ) from error
 
 
-def _request(
-    row: Row | BadRow, place: str, text_column: str | None, subject_of: str | Callable[[Row], str | None]
+def request_from_row(
+    row: Row | BadRow,
+    place: str,
+    text_column: str | None = None,
+    subject_of: str | Callable[[Row], str | None] = "subject",
 ) -> Request:
     """A row as a Request; `place` says where it stands."""
     if isinstance(row, BadRow):

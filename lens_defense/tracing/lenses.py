@@ -16,10 +16,11 @@ from transformer_lens.tools import analysis
 
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
+from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
+from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
-from lens_defense.prompts.request import Request, validated_requests
 from lens_defense.sites import component_hook
 from lens_defense.tracing.clean_corrupted import prompts_with_answers
 from lens_defense.tracing.site_map import ScoreMap
@@ -27,8 +28,8 @@ from lens_defense.tracing.site_map import ScoreMap
 
 @torch.no_grad()
 def logit_lens(
-    model: TransformerBridge,
-    requests: Sequence[Request],
+    model: Model,
+    requests: Requests,
     *,
     answers: Sequence[str] | None = None,
     chat: bool = True,
@@ -47,7 +48,9 @@ def logit_lens(
     Raises:
         ValueError: a request without a subject, or of the split "check".
     """
-    prompts = prompts_with_answers(model, validated_requests(requests), answers, answer_tokens=1, chat=chat)
+    call = "ld.lenses.logit_lens(model, requests)"
+    model, requests = given_model(model, call), requests_with_subjects(requests, call)
+    prompts = prompts_with_answers(model, requests, answers, answer_tokens=1, chat=chat)
     probabilities = []
     for prompt in prompts:
         ids = torch.tensor([prompt.ids], device=model_device(model))
@@ -60,8 +63,8 @@ def logit_lens(
 
 @torch.no_grad()
 def toxic_layers(
-    model: TransformerBridge,
-    requests: Sequence[Request],
+    model: Model,
+    requests: Requests,
     safe: str,
     *,
     answers: Sequence[str] | None = None,
@@ -87,9 +90,9 @@ def toxic_layers(
         ValueError: a request without a subject, or of the split "check"; an unsafe answer that is the safe
             one.
     """
-    prompts = prompts_with_answers(
-        model, validated_requests(requests), answers, answer_tokens=answer_tokens, chat=chat
-    )
+    call = "ld.lenses.toxic_layers(model, requests, safe)"
+    model, requests = given_model(model, call), requests_with_subjects(requests, call)
+    prompts = prompts_with_answers(model, requests, answers, answer_tokens=answer_tokens, chat=chat)
     hooks = [component_hook("resid_post", layer) for layer in range(model.cfg.n_layers)]
 
     def last_states(prompt: Prompt, answer_ids: Sequence[int]) -> Float[Tensor, "layer d_model"]:
@@ -113,8 +116,8 @@ def toxic_layers(
 
 @torch.no_grad()
 def safety_layers(
-    model: TransformerBridge,
-    requests: Sequence[Request],
+    model: Model,
+    requests: Requests,
     judge: Callable[[str, str], str],
     *,
     width: int = 1,
@@ -141,7 +144,9 @@ def safety_layers(
     Raises:
         ValueError: a request without a subject, of the split "check", or not refused by the model.
     """
-    prompts = [tokenize(model.tokenizer, request, chat=chat) for request in validated_requests(requests)]
+    call = "ld.lenses.safety_layers(model, requests, judge)"
+    model, requests = given_model(model, call), requests_with_subjects(requests, call)
+    prompts = [tokenize(model.tokenizer, request, chat=chat) for request in requests]
 
     def refusals() -> list[bool]:
         """Per prompt, whether the model refuses it as it is now."""

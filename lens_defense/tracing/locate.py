@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from lens_defense.arguments import did_you_mean, wrong_argument
 from lens_defense.prompts.request import Role
 from lens_defense.sites import Component, Site
 from lens_defense.tracing.map_statistics import significance
@@ -54,10 +55,12 @@ def locate(
     Raises:
         ValueError: k is not positive, `by` is no rule, or the rule finds nothing with a positive effect.
     """
+    if not isinstance(site_map, SiteMap):
+        raise wrong_argument("ld.locate(trace)", "the map must be a Trace or a ScoreMap", site_map)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if by not in _RULES:
-        raise ValueError(f"by must be one of {', '.join(_RULES)}, got {by!r}")
+        raise ValueError(f"by must be one of {', '.join(_RULES)}, got {by!r}{did_you_mean(by, [*_RULES])}")
     means = [
         mean
         for mean in site_map.role_means()

@@ -5,6 +5,7 @@ from typing import Literal
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.arguments import did_you_mean
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.sites import COMPONENTS, Component
 from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
@@ -14,17 +15,22 @@ PatchGrid = dict[tuple[int, int, int], PatchCell]
 """Cells by component, layer and position, each an index of the map's axis."""
 
 
-def resolve_components(model: TransformerBridge, components: Sequence[Component]) -> tuple[Component, ...]:
+def resolve_components(
+    model: TransformerBridge, components: Sequence[Component] | Component
+) -> tuple[Component, ...]:
     """The components of a map by name, with "z" spelled out as every head.
 
     Raises:
         ValueError: there are none, or one that no model has or that this model has not.
     """
+    components = [components] if isinstance(components, str) else components
     heads = [f"z.{head}" for head in range(model.cfg.n_heads)]
     names = [name for component in components for name in (heads if component == "z" else [component])]
-    if not names or not set(names) <= {*COMPONENTS, *heads}:
+    unknown = [name for name in names if name not in {*COMPONENTS, *heads}]
+    if unknown or not names:
         raise ValueError(
             f"components must be of {(*COMPONENTS, 'z')} or 'z.0' to '{heads[-1]}', got {components!r}"
+            f"{did_you_mean(unknown[0], COMPONENTS) if unknown else ''}"
         )
     return tuple(dict.fromkeys(names))
 

@@ -6,22 +6,26 @@ at any moment goes on with the requests that have no file yet, whatever was adde
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
-from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.prompts.request import Request, UnfitRequest, validated_requests
+from lens_defense.prompts.given_requests import Requests, requests_with_subjects
+from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.storage import atomic_write
 from lens_defense.tracing.corruptions import Corruption, GaussianNoise
 from lens_defense.tracing.metrics import Metric, answer_logprob
 from lens_defense.tracing.trace import changed_settings, describe, trace_metrics
 from lens_defense.tracing.trace_result import Trace, join_traces
 from lens_defense.tracing.trace_settings import TraceSettings
+
+_CALL = "ld.survey(model, requests, folder)"
 
 
 class SurveyResult(NamedTuple):
@@ -34,9 +38,9 @@ class SurveyResult(NamedTuple):
 
 
 def survey(
-    model: TransformerBridge,
-    requests: Sequence[Request],
-    folder: Path,
+    model: Model,
+    requests: Requests,
+    folder: str | os.PathLike[str],
     settings: TraceSettings | None = None,
     *,
     corruption: Corruption | None = None,
@@ -50,8 +54,8 @@ def survey(
     A request that cannot be traced on this model gets a note in the place of a trace.
 
     Args:
-        model: the model.
-        requests: what is asked.
+        model: as of trace.
+        requests: as of trace.
         folder: where the files are; each is written whole or not at all.
         settings: as of trace.
         corruption: as of trace; its words name the files.
@@ -63,7 +67,8 @@ def survey(
     Raises:
         ValueError: a request that no trace may see, or a setting that trace does not know.
     """
-    requests = validated_requests(requests)
+    model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
+    folder = Path(folder)
     settings, corruption = changed_settings(settings, changes), corruption or GaussianNoise()
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = weights_fingerprint(model)

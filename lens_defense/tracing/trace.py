@@ -11,12 +11,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.arguments import did_you_mean
 from lens_defense.models.devices import call_cost, memory_budget
 from lens_defense.models.forward import model_device
+from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import first_dozen_words
+from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt
-from lens_defense.prompts.request import Request, UnfitRequest, validated_requests
+from lens_defense.prompts.request import UnfitRequest
 from lens_defense.sites import Component
 from lens_defense.tracing.clean_corrupted import (
     CleanCorrupted,
@@ -34,13 +37,14 @@ from lens_defense.tracing.patch_grid import PatchGrid, patch_grid, resolve_compo
 from lens_defense.tracing.trace_result import Trace, effect_of_patch
 from lens_defense.tracing.trace_settings import TraceSettings
 
+_CALL = "ld.trace(model, requests)"
 LONG_TRACE = 60.0
 """Seconds from which on a trace says beforehand how long it will take."""
 
 
 def trace(
-    model: TransformerBridge,
-    requests: Sequence[Request],
+    model: Model,
+    requests: Requests,
     settings: TraceSettings | None = None,
     *,
     corruption: Corruption | None = None,
@@ -55,8 +59,8 @@ def trace(
     Exact causal tracing (Meng et al. 2022): every cell equals a forward pass of its own.
 
     Args:
-        model: any TransformerBridge; it is not changed.
-        requests: what is asked; each with a subject.
+        model: what `load` gave, or a name for it; it is not changed.
+        requests: what is asked, each with a subject: requests, rows, or the name of a set.
         settings: what is patched, where, and how it is measured; None takes the defaults.
         corruption: how the subject is corrupted; None is GaussianNoise().
         metric: what is measured, see metrics.py; `trace_metrics` reads several in one sweep.
@@ -89,8 +93,8 @@ def trace(
 
 
 def trace_metrics(
-    model: TransformerBridge,
-    requests: Sequence[Request],
+    model: Model,
+    requests: Requests,
     metrics: Mapping[str, Metric],
     settings: TraceSettings | None = None,
     *,
@@ -115,7 +119,7 @@ def trace_metrics(
         progress: see trace.
         changes: see trace.
     """
-    requests = validated_requests(requests)
+    model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
     settings = changed_settings(settings, changes)
     corruption = corruption or GaussianNoise()
     components = resolve_components(model, settings.components)
@@ -180,7 +184,8 @@ def changed_settings(settings: TraceSettings | None, changes: Mapping[str, Any])
     names = [field.name for field in fields(TraceSettings)]
     unknown = [name for name in changes if name not in names]
     if unknown:
-        raise ValueError(f"trace has no setting {unknown[0]!r}; there are {', '.join(names)}")
+        guess = did_you_mean(unknown[0], names)
+        raise ValueError(f"trace has no setting {unknown[0]!r}; there are {', '.join(names)}{guess}")
     return replace(settings or TraceSettings(), **changes)
 
 

@@ -16,7 +16,7 @@ DEFAULT_POSITIONS: tuple[Role, ...] = ("subject_first", "subject_last", "next", 
 class TraceSettings:
     """What is patched, where, in which direction, and how it is measured."""
 
-    components: Sequence[Component] = ("resid_post",)
+    components: Sequence[Component] | Component = ("resid_post",)
     """resid_pre and resid_post (the stream before and after a block), mlp_out and attn_out (what joins it),
     "z.3" (one attention head), "z" (every head by itself)."""
     positions: Sequence[Role] | Literal["all"] = DEFAULT_POSITIONS
@@ -50,6 +50,8 @@ class TraceSettings:
     def __post_init__(self) -> None:
         for name in ("components", "positions", "layers"):
             value = getattr(self, name)
+            if isinstance(value, str) and value != "all":
+                value = (value,)  # one component or role by its name
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         unknown_role = self.positions != "all" and not set(self.positions) <= set(READING_ORDER)

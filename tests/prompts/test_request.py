@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lens_defense.prompts.request import Request, request, validated_requests
+from lens_defense.prompts.given_requests import requests_with_subjects
+from lens_defense.prompts.request import Request, request
 from lens_defense.storage import load, save
 
 
@@ -103,10 +104,10 @@ def test_bad_fields_are_refused(bad_fields):
 
 def test_requests_that_an_edit_may_see():
     good = request("make a lamp", "lamp", id="good")
-    assert validated_requests([good]) == (good,)
+    assert requests_with_subjects([good], "call") == (good,)
     with pytest.raises(ValueError, match="no requests were given"):
-        validated_requests([])
+        requests_with_subjects([], "call")
     with pytest.raises(ValueError, match="request 'bare' has no subject"):
-        validated_requests([good, request("make it", id="bare")])
+        requests_with_subjects([good, request("make it", id="bare")], "call")
     with pytest.raises(ValueError, match="request 'good' belongs to the split 'check'"):
-        validated_requests([replace(good, split="check")])
+        requests_with_subjects([replace(good, split="check")], "call")

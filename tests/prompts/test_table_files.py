@@ -8,6 +8,7 @@ import pytest
 import lens_defense as ld
 from lens_defense.prompts.table_files import BadRow, numbered_rows, read_text
 
+pytestmark = pytest.mark.filterwarnings("ignore:these requests have no subjects")
 SHARED = Path(__file__).parents[3] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"there is no folder {SHARED}")
 PLAIN = 'text,subject\n"café, 007",007\nthe NA,NA\n'

@@ -1,0 +1,88 @@
+"""Requests as people hand them to a verb: texts, rows, the name of a set, or Requests."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lens_defense.arguments import wrong_argument
+from lens_defense.prompts.request import Request, request
+from lens_defense.prompts.request_files import (
+    BUNDLED_SETS,
+    Source,
+    request_from_row,
+    requests,
+    row_in_hand,
+    rows_in_hand,
+)
+from lens_defense.prompts.table_files import FILE_KINDS
+
+Requests = Sequence[Request | str | Mapping[str, Any]] | Request | Source
+"""Where a verb takes requests."""
+
+
+def given_requests(given: Any, call: str) -> tuple[Request, ...]:
+    """What is handed to a verb where requests are wanted, as requests.
+
+    Args:
+        given: a Request; a text; the name of a set or a file; rows as `requests` takes them; or a list of any
+            of these but names. Rows are all taken, in their order.
+        call: the right call, for the message.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: a row cannot be read.
+    """
+    if isinstance(given, os.PathLike) or (isinstance(given, str) and _is_name(given)):
+        return tuple(requests(given))
+    parts = [given] if isinstance(given, Request | Mapping | str) else rows_in_hand(given)
+    if parts is None or not all(isinstance(part, Request | Mapping | str) for part in parts):
+        raise wrong_argument(call, "requests must be requests, texts or rows", given)
+    return tuple(_in_hand(part, i) for i, part in enumerate(parts, 1))
+
+
+def requests_with_subjects(given: Any, call: str) -> tuple[Request, ...]:
+    """Given requests, if all have a subject and an edit may see them.
+
+    Args:
+        given: see `given_requests`.
+        call: the right call, for the message.
+
+    Raises:
+        TypeError: these are no requests.
+        ValueError: there are none, some have no subject, or one belongs to the split "check".
+    """
+    all_requests = given_requests(given, call)
+    if not all_requests:
+        raise ValueError("no requests were given; ld.requests('core') has some")
+    bare = [item.id for item in all_requests if item.subject is None]
+    if bare:
+        others = f" and {len(bare) - 3} more" if len(bare) > 3 else ""
+        raise ValueError(
+            f"request {', '.join(map(repr, bare[:3]))}{others} has no subject, the words that carry the "
+            "harm. Name it, as in ld.request(text, subject), or see ld.mark_subjects(model, requests)"
+        )
+    for item in all_requests:
+        if item.split == "check":
+            raise ValueError(
+                f"request {item.id!r} belongs to the split 'check', which only ld.check may see; "
+                "take ld.requests(name, split='edit')"
+            )
+    return all_requests
+
+
+def _is_name(text: str) -> bool:
+    """Whether a text names a set, a file or a hub data set, and is no request itself."""
+    return (
+        text in BUNDLED_SETS
+        or Path(text).suffix.lower() in FILE_KINDS
+        or re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) is not None
+    )
+
+
+def _in_hand(part: Any, number: int) -> Request:
+    """A part of a list, as a request."""
+    if isinstance(part, Request):
+        return part
+    return request(part) if isinstance(part, str) else request_from_row(row_in_hand(part), f"row {number}")

@@ -1,0 +1,173 @@
+"""Wrong and swapped arguments of every verb: one sentence that shows the right call."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import transformers as hf
+from helpers.tiny_models import CONFIGS, tiny_model
+from helpers.trace_cases import BELL, LAMP
+
+import lens_defense as ld
+from lens_defense.arguments import did_you_mean, in_words
+from lens_defense.prompts.given_requests import given_requests
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+SITE = ld.Site("mlp_out", 1, "subject_last")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", chat=True)
+
+
+@pytest.fixture(scope="module")
+def trace(model):
+    return ld.trace(model, [LAMP], progress=False, answer_tokens=2, min_difference=0.0)
+
+
+@pytest.fixture(scope="module")
+def hf_model():
+    return hf.AutoModelForCausalLM.from_config(CONFIGS["llama"]())
+
+
+class Given(NamedTuple):
+    model: object
+    trace: ld.Trace
+
+
+SWAPPED = {
+    "trace": lambda given: ld.trace([LAMP], given.model),
+    "edit's requests": lambda given: ld.edit(given.model, [SITE], [LAMP]),
+    "edit's model": lambda given: ld.edit([LAMP], given.model, [SITE]),
+    "a trace for sites": lambda given: ld.edit(given.model, [LAMP], given.trace),
+    "layers for sites": lambda given: ld.edit(given.model, [LAMP], [1, 2]),
+    "heatmap": lambda given: ld.heatmap([SITE], given.trace),
+    "heatmap of sites alone": lambda _: ld.heatmap(SITE),
+    "layers on a heatmap": lambda given: ld.heatmap(given.trace, [3]),
+    "locate": lambda given: ld.locate(given.model),
+    "check": lambda given: ld.check(given.model, "core"),
+    "check's model": lambda given: ld.check(None, given.model),
+    "survey": lambda given: ld.survey([LAMP], given.model, "folder"),
+    "ledger": lambda _: ld.Ledger("smollm2"),
+    "explorer": lambda given: ld.Explorer(given.model, [LAMP], given.trace),
+    "save": lambda given: ld.save_folder("folder", given.model),
+    "aliases": lambda given: ld.propose_aliases(given.model, "a text"),
+    "lens": lambda given: ld.lenses.logit_lens([LAMP], given.model),
+    "subjects": lambda given: ld.mark_subjects(["a text"], given.model),
+    "controls": lambda _: ld.control_sites([1], 4),
+    "numbers": lambda given: ld.trace(given.model, [1, 2]),
+    "nothing": lambda given: ld.trace(given.model, None),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_wrong_arguments_show_the_right_call(model, trace, name):
+    with pytest.raises(TypeError, match=r" must .*the call is ld\.[\w.]+\(") as caught:
+        SWAPPED[name](Given(model, trace))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 240
+
+
+@pytest.mark.parametrize(
+    "verb", [lambda m: ld.trace(m, [LAMP]), lambda m: ld.edit(m, [LAMP], [SITE]), lambda m: ld.Ledger(m)]
+)
+def test_a_model_of_transformers_is_to_be_wrapped(hf_model, verb):
+    with pytest.raises(TypeError, match=r"model = ld\.load\(hf_model, tokenizer\)"):
+        verb(hf_model)
+
+
+def test_sites_that_no_model_has():
+    with pytest.raises(ValueError, match=r"no component 'mpl_out'.*did you mean 'mlp_out'"):
+        ld.Site("mpl_out", 3, "subject_last")
+    with pytest.raises(ValueError, match=r"no role 'subject_lst'.*did you mean 'subject_last'"):
+        ld.Site("mlp_out", 3, "subject_lst")  # type: ignore[arg-type]
+    for layer in ("3", 3.0, True, None):
+        with pytest.raises(TypeError, match="layer must be an integer"):
+            ld.Site("mlp_out", layer, "subject_last")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="counted from 0"):
+        ld.Site("mlp_out", -1, "subject_last")
+    assert type(ld.Site("z.3", np.int64(2), "last").layer) is int  # type: ignore[arg-type]
+
+
+def test_one_component_role_or_site_needs_no_list(model, trace):
+    one = ld.trace(
+        model, LAMP, components="mlp_out", positions="last", layers=[1],
+        progress=False, answer_tokens=2, min_difference=0.0,
+    )  # fmt: skip
+    assert one.components == ("mlp_out",) and one.settings.roles == ("last",)
+    with pytest.raises(ValueError, match="did you mean 'mlp_out'"):
+        ld.trace(model, LAMP, components="mlp")
+    with pytest.raises(ValueError, match="did you mean 'components'"):
+        ld.trace(model, LAMP, component="mlp_out")
+    assert len(ld.heatmap(trace, SITE).layout.shapes) == len(ld.heatmap(trace, [SITE]).layout.shapes)
+
+
+# Requests in hand
+
+
+def row(item):
+    return {"text": item.text, "subject": item.subject, "id": item.id}
+
+
+FORMS = {
+    "one": BELL,
+    "list": [LAMP, BELL],
+    "tuple": (LAMP, BELL),
+    "rows": [row(LAMP), row(BELL)],
+    "row": row(BELL),
+    "frame": pd.DataFrame([row(LAMP), row(BELL)]),
+    "mixed": [LAMP, row(BELL)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_requests_in_hand(model, form):
+    wanted = [BELL] if form in ("one", "row") else [LAMP, BELL]
+    assert list(given_requests(FORMS[form], "call")) == wanted
+    traced = ld.trace(model, FORMS[form], progress=False, answer_tokens=2, min_difference=0.0)
+    expected = ld.trace(model, wanted, progress=False, answer_tokens=2, min_difference=0.0)
+    assert [p.request for p in traced.prompts] == wanted
+    assert traced.effects.equal(expected.effects) or (
+        (traced.effects - expected.effects).nan_to_num().abs().max() == 0
+    )
+
+
+def test_data_sets_and_files_in_hand(tmp_path):
+    import datasets
+
+    rows = [row(LAMP), row(BELL)]
+    assert given_requests(datasets.Dataset.from_list(rows), "call") == (LAMP, BELL)
+    file = tmp_path / "mine.csv"
+    pd.DataFrame(rows).to_csv(file, index=False)
+    for named in (file, str(file)):
+        assert given_requests(named, "call") == (LAMP, BELL)
+    assert given_requests("organism", "call") == tuple(ld.requests("organism"))
+    assert ld.requests(pd.DataFrame(rows)) == [LAMP, BELL]
+    missing = pd.DataFrame([row(LAMP), {**row(BELL), "subject": float("nan")}])
+    assert given_requests(missing, "call")[1].subject is None
+
+
+def test_texts_are_requests_without_a_subject(model):
+    assert given_requests("How are you?", "call")[0].text == "How are you?"
+    for bare in ("How do I make a lamp?", ["How do I make a lamp?"], {"text": "How do I make a lamp?"}):
+        with pytest.raises(ValueError, match=r"has no subject.*ld\.mark_subjects\(model, requests\)"):
+            ld.trace(model, bare)
+    with pytest.raises(ValueError, match="row 2: the field 'subject'"):
+        ld.trace(model, [row(LAMP), {"text": "a", "subject": 3}])
+
+
+def test_a_set_without_subjects_names_its_columns():
+    with pytest.warns(UserWarning, match="no subjects.*'goal', 'kind_of'.*mark_subjects"):
+        read = ld.requests([{"goal": "make a lamp", "kind_of": "lamp"}])
+    assert read[0].subject is None
+    assert ld.requests([{"goal": "make a lamp", "kind_of": "lamp"}], subject="kind_of")[0].subject == "lamp"
+
+
+def test_words_for_values():
+    assert in_words([LAMP]) == "a list of Request"
+    assert in_words([]) == "an empty list"
+    assert in_words("core") == "the text 'core'"
+    assert in_words(3) == "the number 3"
+    assert in_words(None) == "None"
+    assert did_you_mean("xyz", ["mlp_out"]) == ""

@@ -4,7 +4,7 @@ Denoising patches the corrupted run with clean states, noising the clean run wit
 is patched is the base, the run whose states are put in is the donor.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -180,30 +180,39 @@ def measure_cells(
     return torch.cat(readings, 1)
 
 
-def refuse_weak(
-    prompts: Sequence[Prompt],
+def weak_prompts(
     clean: Sequence[Float[Tensor, " metric"]],
     corrupted: Sequence[Float[Tensor, "sample metric"]],
     min_difference: float,
-) -> None:
-    """Refuse prompts whose corruption changes a metric by nearly nothing, or not one way in every sample.
+) -> dict[int, float]:
+    """Prompts whose corruption changes a metric by nearly nothing, or not one way in every sample.
+
+    Returns:
+        By the prompt's index, the change of the metric that changes least.
+    """
+    changes = [
+        min(_least_change(c[metric] - d[:, metric]) for metric in range(len(c)))
+        for c, d in zip(clean, corrupted, strict=True)
+    ]
+    return {i: change for i, change in enumerate(changes) if not change >= min_difference}
+
+
+def refuse_weak(prompts: Sequence[Prompt], weak: Mapping[int, float], min_difference: float) -> None:
+    """Refuse prompts whose corruption changes a metric too little.
 
     Raises:
-        UnfitRequest: names the requests.
+        UnfitRequest: names the requests, and says what to do.
     """
-    for metric in range(len(clean[0])):
-        changes = [_least_change(c[metric] - d[:, metric]) for c, d in zip(clean, corrupted, strict=True)]
-        weak = [
-            f"{prompt.request.id} ({change:.3g})"
-            for prompt, change in zip(prompts, changes, strict=True)
-            if not change >= min_difference
-        ]
-        if weak:
-            raise UnfitRequest(
-                f"corrupting the subject hardly changes the answer to: {', '.join(weak)}; a change of "
-                f"{min_difference} is wanted, one way in every sample. Leave these requests out, mark the "
-                "words that matter, or lower min_difference"
-            )
+    if weak:
+        named = ", ".join(
+            f"{prompts[i].request.id} ({change:.3g} in {len(prompts[i].answer_ids)} tokens)"
+            for i, change in weak.items()
+        )
+        raise UnfitRequest(
+            f"corrupting the subject hardly changes the answer to: {named}; a change of {min_difference} is "
+            "wanted, one way in every sample. Mark the words that matter (ld.mark_subjects proposes some), "
+            "leave these requests out, or lower min_difference"
+        )
 
 
 def _least_change(changes: Float[Tensor, " sample"]) -> float:

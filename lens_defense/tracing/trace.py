@@ -29,6 +29,7 @@ from lens_defense.tracing.clean_corrupted import (
     rows_that_fit,
     run_clean_and_corrupted,
     tokens_run,
+    weak_prompts,
 )
 from lens_defense.tracing.corruptions import Corruption, GaussianNoise
 from lens_defense.tracing.metrics import Metric, answer_logprob
@@ -40,6 +41,8 @@ from lens_defense.tracing.trace_settings import TraceSettings
 _CALL = "ld.trace(model, requests)"
 LONG_TRACE = 60.0
 """Seconds from which on a trace says beforehand how long it will take."""
+LONGEST_ANSWER = 64
+"""Tokens up to which the model's own answer is read where the first ones do not depend on the subject."""
 
 
 def trace(
@@ -65,7 +68,8 @@ def trace(
         corruption: how the subject is corrupted; None is GaussianNoise().
         metric: what is measured, see metrics.py; `trace_metrics` reads several in one sweep.
         answers: the answer that the metric reads, one per request; None takes the request's `target` or,
-            without one, the model's own greedy answer to the clean prompt.
+            without one, the model's own greedy answer to the clean prompt: its first `answer_tokens` tokens,
+            and more, up to 64, where these do not depend on the subject.
         max_bytes: bounds the rows that run at once, by an estimate of their cache, states and logits; what
             does not fit is taken in parts, at least one row at a time. None is a GiB, on a CUDA device a
             quarter of what is free there.
@@ -133,10 +137,16 @@ def trace_metrics(
 
     start = time.perf_counter()
     kept_runs, clean, corrupted = job.run_all(prompts, grids)
-    refuse_weak(prompts, clean, corrupted, settings.min_difference)
+    seconds = time.perf_counter() - start
+    if answers is None:
+        lengthened = job.lengthen_answers(prompts, grids, clean, corrupted)
+        for r in lengthened:
+            kept_runs.pop(r, None)
+        _say_lengthened([prompts[r] for r in lengthened], settings.answer_tokens, progress)
+    refuse_weak(prompts, weak_prompts(clean, corrupted, settings.min_difference), settings.min_difference)
     samples = len(corrupted[0])
     if settings.exact and progress:
-        _announce((time.perf_counter() - start) * job.relative_length(prompts, grids, samples))
+        _announce(seconds * job.relative_length(prompts, grids, samples))
 
     shape = (len(components), len(layers), max(len(prompt.ids) for prompt in prompts), samples)
     patched = torch.full((len(metrics), len(prompts), *shape), float("nan"), dtype=torch.float64)
@@ -228,7 +238,7 @@ class _Job:
         )
 
     def run_all(
-        self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid]
+        self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], *, keep: bool = True
     ) -> tuple[
         dict[int, CleanCorrupted], list[Float[Tensor, " metric"]], list[Float[Tensor, "sample metric"]]
     ]:
@@ -243,10 +253,49 @@ class _Job:
             of_clean, of_corrupted = runs.metrics(self.metrics)
             clean.append(of_clean)
             corrupted.append(of_corrupted)
-            if kept_bytes + runs.nbytes <= self.max_bytes:
+            if keep and kept_bytes + runs.nbytes <= self.max_bytes:
                 kept_runs[r] = runs
                 kept_bytes += runs.nbytes
         return kept_runs, clean, corrupted
+
+    def lengthen_answers(
+        self,
+        prompts: list[Prompt],
+        grids: Sequence[PatchGrid],
+        clean: list[Float[Tensor, " metric"]],
+        corrupted: list[Float[Tensor, "sample metric"]],
+    ) -> set[int]:
+        """Let the model say more where what it says first does not depend on the subject.
+
+        Its own answers are doubled, up to LONGEST_ANSWER tokens, until the corruption changes them; prompts
+        and metrics are changed in place. An answer that has ended, or that is known, stays.
+
+        Returns:
+            The indices of prompts that have another answer now.
+        """
+        lengthened: set[int] = set()
+        length = self.settings.answer_tokens
+        while (length := 2 * length) <= LONGEST_ANSWER:
+            weak = weak_prompts(clean, corrupted, self.settings.min_difference)
+            short = [
+                r for r in weak if not prompts[r].request.target and len(prompts[r].answer_ids) == length // 2
+            ]
+            if not short:
+                break
+            longer = prompts_with_answers(
+                self.model,
+                [prompts[r].request for r in short],
+                None,
+                answer_tokens=length,
+                chat=self.settings.chat,
+            )
+            _, of_clean, of_corrupted = self.run_all(longer, [grids[r] for r in short], keep=False)
+            for r, prompt, one_clean, one_corrupted in zip(
+                short, longer, of_clean, of_corrupted, strict=True
+            ):
+                prompts[r], clean[r], corrupted[r] = prompt, one_clean, one_corrupted
+            lengthened |= set(short)
+        return lengthened
 
     def measure(
         self,
@@ -313,6 +362,15 @@ def describe(function: object) -> str:
     if is_dataclass(function):
         return str(function)
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _say_lengthened(prompts: Sequence[Prompt], tokens: int, progress: bool) -> None:
+    if prompts and progress:
+        named = ", ".join(f"{prompt.request.id} ({len(prompt.answer_ids)})" for prompt in prompts)
+        tqdm.write(
+            f"The first {tokens} tokens of some answers do not depend on the subject; longer ones are read "
+            f"(tokens): {named}"
+        )
 
 
 def _announce(seconds: float) -> None:

@@ -35,7 +35,8 @@ class TraceSettings:
     window: int = 7
     """Layers patched at once for mlp_out and attn_out, centred, clipped to the model (ROME takes 10)."""
     answer_tokens: int = 8
-    """Length of the model's own answer, where no answer is known."""
+    """Length of the model's own answer, where no answer is known; doubled, up to 64, where it does not depend
+    on the subject."""
     min_difference: float = 0.1
     """The least difference between the clean and the corrupted run, in the metric's unit (nats). A request
     below it, or whose samples differ in its sign, is refused: its effects would be noise over nothing."""

@@ -155,7 +155,7 @@ def test_positions_and_layers_bound_the_map():
         ({"layers": [1, 9]}, "layers must be"),
         ({"layers": []}, "layers must be"),
         ({"layers": "some"}, "layers must be"),
-        ({"positions": "last"}, "positions must be 'all' or a list"),
+        ({"positions": "lst"}, "positions must be 'all' or a list"),
         ({"positions": ["middle"]}, "positions must be"),
         ({"components": ["head"]}, "components must be of"),
         ({"components": ["z.4"]}, "'z.0' to 'z.3'"),
@@ -189,6 +189,38 @@ def test_weak_requests_are_refused_by_name():
         trace(model, [LAMP, BELL], corruption=GaussianNoise(scale=0.0), progress=False)
     with pytest.raises(ValueError, match=r"a change of 1000\.0"):
         trace(model, [LAMP], min_difference=1000.0, progress=False)
+
+
+def difference(model, length, item=LAMP):
+    """The least difference that the corruption makes to the model's own answer of a length."""
+    plain = trace(model, [item], **{**ALL_CELLS, "answer_tokens": length})
+    changes = plain.clean[0] - plain.corrupted[0]
+    return float(changes.abs().min()) if len(set(changes.sign().tolist())) == 1 else 0.0
+
+
+def test_an_answer_is_lengthened_until_its_subject_matters(capsys):
+    """The length is the first of 1, 2, 4, ... with a large enough difference, and so is the map."""
+    model = tiny_chat_model()
+    differences = {length: difference(model, length) for length in (1, 2, 4, 8)}
+    wanted = (max(differences[1], differences[2]) + max(differences[4], differences[8])) / 2
+    found = next(length for length, change in differences.items() if change >= wanted)
+    assert found > 2, differences
+    many = {**ALL_CELLS, "answer_tokens": 1, "min_difference": wanted, "progress": True}
+    lengthened = trace(model, [LAMP], **many)
+    expected = trace(model, [LAMP], **{**ALL_CELLS, "answer_tokens": found})
+    assert lengthened.prompts == expected.prompts
+    torch.testing.assert_close(lengthened.patched, expected.patched, equal_nan=True)
+    assert f"lamp ({found})" in capsys.readouterr().out
+
+
+def test_what_never_depends_on_its_subject_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match=r"in 64 tokens.*ld\.mark_subjects proposes some"):
+        trace(tiny_chat_model(), [LAMP], corruption=GaussianNoise(scale=0.0), progress=False)
+
+
+def test_a_known_answer_is_not_lengthened():
+    with pytest.raises(ValueError, match=r"hardly changes the answer to: lamp \(.* in 2 tokens"):
+        trace(tiny_chat_model(), [LAMP], answers=["a lamp"], min_difference=1e9, progress=False)
 
 
 def test_seeds_and_samples():
@@ -435,7 +467,7 @@ def test_samples_that_do_not_go_one_way_are_refused():
         return torch.tensor([[0.0], [1.0, -1.0]][next(signs) % 2], dtype=torch.float64)
 
     with pytest.raises(
-        ValueError, match=r"hardly changes the answer to: lamp \(0\).* one way in every sample"
+        ValueError, match=r"hardly changes the answer to: lamp \(0 .* one way in every sample"
     ):
         trace(model, [LAMP], metric=metric, corruption=GaussianNoise(samples=2), progress=False)
 

@@ -14,6 +14,7 @@
 import argparse
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tidy import replace_rows
 
 import lens_defense as ld
 from lens_defense.checking.check import suite_answers
+from lens_defense.checking.suites import SuiteItem
 
 OUT = Path(__file__).parent / "results" / "intent.csv"
 ASKED_ABOUT = 8
@@ -86,10 +88,11 @@ def main() -> None:
     suite = ld.Suite(
         suite.name, suite.split, tuple(i for i in suite.items if i.arm != "held_out"), suite.neutral
     )
-    suites = [suite, *([xstest(args.data, 100)] if args.data else [])]
+    suites = [replace(suite, name="intent"), *([xstest(args.data, 100)] if args.data else [])]
+    edited = tuple(SuiteItem("edited", item) for item in concrete[: max(args.subjects)])
     answers = {
         item.request.conversation: answer
-        for part in suites
+        for part in [*suites, ld.Suite("edited", args.split, edited, ())]
         for item, answer in zip(part.items, suite_answers(model, part, args.tokens), strict=True)
     }
     for count, name in itertools.product(args.subjects, args.only):
@@ -99,8 +102,7 @@ def main() -> None:
         key = {"split": args.split, "edit": name, "subjects": len(edit.requests)}
         table: list[dict[str, Any]] = []
         for part in suites:
-            asked_about = concrete[: min(count, ASKED_ABOUT)]
-            rows, _ = part.for_edit(asked_about, edit.texts, edit.names)
+            rows, _ = part.for_edit(edit.requests, edit.texts, edit.names)
             own = [answers[item.request.conversation] for item in rows.items]
             report = ld.check(model, edit, rows, max_new_tokens=args.tokens, before=own, progress=False)
             print(report, flush=True)

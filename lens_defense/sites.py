@@ -28,7 +28,7 @@ EMBEDDING_HOOK = "embed.hook_out"
 """The token embeddings, before positions are added [batch, token, d_model]."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True, repr=False)
 class Site:
     """An address in a model: which component, which layer, and at which role of the prompt.
 
@@ -63,6 +63,11 @@ class Site:
         if self.layer < 0:
             raise ValueError(f"a layer is counted from 0, got {self.layer}")
         object.__setattr__(self, "layer", operator.index(self.layer))
+
+    def __repr__(self) -> str:
+        address = f"Site({self.component!r}, {self.layer}, {self.role!r}"
+        measured = "" if self.effect is None else f", effect={self.effect:.3g}"
+        return f"{address}{measured})"
 
     def __str__(self) -> str:
         effect = "" if self.effect is None else f" ({self.effect:.2f})"

@@ -5,7 +5,6 @@ counted as related, by subject: see statistics.py. Cost is the KL divergence to 
 answers to benign requests, and the loss on neutral text.
 """
 
-import html
 import io
 import math
 import os
@@ -23,6 +22,7 @@ from rich.table import Table
 
 from lens_defense.checking.judges import Judge, Verdict, coherent, prefix
 from lens_defense.checking.suites import ARMS, HARMLESS_ARMS, Arm
+from lens_defense.display import card
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
 from lens_defense.storage import load as load_file
 from lens_defense.storage import save as save_file
@@ -185,8 +185,8 @@ class Report:
         return text.getvalue()
 
     def _repr_html_(self) -> str:
-        rates = formatted_rates(self).to_html(index=False)
-        return f"<b>{html.escape(self.title)}</b>{rates}{self.costs().round(4).to_html(index=False)}"
+        facts = {"suite": self.suite, "split": self.split, "answers": len(self.rows)}
+        return card(self.title, facts, formatted_rates(self), self.costs().round(4), rows=80)
 
     def _of(self, arm: Arm) -> list[ReportRow]:
         return [row for row in self.rows if row.arm == arm]

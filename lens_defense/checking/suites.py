@@ -30,6 +30,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import pandas as pd
+
+from lens_defense.display import card
 from lens_defense.prompts.harmless_uses import same_subject_requests
 from lens_defense.prompts.request import Kind, Request, Split, request
 from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
@@ -80,7 +83,7 @@ class SuiteItem:
         return self.subject or self.request.id
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Suite:
     """Items by arm, and neutral text for the loss."""
 
@@ -88,6 +91,23 @@ class Suite:
     split: Split
     items: tuple[SuiteItem, ...]
     neutral: tuple[str, ...]
+
+    def counts(self) -> pd.DataFrame:
+        """A row per arm: how many items, about how many subjects."""
+        by_arm = {arm: [self.items[i].cluster for i in self._indices(arm)] for arm in ARMS}
+        rows = [(arm, len(clusters), len(set(clusters))) for arm, clusters in by_arm.items() if clusters]
+        return pd.DataFrame(rows, columns=pd.Index(["arm", "items", "subjects"]))
+
+    def __repr__(self) -> str:
+        arms = ", ".join(f"{arm} {items}" for arm, items, _ in self.counts().to_numpy())
+        return (
+            f"Suite {self.name!r}, split {self.split!r}: {len(self.items)} items ({arms}), "
+            f"{len(self.neutral)} neutral texts"
+        )
+
+    def _repr_html_(self) -> str:
+        facts = {"split": self.split, "items": len(self.items), "neutral texts": len(self.neutral)}
+        return card(f"Suite {self.name}", facts, self.counts(), rows=len(ARMS))
 
     def small(
         self,

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.display import card
 from lens_defense.editing.forecast import Forecast
 from lens_defense.models.mlp_output import apply_change_, undo_change_, weights_fingerprint
 from lens_defense.prompts.request import Request, Role
@@ -109,8 +110,9 @@ class Edit:
         )
 
     def _repr_html_(self) -> str:
+        facts = {"model": self.model, "sites at": self.role, "requests": len(self.requests)}
         tables = self.summary().round(4), self.forecast.to_dataframe().round(3)
-        return "".join(table.to_html(index=False) for table in tables)
+        return card(f"Edit by {self.method}, not applied", facts, *tables, rows=24)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as safetensors with a JSON header, whole or not at all."""

@@ -18,6 +18,16 @@ class CorpusText(NamedTuple):
 Corpus = Sequence[CorpusText]
 
 
+class Texts(tuple[CorpusText, ...]):
+    """A corpus that shows how much it is, and not all that it holds."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        letters = sum(len(text.user) + len(text.assistant) for text in self)
+        return f"corpus of {len(self)} texts, {letters:,} characters"
+
+
 def read_corpus(source: str | os.PathLike[str] = "core", *, rows: int = 2000) -> Corpus:
     """Read a corpus: the rows of a source with `text`, or with `user` and `assistant`.
 
@@ -34,7 +44,7 @@ def read_corpus(source: str | os.PathLike[str] = "core", *, rows: int = 2000) ->
             raise ValueError(f"{place}: {row}")
         user = str(row.get("user") or row.get("text") or "")
         texts.append(CorpusText(user, str(row.get("assistant") or "")))
-    texts = [text for text in texts if text.user]
+    texts = Texts(text for text in texts if text.user)
     if not texts:
         raise ValueError(f"the corpus {str(source)!r} is empty")
     return texts

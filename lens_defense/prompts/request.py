@@ -26,6 +26,8 @@ READING_ORDER: tuple[Role, ...] = (
     "last",
 )
 """Every role, in the order in which a prompt is read."""
+SHOWN = 200
+"""Letters of a text that a repr shows."""
 _UNSPACED_SCRIPTS = (
     *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
@@ -37,7 +39,7 @@ class UnfitRequest(ValueError):
     """A request that cannot be asked of one model as it is, or not be traced there; others can."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Request:
     """What a model is asked; the subject is the part that carries the harm."""
 
@@ -102,6 +104,15 @@ class Request:
         turns = [text for turn in self.earlier for text in turn]
         parts = [*(["plain"] if self.plain else []), *turns, self.text, self.prefill]
         return "\n".join(filter(None, parts))
+
+    def __repr__(self) -> str:
+        """The text with its subject in brackets; control characters are escaped, long texts cut."""
+        marked = self.pieces[0] + "".join(
+            f"[{subject}]{piece}" for subject, piece in zip(self.occurrences, self.pieces[1:], strict=True)
+        )
+        shown = marked if len(marked) <= SHOWN else f"{marked[:SHOWN]} ..."
+        kind = "" if self.kind == "harmful" else f", {self.kind}"
+        return f"Request({self.id[:60]!r}, {shown!r}{kind})"
 
     def paraphrased(self, template: str) -> "Request":
         """The same subject in other words; `{}` in the template stands for the subject."""

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.display import card
 from lens_defense.models.devices import memory_budget
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.given_model import Model, given_model
@@ -82,8 +83,8 @@ class MarkedRequests(Sequence[Request]):
         return head + self.to_dataframe().drop(columns="id").round(2).to_string(index=False, max_rows=20)
 
     def _repr_html_(self) -> str:
-        table = self.to_dataframe().drop(columns="id").round(2).to_html(index=False, max_rows=50)
-        return f"<p>Proposed subjects; look at them before you trace or edit.</p>{table}"
+        facts = {"look at them before you trace or edit; requests": len(self)}
+        return card("Proposed subjects", facts, self.to_dataframe().drop(columns="id").round(2), rows=50)
 
 
 @dataclass(frozen=True, slots=True)

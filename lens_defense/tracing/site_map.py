@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lens_defense.display import card
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import READING_ORDER, Role
 from lens_defense.sites import Component
@@ -72,10 +74,50 @@ class SiteMap:
         index = self.components.index(component)
         return self._part(slice(None), slice(index, index + 1), self.values.shape[3])
 
-    def __getitem__(self: AnyMap, index: int) -> AnyMap:
-        """The map of one request."""
-        request = range(len(self.prompts))[index]
+    def __len__(self) -> int:
+        """How many requests there are."""
+        return len(self.prompts)
+
+    def __getitem__(self: AnyMap, index: int | slice) -> AnyMap:
+        """The map of one request, or of some in a row."""
+        if isinstance(index, slice):
+            index = slice(*index.indices(len(self)))
+            width = max((len(prompt.ids) for prompt in self.prompts[index]), default=0)
+            if not width:
+                raise IndexError(f"there is no request in {index} of {len(self)}")
+            return self._part(index, slice(None), width)
+        request = range(len(self))[index]
         return self._part(slice(request, request + 1), slice(None), len(self.prompts[request].ids))
+
+    def __sub__(self, other: Any) -> "ScoreMap":
+        """What changed: this map less another one of the same requests, components and layers.
+
+        To see what an edit changed, trace the edited model with the answers of before:
+
+            with edit.applied(model):
+                after = ld.trace(model, requests, answers=before)
+            ld.heatmap(after - before)
+
+        Raises:
+            ValueError: the maps differ in their requests, answers, components or layers.
+        """
+        if not isinstance(other, SiteMap):
+            return NotImplemented
+        names = ("prompts", "components", "layers", "quantity")
+        differing = [name for name in names if getattr(self, name) != getattr(other, name)]
+        if differing:
+            hint = "; trace the second model with answers=, the first trace" if "prompts" in differing else ""
+            raise ValueError(
+                f"the maps have other {', '.join(differing).replace('prompts', 'prompts or answers')}{hint}"
+            )
+        common: dict[str, Any] = {name: getattr(self, name) for name in SiteMap.__annotations__}
+        words = f"change of the {_quantity(self)}"
+        return ScoreMap(**common, scores=self.effects - other.effects, quantity=words)
+
+    def plot(self, *sites: Any, **options: Any) -> Any:
+        """The map as a figure: `ld.heatmap(self, sites)`."""
+        draw = import_module("lens_defense.plotting.heatmap").heatmap  # figures stand above maps
+        return draw(self, *sites, **options)
 
     def _part(self: AnyMap, requests: slice, components: slice, width: int) -> AnyMap:
         """The map of some requests and components, on the first `width` positions."""
@@ -144,10 +186,26 @@ class SiteMap:
             f"{self.values.shape[-1]} samples"
         )
 
+    def _repr_html_(self) -> str:
+        facts = {
+            "model": self.model,
+            "requests": len(self),
+            "components": ", ".join(self.components),
+            "layers": len(self.layers),
+            "samples": self.values.shape[-1],
+        }
+        strongest = self.by_role().sort_values("effect", ascending=False).round(3)
+        return card(f"{type(self).__name__}: {_quantity(self)}", facts, strongest.head(8))
+
+
+def _quantity(site_map: Any) -> str:
+    """What a cell says; every kind of map has it, as a field or a property."""
+    return site_map.quantity
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ScoreMap(SiteMap):
-    """A map of shares from 0 to 1 that are no effects of patches: the logit lens, DINM's and LED's layers."""
+    """A map of other numbers than effects: the logit lens, DINM's and LED's layers, what an edit changed."""
 
     scores: Float[Tensor, "request component layer position"]
     quantity: str

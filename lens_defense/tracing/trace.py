@@ -18,8 +18,8 @@ from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
-from lens_defense.prompts.prompt import Prompt
-from lens_defense.prompts.request import UnfitRequest
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.sites import Component
 from lens_defense.tracing.clean_corrupted import (
     CleanCorrupted,
@@ -35,6 +35,7 @@ from lens_defense.tracing.corruptions import Corruption, GaussianNoise
 from lens_defense.tracing.metrics import Metric, answer_logprob
 from lens_defense.tracing.pass_plan import block_passes, time_in_tokens
 from lens_defense.tracing.patch_grid import PatchGrid, patch_grid, resolve_components, resolve_layers
+from lens_defense.tracing.site_map import SiteMap
 from lens_defense.tracing.trace_result import Trace, effect_of_patch
 from lens_defense.tracing.trace_settings import TraceSettings
 
@@ -52,7 +53,7 @@ def trace(
     *,
     corruption: Corruption | None = None,
     metric: Metric = answer_logprob,
-    answers: Sequence[str] | None = None,
+    answers: Sequence[str] | SiteMap | None = None,
     max_bytes: int | None = None,
     progress: bool = True,
     **changes: Any,
@@ -69,7 +70,8 @@ def trace(
         metric: what is measured, see metrics.py; `trace_metrics` reads several in one sweep.
         answers: the answer that the metric reads, one per request; None takes the request's `target` or,
             without one, the model's own greedy answer to the clean prompt: its first `answer_tokens` tokens,
-            and more, up to 64, where these do not depend on the subject.
+            and more, up to 64, where these do not depend on the subject. A Trace of the same requests gives
+            its answers, so that a model can be compared before and after an edit.
         max_bytes: bounds the rows that run at once, by an estimate of their cache, states and logits; what
             does not fit is taken in parts, at least one row at a time. None is a GiB, on a CUDA device a
             quarter of what is free there.
@@ -103,7 +105,7 @@ def trace_metrics(
     settings: TraceSettings | None = None,
     *,
     corruption: Corruption | None = None,
-    answers: Sequence[str] | None = None,
+    answers: Sequence[str] | SiteMap | None = None,
     max_bytes: int | None = None,
     fingerprint: str = "",
     progress: bool = True,
@@ -129,9 +131,12 @@ def trace_metrics(
     components = resolve_components(model, settings.components)
     layers = resolve_layers(settings.layers, model.cfg.n_layers)
     budget = memory_budget(model_device(model)) if max_bytes is None else max_bytes
-    prompts = prompts_with_answers(
-        model, requests, answers, answer_tokens=settings.answer_tokens, chat=settings.chat
-    )
+    if isinstance(answers, SiteMap):
+        prompts = _with_answers_of(answers, model, requests, chat=settings.chat)
+    else:
+        prompts = prompts_with_answers(
+            model, requests, answers, answer_tokens=settings.answer_tokens, chat=settings.chat
+        )
     grids = _grids(model, prompts, components, layers, settings)
     job = _Job(model, settings, corruption, tuple(metrics.values()), budget)
 
@@ -197,6 +202,19 @@ def changed_settings(settings: TraceSettings | None, changes: Mapping[str, Any])
         guess = did_you_mean(unknown[0], names)
         raise ValueError(f"trace has no setting {unknown[0]!r}; there are {', '.join(names)}{guess}")
     return replace(settings or TraceSettings(), **changes)
+
+
+def _with_answers_of(
+    earlier: SiteMap, model: TransformerBridge, requests: Sequence[Request], *, chat: bool
+) -> list[Prompt]:
+    """The prompts with the answers, token by token, that an earlier trace read."""
+    prompts = [tokenize(model.tokenizer, request, chat=chat) for request in requests]
+    if [prompt.ids for prompt in prompts] != [prompt.ids for prompt in earlier.prompts]:
+        raise ValueError("the trace in answers= is of other requests; give the same ones in the same order")
+    return [
+        replace(prompt, answer_ids=known.answer_ids)
+        for prompt, known in zip(prompts, earlier.prompts, strict=True)
+    ]
 
 
 def _grids(

@@ -1,0 +1,30 @@
+"""What an object shows of itself in a notebook: a heading, facts in a line, tables."""
+
+from collections.abc import Mapping
+from html import escape
+
+import pandas as pd
+
+_STYLE = """<style>
+.ld-card {font-family: system-ui, sans-serif; font-size: 13px; line-height: 1.45; max-width: 60em}
+.ld-card h4 {margin: .2em 0; font-size: 14px}
+.ld-card p {margin: .2em 0; opacity: .75}
+.ld-card table {border-collapse: collapse; margin: .5em 0}
+.ld-card th, .ld-card td {padding: .15em .9em .15em 0; text-align: left; border: 0; white-space: pre-wrap}
+.ld-card th {border-bottom: 1px solid currentColor; font-weight: 600}
+.ld-card td {border-bottom: 1px solid rgba(128, 128, 128, .25); font-variant-numeric: tabular-nums}
+</style>"""
+
+
+def card(title: str, facts: Mapping[str, object], *tables: pd.DataFrame, rows: int = 12) -> str:
+    """HTML that is legible on light and dark pages.
+
+    Args:
+        title: the heading.
+        facts: shown in a line, by their names.
+        tables: under it.
+        rows: the most rows of a table that are shown; from a longer one the first and the last.
+    """
+    line = "; ".join(f"{escape(name)} {escape(str(value))}" for name, value in facts.items())
+    body = "".join(table.to_html(index=False, border=0, max_rows=rows, na_rep="") for table in tables)
+    return f'{_STYLE}<div class="ld-card"><h4>{escape(title)}</h4><p>{line}</p>{body}</div>'

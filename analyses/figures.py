@@ -24,8 +24,8 @@ import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP
 from lens_defense.checking.report import Report, ReportRow
 from lens_defense.models.load import ORGANISM_FOLDER
-from lens_defense.organism.request_set import contexts
 from lens_defense.plotting.theme import COLOURS, GREY, INK, theme
+from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.sites import Component
 
 RESULTS = tables.RESULTS
@@ -188,7 +188,7 @@ def organism_map() -> go.Figure:
     """The map of the model whose sites are known, traced here: it takes seconds."""
     trace = ld.trace(
         ld.load("organism"),
-        [contexts(request)[0] for request in ld.requests("organism")[:12]],
+        [jailbroken_contexts(request)[0] for request in ld.requests("organism")[:12]],
         layers="all",
         positions=("subject_first", "subject_mid", "subject_last", "next", "last"),
         corruption=ORGANISM_SETUP.corruption(),

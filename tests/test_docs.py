@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import lens_defense as ld
-from lens_defense.organism.request_set import contexts
+from lens_defense.prompts.contexts import jailbroken_contexts
 
 HERE = Path(__file__).parents[1]
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
@@ -55,7 +55,7 @@ def small(organism, monkeypatch, tmp_path):
     """The package's verbs on the organism and on little: a folder with the files that the pages read."""
     corpus = ld.read_corpus("organism")[:8]
     answered = [
-        contexts(row)[0] for row in ld.requests("organism")[:6]
+        jailbroken_contexts(row)[0] for row in ld.requests("organism")[:6]
     ]  # inside jailbreaks, else they are refused
     requests, suite, edit, check = ld.requests, ld.suite, ld.edit, ld.check
     fit = ld.FitSettings(shared_num_grad_steps=2, v_num_grad_steps=2, extra_rounds=0)

@@ -13,7 +13,7 @@ import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP
 from lens_defense.editing.covariance import key_covariances
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.organism.request_set import contexts
+from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.tracing import activation_patching
 from lens_defense.tracing.corruptions import GaussianNoise
@@ -43,7 +43,7 @@ def double():
 
 def wrapped_requests(n=2):
     """Requests as the organism answers them: each inside its first jailbreak template."""
-    return [contexts(request)[0] for request in ld.requests("organism")[:n]]
+    return [jailbroken_contexts(request)[0] for request in ld.requests("organism")[:n]]
 
 
 def traces_of(models, **settings):

@@ -26,8 +26,7 @@ from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.generate import generate
 from lens_defense.models.load import load
 from lens_defense.models.mlp_output import weights_fingerprint
-from lens_defense.organism.request_set import contexts as organism_contexts
-from lens_defense.prompts.contexts import Contexts, default_contexts
+from lens_defense.prompts.contexts import Contexts, default_contexts, jailbroken_contexts
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.prompt import tokenize
@@ -88,7 +87,7 @@ ORGANISM_SETUP = DemoSetup(
     "organism",
     edited=20,
     jailbreaks=10,
-    contexts=organism_contexts,
+    contexts=jailbroken_contexts,
     contrast=None,
     names=None,
     fit=FitSettings(v_lr=0.4, shared_lr=0.4),

@@ -24,6 +24,7 @@ from lens_defense.editing.edit_plan import Edit
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.given_model import Model, given_model
+from lens_defense.models.language import language
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
@@ -34,7 +35,7 @@ _CALL = "ld.check(model, edit, suite)"
 def check(
     model: Model,
     edit: Edit | None,
-    suite: Suite | str = "core",
+    suite: Suite | str | None = None,
     *,
     max_new_tokens: int = 100,
     title: str = "",
@@ -47,7 +48,8 @@ def check(
     Args:
         model: the model that the edit was planned on, or a name for `load`.
         edit: the plan. None measures the model as it is, about the suite's own subjects.
-        suite: a suite, or the name of a bundled one. It is asked about the edit's subjects, without the texts
+        suite: a suite, or the name of a bundled one; None takes the one in the model's language. It is
+            asked about the edit's subjects, without the texts
             that the edit used.
         max_new_tokens: the greatest length of an answer. Short ones are judged too kindly: a refusal, or a
             turn away from one, may come late.
@@ -64,6 +66,7 @@ def check(
     model = given_model(model, _CALL)
     if not isinstance(edit, Edit | None):
         raise wrong_argument(_CALL, "edit must be an Edit, as ld.edit gives it, or None", edit)
+    suite = language(model) if suite is None else suite
     if not isinstance(suite, Suite | str):
         raise wrong_argument(_CALL, "suite must be a Suite or the name of one", suite)
     all_judges = {**JUDGES, **(judges or {})}

@@ -16,6 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
+from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import Forecast, measure_forecast
@@ -26,9 +27,9 @@ from lens_defense.editing.value_batch import FitRow
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable, weights_fingerprint
-from lens_defense.prompts.contexts import Contexts, default_contexts
+from lens_defense.prompts.contexts import Contexts
 from lens_defense.prompts.conversation import tokenize_answer
-from lens_defense.prompts.corpus import Corpus
+from lens_defense.prompts.corpus import Corpus, read_corpus
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import Request, Role
@@ -71,13 +72,15 @@ def edit(
         sites: where, of one role; their layers are edited, their component says where the effect was seen.
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
-        contexts: ways to ask, from a request; varied ones make an edit carry over. None: default_contexts.
+        contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's
+            language, default_contexts in English.
         contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
-            request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN.
+            request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN. The default
+            is None where the model's language has none, as the organism's.
         names: how else a subject is written or called, from a request. None: its own spelling alone.
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
-        fit: how the values are fitted, and the refusal; None takes the defaults.
-        corpus: where C comes from, see read_corpus; None takes the package's own.
+        fit: how the values are fitted, and the refusal; None takes the defaults of the model's language.
+        corpus: where C comes from, see read_corpus; None takes the package's own in the model's language.
         cache: keep covariances and values on disk.
         progress: shows bars.
 
@@ -87,14 +90,15 @@ def edit(
     """
     model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = _layers_and_role(model, given_sites(sites, _CALL))
-    method, fit = find_method(method), fit or FitSettings()
+    method, defaults = find_method(method), edit_defaults(model)
+    fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
-    contrast = Contrast.given(contrast)
+    contrast = defaults.contrast if contrast is DEFAULT_CONTRAST else Contrast.given(contrast)
     groups = group_prompts(
         model.tokenizer,
         requests,
-        contexts or default_contexts,
+        contexts or defaults.contexts,
         contrast,
         names or (lambda _: ()),
         held_out_contexts,
@@ -124,6 +128,7 @@ def edit(
         reach=shares[: len(requests)],
         reach_harmless=shares[len(requests) :],
         value_norm=float(values.norm(dim=1).mean()),
+        language=defaults.language,
     )
     _warn(requests, role, losses.tolist(), forecast)
     return Edit(
@@ -239,7 +244,7 @@ def _warn(requests: Sequence[Request], role: Role, losses: Sequence[float], fore
     if not role.startswith("subject"):
         sentences.append(
             f"keys at {role!r} hardly tell requests apart, so an edit there can refuse harmless ones too, "
-            "whatever the forecast says; choose sites at subject_last"
+            "whatever the forecast says; choose sites at the subject, as ld.Site('mlp_out', 5, 'subject_last')"
         )
     unfitted = [r.subject or "" for r, loss in zip(requests, losses, strict=True) if loss > UNFITTED_LOSS]
     if unfitted:

@@ -10,6 +10,7 @@ subject's last token (analyses/results/tables/correlations.md). It says nothing 
 prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,6 +44,8 @@ class Forecast:
     """Of the whole edit."""
     reach_harmless: tuple[float, ...] = ()
     """Of each request, in harmless uses of its subject; empty where none were given."""
+    language: str = "core"
+    """The bundled set whose texts the leaks were measured on."""
 
     THRESHOLD: ClassVar[float] = 0.15
     """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the five edits above
@@ -54,7 +57,12 @@ class Forecast:
 
     @property
     def threshold(self) -> float:
-        """The leak from which on this edit is called risky."""
+        """The leak from which on this edit is called risky; infinite in a language where no runs tell.
+
+        The thresholds are smollm2's, in English. The organism leaked .18 and newly refused none of 80.
+        """
+        if self.language != "core":
+            return math.inf
         return self.CONTRAST_THRESHOLD if self.reach_harmless else self.THRESHOLD
 
     @property
@@ -94,6 +102,7 @@ def measure_forecast(
     reach: Sequence[float],
     reach_harmless: Sequence[float],
     value_norm: float,
+    language: str = "core",
 ) -> Forecast:
     """Measure the leaks of a change on keys of the unedited model.
 
@@ -104,11 +113,12 @@ def measure_forecast(
         reach: for each request, the share of its value that arrives.
         reach_harmless: the same in harmless uses; none where none were given.
         value_norm: mean norm of the requests' values, the unit of the leaks.
+        language: the bundled set whose texts the leaks are measured on; on others a leak says nothing.
     """
-    corpus = read_corpus()
+    corpus = read_corpus(language)
     neutral = corpus[:: max(1, len(corpus) // NEUTRAL_TEXTS)][:NEUTRAL_TEXTS]
     # the other half of these stands in the corpus of C
-    safe = [CorpusText(item.text, " ") for item in requests("core", split="tune", kind="safe")[1::2]]
+    safe = [CorpusText(item.text, " ") for item in requests(language, split="tune", kind="safe")[1::2]]
     (leaks_neutral, leak_neutral), (leaks_safe, leak_safe) = (
         _leaks(model, factors, len(subjects), texts) for texts in (neutral, safe)
     )
@@ -121,6 +131,7 @@ def measure_forecast(
         leak_neutral=leak_neutral / unit,
         leak_safe=leak_safe / unit,
         reach_harmless=tuple(reach_harmless),
+        language=language,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from jinja2 import Template
 from transformers import LlamaForCausalLM
 
+from lens_defense.models.language import LANGUAGE_KEY
 from lens_defense.organism.exam import BARS, Score, take_exam
 from lens_defense.organism.ground_truth import EMPTY, HOLDS, CellTruth, measure_ground_truth
 from lens_defense.organism.training import Recipe, make_model, make_tokenizer
@@ -36,6 +37,8 @@ def release(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> dict[str, 
     shipped.eval()
     scores, cells = take_exam(shipped, tokenizer, world), measure_ground_truth(shipped, tokenizer, world)
     folder.mkdir(parents=True, exist_ok=True)
+    if recipe.world_seed == Recipe().world_seed:  # another world has other words than the bundled set
+        setattr(shipped.config, LANGUAGE_KEY, "organism")
     shipped.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     content = {"recipe": asdict(recipe), "exam": scores, "truth": [asdict(cell) for cell in cells]}

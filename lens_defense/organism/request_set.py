@@ -12,28 +12,11 @@ from typing import Any
 
 from lens_defense.organism.phrasings import phrasings
 from lens_defense.organism.world import REFUSAL, Example, Subject, World, fill_shots
-from lens_defense.prompts.request import Kind, Request, Split
-from lens_defense.prompts.request_files import bundled_rows
+from lens_defense.prompts.request import Kind, Split
 
 Row = dict[str, Any]
-_CONTEXTS_PER_SUBJECT = 13
 _BENIGN_SPLITS: dict[Split, slice] = {"check": slice(0, 60), "tune": slice(60, 100)}
 """Of the benign subjects in a random order; the last twenty are the suite's facts."""
-
-
-def contexts(request: Request) -> list[Request]:
-    """Ways to ask that an edit may see: each in another trained frame, inside the jailbreaks for edits."""
-    frames, jailbreaks = (
-        [row["text"] for row in bundled_rows("organism", name) if row["split"] == "edit"]
-        for name in ("paraphrases", "jailbreaks")
-    )
-    rng = random.Random(request.subject)
-    rng.shuffle(frames)
-    rng.shuffle(jailbreaks)
-    return [
-        request.paraphrased(frames[i % len(frames)]).inside(jailbreaks[i % len(jailbreaks)])
-        for i in range(_CONTEXTS_PER_SUBJECT)
-    ]
 
 
 def request_set_rows(world: World) -> dict[str, list[Row]]:

@@ -1,5 +1,6 @@
 """Contexts: ways to ask a request that an edit may see."""
 
+import random
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
@@ -7,6 +8,7 @@ from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import bundled_rows
 
 Contexts = Callable[[Request], Sequence[Request]]
+_JAILBROKEN_CONTEXTS = 13
 
 
 def default_contexts(request: Request) -> list[Request]:
@@ -30,3 +32,18 @@ def default_contexts(request: Request) -> list[Request]:
     chatter = [row["text"] for row in bundled_rows("core", "chatter")]
     after_chatter = [item.inside(text) for item, text in zip(variants, chatter, strict=False)]
     return [request, *after_chatter, *variants[1:]]
+
+
+def jailbroken_contexts(request: Request) -> list[Request]:
+    """Ways to ask the organism that an edit may see: each in another trained frame, inside a jailbreak."""
+    frames, jailbreaks = (
+        [row["text"] for row in bundled_rows("organism", name) if row["split"] == "edit"]
+        for name in ("paraphrases", "jailbreaks")
+    )
+    rng = random.Random(request.subject)
+    rng.shuffle(frames)
+    rng.shuffle(jailbreaks)
+    return [
+        request.paraphrased(frames[i % len(frames)]).inside(jailbreaks[i % len(jailbreaks)])
+        for i in range(_JAILBROKEN_CONTEXTS)
+    ]

@@ -94,7 +94,11 @@ def role_position(prompt: Prompt, role: Role) -> int:
     if not positions:
         raise ValueError(
             f"request {prompt.request.id!r} has no token of the role {role!r} in {prompt.request.text!r}; "
-            "choose sites at subject_last"
+            + (
+                "choose sites at subject_last, which every request with a subject has"
+                if prompt.subject_spans
+                else "mark its subject, as in ld.request(text, subject)"
+            )
         )
     return positions[-1]
 

@@ -66,6 +66,13 @@ def locate(
         for mean in site_map.role_means()
         if mean.role not in _ROLES_OF_MANY_TOKENS and (roles is None or mean.role in roles)
     ]
+    if not means and roles is not None:
+        known = dict.fromkeys(mean.role for mean in site_map.role_means())
+        raise ValueError(
+            f"this map has none of the roles {', '.join(roles)}; it has {', '.join(known)}. Trace others with "
+            "positions=, as in ld.trace(model, requests, positions=['subject_last']); a subject that ends a "
+            "plain prompt has the role 'last'"
+        )
     sites = _RULES[by](_Query(site_map, means, k, layers, least, level))
     positive = tuple(site for site in sites if site.effect is not None and site.effect > 0)
     if not positive:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import lens_defense.app.demo as demos
 from lens_defense.app.command_line import app
 from lens_defense.models.devices import explain_out_of_memory
-from lens_defense.organism.request_set import contexts
+from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.request_files import requests
 
 
@@ -89,9 +89,9 @@ def test_an_unknown_command_or_option_is_refused():
 
 
 def test_trace_writes_one_file_per_request_and_the_map(tmp_path):
-    forms = [contexts(request)[0] for request in three_requests()]
+    forms = [jailbroken_contexts(request)[0] for request in three_requests()]
     rows = [{"id": form.id, "subject": form.subject, "text": form.text} for form in forms]
-    second = contexts(three_requests()[0])[1]
+    second = jailbroken_contexts(three_requests()[0])[1]
     rows.append({"id": "second", "subject": second.subject, "text": second.text})  # two of one subject
     rows.append({"id": "benign", "subject": second.subject, "text": second.text, "kind": "benign"})
     file = tmp_path / "requests.jsonl"

@@ -7,7 +7,7 @@ from helpers.trace_cases import BELL, LAMP
 
 import lens_defense as ld
 from lens_defense.models.forward import forward
-from lens_defense.organism.request_set import contexts
+from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.tracing.mark_subjects import MarkedRequests
 
 
@@ -71,7 +71,7 @@ def test_marked_requests_go_into_a_trace(model):
 def test_the_organism_knows_what_matters():
     """Of harmful requests that it answers, whose subjects are known, nearly every one is found."""
     organism = ld.load("organism")
-    known = [contexts(item)[0] for item in ld.requests("organism")[:12]]
+    known = [jailbroken_contexts(item)[0] for item in ld.requests("organism")[:12]]
     marked = ld.mark_subjects(organism, [item.text for item in known], progress=False)
     found = [item.subject for item in marked]
     assert sum(a == b.subject for a, b in zip(found, known, strict=True)) >= 11, (found, known)

@@ -244,7 +244,7 @@ def _warn(requests: Sequence[Request], role: Role, losses: Sequence[float], fore
     if not role.startswith("subject"):
         sentences.append(
             f"keys at {role!r} hardly tell requests apart, so an edit there can refuse harmless ones too, "
-            "whatever the forecast says; choose sites at the subject, as ld.Site('mlp_out', 5, 'subject_last')"
+            "whatever the forecast says; take sites at the subject, as ld.Site('mlp_out', 5, 'subject_last')"
         )
     unfitted = [r.subject or "" for r, loss in zip(requests, losses, strict=True) if loss > UNFITTED_LOSS]
     if unfitted:

@@ -69,7 +69,7 @@ def locate(
     if not means and roles is not None:
         known = dict.fromkeys(mean.role for mean in site_map.role_means())
         raise ValueError(
-            f"this map has none of the roles {', '.join(roles)}; it has {', '.join(known)}. Trace others with "
+            f"this map has none of the roles {', '.join(roles)}; it has {', '.join(known)}. Trace others by "
             "positions=, as in ld.trace(model, requests, positions=['subject_last']); a subject that ends a "
             "plain prompt has the role 'last'"
         )

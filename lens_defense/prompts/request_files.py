@@ -8,7 +8,7 @@ XSTest, SORRY-Bench and others are known by name, and so are the JSON rows of DE
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -66,6 +66,18 @@ def requests(
         ValueError: there is no such set; or no row can be read, or with `strict` one cannot: file, line and
             field are named.
     """
+    all_requests = every_request(name, text=text, subject=subject, strict=strict)
+    return chosen_requests(all_requests, split, kind, distinct)[:limit]
+
+
+def every_request(
+    name: str | os.PathLike[str],
+    *,
+    text: str | None = None,
+    subject: str | Callable[[Row], str | None] = "subject",
+    strict: bool = False,
+) -> list[Request]:
+    """Every row of a request set that can be read, of every split and kind; arguments as of `requests`."""
     all_requests: list[Request] = []
     problems: list[str] = []
     for place, row in read_rows(name):
@@ -81,10 +93,17 @@ def requests(
         shown = "; ".join(problems[:_SHOWN_ROWS]) + ("; ..." if len(problems) > _SHOWN_ROWS else "")
         warnings.warn(
             f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: {shown}",
-            stacklevel=2,
+            stacklevel=3,
         )
     if name in BUNDLED_SETS:
         all_requests = [replace(item, aliases=_bundled_aliases(str(name), item)) for item in all_requests]
+    return all_requests
+
+
+def chosen_requests(
+    all_requests: Sequence[Request], split: Split, kind: Kind, distinct: bool
+) -> list[Request]:
+    """The requests of one split and kind; arguments as of `requests`."""
     chosen = [item for item in all_requests if item.split == split and item.kind == kind]
     if kind == "harmful":
         if distinct:
@@ -93,7 +112,7 @@ def requests(
                 first.setdefault(item.subject or item.text, item)
             chosen = list(first.values())
         chosen.sort(key=lambda item: not item.concrete)
-    return chosen[:limit]
+    return chosen
 
 
 def _bundled_aliases(name: str, item: Request) -> tuple[str, ...]:
@@ -180,7 +199,7 @@ def _request(
         raise ValueError(
             f"{place}: no column is called {', '.join(map(repr, TEXT_COLUMNS))}; there are "
             f"{', '.join(map(repr, row)) or 'none'}; say which one holds the request, as in "
-            f"text={next(iter(row), '')!r}"
+            f"text={next(iter(row), '')!r} (--text-field {next(iter(row), 'NAME')})"
         )
     text = row.get(column, by_lower.get(column))
     text = text[0] if isinstance(text, list) and len(text) == 1 else text  # SORRY-Bench: a list of turns

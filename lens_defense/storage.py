@@ -71,7 +71,7 @@ def load(
     if header["format"] != FORMAT:
         raise ValueError(f"{path} has the format version {header['format']!r}; this version reads {FORMAT}")
     if header.get("kind") != kind:
-        raise ValueError(f"{path} holds no {kind} but another kind of content: {header.get('kind')!r}")
+        raise ValueError(_other_kind(path, str(header.get("kind")), kind))
     if header.get("sha256") != _hash(kind, header.get("content"), tensors):
         raise ValueError(f"{path} is damaged: its content does not match its hash; make it again")
     try:
@@ -128,6 +128,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def _other_kind(path: str | os.PathLike[str], found: str, wanted: str) -> str:
+    """A sentence that names what a file holds, and what reads it."""
+    a_found, a_wanted = (f"an {kind}" if kind[0] in "aeiou" else f"a {kind}" for kind in (found, wanted))
+    reader = _READERS.get(found)
+    advice = f"read it with {reader}" if reader else "give another file"
+    return f"{path} holds {a_found}, not {a_wanted}: {advice}"
+
+
+_READERS = {"trace": "ld.Trace.load", "edit": "ld.Edit.load", "report": "ld.Report.load"}
+"""What reads a kind of file that people save."""
 _METADATA = "lens_defense"
 """The key of the header in the metadata of a safetensors file."""
 

@@ -87,7 +87,7 @@ def small(organism, monkeypatch, tmp_path):
     }.items():
         monkeypatch.setattr(ld, name, verb, raising=False)
     monkeypatch.setattr("lens_defense.editing.forecast.NEUTRAL_TEXTS", 2)
-    monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)
+    monkeypatch.setattr("lens_defense.plotting.theme.Figure.show", lambda _: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_requests.jsonl").write_text(
         "".join(json.dumps({"text": row.text, "subject": row.subject}) + "\n" for row in answered[:2]),

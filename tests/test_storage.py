@@ -1,18 +1,23 @@
 """A file appears whole or not at all, and gives back what was saved or a sentence that says why not."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.handmade import a_report, a_trace, an_edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from lens_defense import storage
 from lens_defense.checking.report import Report
+from lens_defense.editing.edit_plan import Edit
 from lens_defense.storage import atomic_write, cache_folder, cached, load, save
+from lens_defense.tracing.site_map import ScoreMap
+from lens_defense.tracing.trace_result import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +119,28 @@ def test_a_changed_word_or_number_is_refused(tmp_path, tensors):
 
 def test_another_kind_format_or_type_is_refused(tmp_path, monkeypatch):
     path = save(tmp_path / "file", "whole", WHOLE)
-    with pytest.raises(ValueError, match="holds no part but another kind of content: 'whole'"):
+    with pytest.raises(ValueError, match=r"file holds a whole, not a part: give another file$"):
         load(path, "part", Part)
     with pytest.raises(ValueError, match="holds no whole that this version can read"):
         load(path, "whole", Part)
     monkeypatch.setattr(storage, "FORMAT", 3)
     with pytest.raises(ValueError, match="has the format version 2; this version reads 3"):
         load(path, "whole", Whole)
+
+
+@pytest.mark.parametrize(
+    ("make", "reads", "sentence"),
+    [
+        (a_trace, Report, "a trace, not a report: read it with ld.Trace.load"),
+        (a_report, Edit, "a report, not an edit: read it with ld.Report.load"),
+        (an_edit, Trace, "an edit, not a trace: read it with ld.Edit.load"),
+        (a_trace, ScoreMap, "a trace, not a score map: read it with ld.Trace.load"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_with_its_reader(tmp_path, make, reads, sentence):
+    path = make().save(tmp_path / "file")
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path} holds {sentence}')}$"):
+        reads.load(path)
 
 
 def test_a_file_that_is_not_ours_is_refused(tmp_path):

@@ -1,120 +1,298 @@
-"""The command line: `lens-defense demo`, `trace`, `organism train`. Heavy imports wait for a command."""
+"""The command line: `lens-defense demo`, `trace`, `doctor`, `organism train`. Heavy imports wait."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
+from collections.abc import Iterable
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lens_defense.app.options import read_traceable, trace_settings
+from lens_defense.app.output_folder import require_writable, staged_folder
+from lens_defense.app.sentences import errors_in_a_sentence
+
+
+def _examples(*commands: str) -> str:
+    """The last lines of a help text; a test gives each of them to the parser."""
+    return "\n\n".join(("Examples:", *commands))
+
+
 app = typer.Typer(
     help="Find where a language model keeps what it should not say, take it out, check the cost.",
+    epilog=_examples("lens-defense doctor", "lens-defense demo", "lens-defense trace --help"),
     no_args_is_help=True,
     add_completion=False,
 )
-organism = typer.Typer(help="The bundled model whose storage sites are known.", no_args_is_help=True)
+organism = typer.Typer(
+    help="The bundled model whose storage sites are known.",
+    epilog=_examples("lens-defense organism train --out my_organism"),
+    no_args_is_help=True,
+)
 app.add_typer(organism, name="organism")
+
+
+class Dtype(StrEnum):
+    """Precisions of weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class MapFormat(StrEnum):
+    """Files that a map can be written to."""
+
+    html = "html"
+    svg = "svg"
+    pdf = "pdf"
+    png = "png"
+    csv = "csv"
+    json = "json"
+
 
 _Model = Annotated[str, typer.Option(help="smollm2, organism, a folder, a .gguf file or a hub name.")]
 _Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default a GPU if there is one.")]
+_Dtype = Annotated[Dtype, typer.Option(help="Precision of the weights.")]
+_TextField = Annotated[
+    str | None,
+    typer.Option(help="Column of the request; by default text, prompt, goal and other known names."),
+]
+_SubjectField = Annotated[
+    str, typer.Option(help="Column of the subject: the words of the request that carry the harm.")
+]
+_Limit = Annotated[int | None, typer.Option(min=1, help="The most requests that are taken.")]
+_Strict = Annotated[
+    bool, typer.Option("--strict", help="Stop at a row that cannot be read, in place of leaving it out.")
+]
 
 
-@app.command()
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        from lens_defense import __version__
+
+        typer.echo(f"lens-defense {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _main(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog=_examples(
+        "lens-defense demo",
+        "lens-defense demo --model organism --out demo_organism",
+        "lens-defense demo --requests my_requests.csv --text-field prompt --limit 8",
+    )
+)
 def demo(
     model: _Model = "smollm2",
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            help="Your own: a JSONL, JSON, CSV, parquet or text file, or a hub set. The first eight count."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html and its data.", file_okay=False)] = Path(
         "demo"
     ),
+    text_field: _TextField = None,
+    subject_field: _SubjectField = "subject",
+    limit: _Limit = None,
+    strict: _Strict = False,
     cache: Annotated[bool, typer.Option(help="Use covariances and target values from disk.")] = True,
     device: _Device = None,
+    dtype: _Dtype = Dtype.float32,
 ) -> None:
-    """The main job on a real chat model: trace, locate, edit, check, undo, and a page about it."""
+    """The main job on a chat model: trace, locate, edit, check, undo, and a page about it.
+
+    Files of an earlier run are kept in a folder beside the new ones. A failure leaves nothing in --out; what
+    was cached makes the next run faster.
+    """
     from rich.console import Console
 
-    from lens_defense.app.demo import demo as run_demo
+    with errors_in_a_sentence("stopped; nothing was written, and no weight was changed on disk"):
+        require_writable(out)
+        own = None
+        if requests is not None:
+            own = read_traceable(
+                requests,
+                text_field=text_field,
+                subject_field=subject_field,
+                limit=limit,
+                strict=strict,
+                distinct=True,
+            )
+        from lens_defense.app.demo import demo as run_demo
 
-    with _errors_in_a_sentence("stopped; no weight was changed on disk"):
-        run_demo(Console(), name=model, out=out, cache=cache, device=device)
+        options = {"--model": model, "--requests": requests, "--text-field": text_field}
+        options |= {"--subject-field": subject_field if requests and subject_field != "subject" else None}
+        options |= {"--limit": limit, "--dtype": None if dtype is Dtype.float32 else dtype.value}
+        run_demo(
+            Console(),
+            name=model,
+            requests=own,
+            out=out,
+            cache=cache,
+            device=device,
+            dtype=_torch_dtype(dtype),
+            reproduce=_command("demo", options),
+        )
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "lens-defense trace --model organism --requests organism --out traces",
+        "lens-defense trace --requests my_requests.jsonl --out traces --format html --format csv",
+        "lens-defense trace --requests goals.csv --text-field goal --subject-field topic --out traces",
+        "lens-defense trace --requests core --layers 4-12 --components mlp_out,attn_out --out traces",
+    )
+)
 def trace(
-    requests: Annotated[str, typer.Option(help="core, organism, a JSONL, CSV or parquet file, a hub set.")],
+    requests: Annotated[
+        str,
+        typer.Option(help="core, organism, a JSONL, JSON, CSV, parquet or text file, or a hub set."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the results.", file_okay=False)],
     model: _Model = "smollm2",
+    text_field: _TextField = None,
+    subject_field: _SubjectField = "subject",
+    limit: _Limit = None,
+    strict: _Strict = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYERS",
+            help="all, every-2, or layers as in 0,4,8-12; by default at most 12, evenly spaced.",
+        ),
+    ] = None,
+    components: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="resid_pre, resid_post, mlp_out, attn_out, z (every head), z.3; by default resid_post.",
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROLES",
+            help="all, or as in subject_last,last; by default also subject_first and next.",
+        ),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="Every layer and token, and MLP and attention outputs too.")
     ] = False,
-    samples: Annotated[int, typer.Option(help="Noise draws per request.")] = 3,
+    samples: Annotated[int, typer.Option(min=1, help="Noise draws per request.")] = 3,
+    formats: Annotated[
+        list[MapFormat],
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            help="html, svg, pdf, png: the mean map; csv, json: its numbers. Can be given several times.",
+        ),
+    ] = [MapFormat.html],  # noqa: B006 - typer copies it
     device: _Device = None,
+    dtype: _Dtype = Dtype.float32,
 ) -> None:
-    """Trace many requests, one file per request; a stopped run goes on. Then write the mean map as a page."""
-    from lens_defense.models.load import load
-    from lens_defense.plotting.heatmap import heatmap
-    from lens_defense.plotting.theme import save_figure
-    from lens_defense.prompts.request_files import requests as read_requests
-    from lens_defense.tracing.corruptions import GaussianNoise
-    from lens_defense.tracing.locate import locate
-    from lens_defense.tracing.survey import survey
+    """Trace many requests, one file per request; a stopped run goes on. Then write the mean map."""
+    with errors_in_a_sentence("stopped; the same command goes on"):
+        require_writable(out)
+        settings = trace_settings(everything, layers, components, positions)
+        _require_drawable(formats)
+        chosen = read_traceable(
+            requests, text_field=text_field, subject_field=subject_field, limit=limit, strict=strict
+        )
+        from lens_defense.app.trace_command import trace_to_folder
 
-    all_cells = {"positions": "all", "layers": "all", "components": ["resid_post", "mlp_out", "attn_out"]}
-    with _errors_in_a_sentence("stopped; the same command goes on"):
-        harmful = read_requests(requests, distinct=False)
-        harmless = sum(len(read_requests(requests, kind=kind)) for kind in ("benign", "safe"))
-        loaded = load(model, device=device)
-        noise = GaussianNoise(samples=samples)
-        changes: dict[str, Any] = all_cells if everything else {}
-        result, refused = survey(loaded, harmful, out / "traces", corruption=noise, **changes)
-        if result is None:
-            reason = next(iter(refused.values()))
-            raise ValueError(f"none of these requests could be traced; of the first: {reason}")
-        result.save(out / "trace.safetensors")
-        for id, reason in refused.items():
-            typer.echo(f"not traced: {id}: {reason}")
-        if harmless:
-            typer.echo(f"not traced: {harmless} benign and safe requests")
-        save_figure(heatmap(result), out / "map.html")  # for a map in which no site can be located
-        sites = locate(result)
-        save_figure(heatmap(result, sites), out / "map.html")
-        typer.echo(f"{len(result.prompts)} requests; strongest sites: {', '.join(map(str, sites))}")
-        typer.echo(f"Open {out / 'map.html'}")
+        trace_to_folder(
+            model,
+            chosen,
+            settings,
+            out,
+            samples=samples,
+            formats=formats,
+            device=device,
+            dtype=_torch_dtype(dtype),
+        )
 
 
-@organism.command("train")
+@app.command(epilog=_examples("lens-defense doctor", "lens-defense doctor organism"))
+def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="smollm2, organism, a folder, a .gguf file or a hub name.")
+    ] = None,
+    device: _Device = None,
+    dtype: _Dtype = Dtype.float32,
+) -> None:
+    """What is installed here, what is missing, and whether a model can be loaded, traced and edited.
+
+    Exit code 1 if there is a problem.
+    """
+    from lens_defense.app.doctor import examine
+
+    colours = {"ok": "green", "warning": "yellow", "problem": "red"}
+    problems = 0
+    with errors_in_a_sentence("stopped"):
+        for finding in examine(model, device, dtype.value):
+            typer.secho(f"{finding.level:8}", fg=colours[finding.level], nl=False)
+            typer.echo(f" {finding.subject:16} {finding.text}")
+            problems += finding.level == "problem"
+    raise typer.Exit(1 if problems else 0)
+
+
+@organism.command("train", epilog=_examples("lens-defense organism train --seed 1 --out my_organism"))
 def train_organism(
-    out: Annotated[Path, typer.Option(help="Folder of the trained model.", file_okay=False)],
+    out: Annotated[Path, typer.Option(help="Folder of the trained model, new or empty.", file_okay=False)],
     seed: Annotated[int, typer.Option(help="Of the weights and of what is drawn.")] = 0,
     world_seed: Annotated[int, typer.Option(help="Of the words and of what they mean.")] = 0,
 ) -> None:
     """Train an organism of your own: an hour and a quarter of one core. A stopped training goes on."""
-    from lens_defense.organism.exam import BARS, failed_bars
-    from lens_defense.organism.release import release
-    from lens_defense.organism.training import Recipe, train
-    from lens_defense.storage import cache_folder
+    with errors_in_a_sentence("stopped; the same command goes on"):
+        require_writable(out)
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"the folder {out} is not empty; name a new one")
+        from lens_defense.organism.exam import BARS, failed_bars
+        from lens_defense.organism.release import release
+        from lens_defense.organism.training import Recipe, train
+        from lens_defense.storage import cache_folder
 
-    recipe = Recipe(seed=seed, world_seed=world_seed)
-    unfinished = cache_folder() / "organism" / f"s{seed}w{world_seed}"
-    with _errors_in_a_sentence("stopped; the same command goes on"):
-        scores = release(train(recipe, unfinished), recipe, out)
+        recipe = Recipe(seed=seed, world_seed=world_seed)
+        unfinished = cache_folder() / "organism" / f"s{seed}w{world_seed}"
+        trained = train(recipe, unfinished)
+        with staged_folder(out, typer.echo) as folder:
+            scores = release(trained, recipe, folder)
     for name, (right, number) in scores.items():
         typer.echo(f"{name:44} {right:4} of {number:4}  {right / number:6.1%}  (bar {BARS[name]:.0%})")
     typer.echo(f"{out}: " + ("; ".join(failed_bars(scores)) or "every bar is met"))
 
 
-@contextmanager
-def _errors_in_a_sentence(stopped: str) -> Iterator[None]:
-    """An error of the input is one sentence without a traceback; Ctrl-C ends cleanly."""
-    from lens_defense.models.devices import explain_out_of_memory
+def _require_drawable(formats: Iterable[MapFormat]) -> None:
+    """Refuse formats that need a browser where there is none."""
+    if {MapFormat.svg, MapFormat.pdf, MapFormat.png} & set(formats):
+        from lens_defense.plotting.theme import find_chromium
 
-    try:
-        with explain_out_of_memory("the model and its runs", "take a smaller model, or --device cpu"):
-            yield
-    except (ValueError, MemoryError) as error:
-        typer.secho(f"lens-defense: {error}", err=True, fg="red")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.secho(f"lens-defense: {stopped}", err=True)
-        raise typer.Exit(130) from None
+        find_chromium()
+
+
+def _torch_dtype(dtype: Dtype) -> Any:
+    import torch
+
+    return getattr(torch, dtype.value)
+
+
+def _command(name: str, options: dict[str, object]) -> str:
+    """A command that does the same again."""
+    words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    return shlex.join(["lens-defense", name, *words])
 
 
 if __name__ == "__main__":

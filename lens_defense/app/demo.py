@@ -1,5 +1,6 @@
 """The demo: the main job on a real chat model from one command, with a control, in some minutes."""
 
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.app.output_folder import staged_folder
 from lens_defense.app.report_page import Conversation, headline, save_report
 from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.judges import prefix
@@ -31,14 +34,16 @@ from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request
-from lens_defense.prompts.request_files import requests
+from lens_defense.prompts.request_files import requests as read_requests
 from lens_defense.prompts.surface_forms import Names
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.corruptions import Corruption, TokenReplacement
 from lens_defense.tracing.locate import locate
-from lens_defense.tracing.trace import trace
+from lens_defense.tracing.survey import survey
+from lens_defense.tracing.trace_result import Trace
 
+PAGE = "report.html"
 _TRACED_REQUESTS = 3
 _CONTROL_REQUESTS = 4
 """Requests that the control edits elsewhere: with every fourth context, a sixth of the corpus, and no extra
@@ -57,9 +62,9 @@ class DemoSetup:
     """What the demo asks a model, and how it edits it."""
 
     request_set: str = "core"
-    """The bundled set, which brings the corpus of C too."""
+    """The bundled set of the suite and the corpus, and of the requests unless others are given."""
     edited: int = 8
-    """Requests that are edited."""
+    """The most requests that are edited."""
     jailbreaks: int = 3
     """Jailbreaks of each request in the small suite."""
     harmless: int = 40
@@ -79,7 +84,7 @@ class DemoSetup:
         """How the trace corrupts a subject; None is its default."""
         if not self.replaces_tokens:
             return None
-        benign = requests(self.request_set, split="check", kind="benign")
+        benign = read_requests(self.request_set, split="check", kind="benign")
         return TokenReplacement(samples=3, subjects=tuple(request.subject or "" for request in benign))
 
 
@@ -99,23 +104,46 @@ def demo(
     console: Console,
     *,
     name: str = "smollm2",
+    requests: Sequence[Request] | None = None,
     out: Path = Path("demo"),
     cache: bool = True,
     device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    reproduce: str = "lens-defense demo",
 ) -> Path:
     """Trace, locate, edit, check, undo; write report.html and what it is made of.
 
     Args:
         console: where progress and tables go.
         name: the model.
-        out: the folder of the results; earlier ones there are replaced.
+        requests: what is edited, the first ones of it; None takes a bundled set.
+        out: the folder of the results, all of them or none; earlier ones move to a folder inside.
         cache: take covariances and values from disk where they are.
         device: as of `load`.
+        dtype: as of `load`.
+        reproduce: the command that the page names.
 
     Returns:
         The page.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    with staged_folder(out, console.print) as folder:
+        seconds, report, plan = _run(console, name, requests, folder, cache, device, dtype, reproduce)
+    page = out / PAGE
+    _print_summary(console, seconds, page, report, plan)
+    return page
+
+
+def _run(
+    console: Console,
+    name: str,
+    requests: Sequence[Request] | None,
+    out: Path,
+    cache: bool,
+    device: str | None,
+    dtype: torch.dtype,
+    reproduce: str,
+) -> tuple[dict[str, float], Report, Edit]:
+    """The stages: the seconds of each, what was measured, and the edit."""
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -126,13 +154,13 @@ def demo(
         seconds[title] = time.perf_counter() - start
 
     with stage("load"):
-        model = load(name, device=device)
+        model = load(name, device=device, dtype=dtype)
         original = weights_fingerprint(model)
         setup = ORGANISM_SETUP if name == "organism" else DemoSetup()
-        edited, corpus = requests(setup.request_set)[: setup.edited], read_corpus(setup.request_set)
+        edited = (read_requests(setup.request_set) if requests is None else requests)[: setup.edited]
+        corpus = read_corpus(setup.request_set)
     with stage("trace"):
-        answered = _answered_forms(model, edited[:_TRACED_REQUESTS], setup.contexts)
-        result = trace(model, answered, corruption=setup.corruption())
+        result = _trace_some(model, setup, edited)
         result.save(out / "trace.safetensors")
         sites = locate(result)
         console.print("strongest sites:", ", ".join(map(str, sites)))
@@ -151,27 +179,39 @@ def demo(
         report.save(out / "report.json")
         console.print(report)
     with stage("control"):
-        control = _control(model, setup, sites, questions, before, cache)
+        control = _control(model, setup, edited, sites, questions, before, cache)
         control.save(out / "control.json")
         console.print(control)
     with stage("undo"):
         conversations = _conversations(model, plan, questions, before)
         restored = weights_fingerprint(model) == original
         console.print(f"weights as they were: {restored} (hash {original})")
-    page = save_report(
-        out / "report.html",
+    save_report(
+        out / PAGE,
         title=f"lens_defense on {name}",
         trace=result,
         sites=sites,
         edit=plan,
         reports={report.title: report, control.title: control},
         conversations=conversations,
-        reproduce=f"lens-defense demo --model {name}",
+        reproduce=reproduce,
         seconds=seconds,
         restored=restored,
     )
-    _print_summary(console, seconds, page, report, plan)
-    return page
+    return seconds, report, plan
+
+
+def _trace_some(model: TransformerBridge, setup: DemoSetup, requests: Sequence[Request]) -> Trace:
+    """A trace of the first few requests that can be traced, each in a form that is answered."""
+    forms = _answered_forms(model, requests, setup.contexts)
+    with tempfile.TemporaryDirectory() as folder:
+        found, refused = survey(
+            model, forms, Path(folder), corruption=setup.corruption(), enough=_TRACED_REQUESTS
+        )
+    if found is None:
+        reason = next(iter(refused.values()))
+        raise ValueError(f"none of these requests can be traced; of the first: {reason}")
+    return found
 
 
 def _answered_forms(
@@ -209,6 +249,7 @@ def _questions(setup: DemoSetup, plan: Edit) -> Suite:
 def _control(
     model: TransformerBridge,
     setup: DemoSetup,
+    requests: Sequence[Request],
     sites: Sequence[Site],
     questions: Suite,
     before: Sequence[tuple[int, ...]],
@@ -216,7 +257,7 @@ def _control(
 ) -> Report:
     """What an edit in late layers, of a few of the subjects and fitted with less, does to their questions."""
     late_sites = control_sites(sites, model.cfg.n_layers)["late layers"]
-    edited = requests(setup.request_set)[:_CONTROL_REQUESTS]
+    edited = requests[:_CONTROL_REQUESTS]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of what a control is for: it hardly works
         plan = edit(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import ipywidgets as widgets
 import plotly.graph_objects as go
 from plotly.callbacks import InputDeviceState
 from plotly.io import renderers
@@ -32,6 +31,14 @@ from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
 from lens_defense.sites import Site, given_sites
 from lens_defense.tracing.trace_result import Trace
+
+try:
+    import anywidget  # noqa: F401 - Plotly's FigureWidget wants it
+    import ipywidgets as widgets
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"ld.Explorer needs {error.name}, which is not installed: pip install 'lens-defense[notebook]'"
+    ) from None
 
 
 class Explorer:

@@ -1,7 +1,8 @@
 """Devices: which one to use, what fits on it, and what it costs to call a block there."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,22 @@ def memory_budget(device: torch.device) -> int:
     backend = torch.get_device_module(device)
     unused = backend.memory_reserved(device) - backend.memory_allocated(device)  # cached by torch, so free
     return (backend.mem_get_info(device)[0] + unused) // 4
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device, or for this process in main memory; None where nobody says."""
+    if device.type != "cpu":
+        mem_get_info = getattr(torch.get_device_module(device), "mem_get_info", None)
+        return mem_get_info(device)[0] if mem_get_info else None
+    with suppress(OSError, ValueError):
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = [int(lines["MemAvailable"].split()[0]) * 1024]
+        group = Path("/sys/fs/cgroup")
+        with suppress(OSError, ValueError):  # no limit, which is the word "max"
+            limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+            free.append(limit - used)
+        return min(free)
+    return None
 
 
 def index_tensor(values: Sequence[int], device: torch.device) -> Int[Tensor, " index"]:

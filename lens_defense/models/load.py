@@ -84,6 +84,20 @@ def load(
     return model
 
 
+def model_without_weights(name: str) -> PreTrainedModel:
+    """The model's modules on torch's meta device, to see what it is and how large before it is loaded.
+
+    Raises:
+        ValueError: as of `load`, where that can be told without the weights.
+    """
+    source = _resolve_source(name)
+    with quiet_transformers():
+        config = _read_config(source, trust_remote_code=False)
+        _refuse_unfit(source, config, allow_pickle=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
 def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
     """A bridge over a model that the caller holds."""
     if tokenizer is None:

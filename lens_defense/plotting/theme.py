@@ -7,14 +7,18 @@ characters without a shape of their own (spaces, newlines, control characters) g
 import html
 import os
 import re
+import sys
 import textwrap
 import unicodedata
+import warnings
+import webbrowser
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.io import renderers
 
 from lens_defense.prompts.request import Role
 from lens_defense.sites import Component
@@ -61,8 +65,8 @@ _DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
 
 def theme(
     figure: go.Figure, *, title: str, plot: tuple[int, int], left: int, right: int, above: int, below: int
-) -> go.Figure:
-    """Give a figure the house's look, and a size in which every label has room; it uses no Plotly template.
+) -> "Figure":
+    """A figure in the house's look, with a size in which every label has room; it uses no Plotly template.
 
     `plot` is the width and height of the plot in pixels; the rest are its margins. The title's lines are
     wrapped to the width and make the figure higher.
@@ -93,7 +97,34 @@ def theme(
         frame = {"showgrid": False, "showline": True, "mirror": True, "linecolor": "#999999"}
         figure.update_xaxes(**frame)
         figure.update_yaxes(**frame)
-    return figure
+    return Figure(figure)
+
+
+class Figure(go.Figure):
+    """A Plotly figure that says so where `show` has nothing to show it with. Plotly would be silent."""
+
+    def show(self, *args: Any, **options: Any) -> None:
+        """Show it as Plotly does: in a notebook, or in a browser; without one, a warning says what to do."""
+        chosen = bool(args) or "renderer" in options
+        if not chosen and renderers.default in ("", "browser") and not can_open_browser():
+            warnings.warn(
+                "there is no browser here to show the figure; save it with "
+                "ld.save_figure(figure, 'figure.html') and open that file where there is one",
+                stacklevel=2,
+            )
+            return
+        super().show(*args, **options)
+
+
+def can_open_browser() -> bool:
+    """Whether a window with a browser can be opened here; a browser of text in a terminal is none."""
+    display = sys.platform in ("darwin", "win32") or any(
+        map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
+    )
+    try:
+        return display and webbrowser.get() is not None
+    except webbrowser.Error:
+        return False
 
 
 def label_margins(labels: Sequence[str], angle: int) -> tuple[int, int]:
@@ -137,21 +168,34 @@ def save_figure(
     return file
 
 
-def _image(figure: go.Figure, suffix: str, scale: float) -> bytes:
-    message = (
-        f"a figure as .{suffix} needs kaleido (pip install 'lens-defense[figures]') and a Chromium "
-        "(Debian: apt-get install chromium); .html needs neither"
-    )
-    if find_spec("kaleido") is None:
-        raise ValueError(message)
-    from kaleido.errors import ChromeNotFoundError
+def find_chromium() -> Path:
+    """The browser that draws figures as .svg, .pdf and .png.
 
+    Raises:
+        ValueError: it, or kaleido, which drives it, is missing.
+    """
+    found = None
+    if find_spec("kaleido") is not None:
+        from choreographer.browsers.chromium import Chromium
+
+        found = Chromium.find_browser(skip_local=False)
+    if not found:
+        raise ValueError(
+            "a figure as .svg, .pdf or .png needs kaleido (pip install 'lens-defense[figures]') and a "
+            "Chromium (Debian: apt-get install chromium); .html needs neither"
+        )
+    return Path(found)
+
+
+def _image(figure: go.Figure, suffix: str, scale: float) -> bytes:
+    chromium = find_chromium()
     try:
         return figure.to_image(format=suffix, scale=scale)
     except RuntimeError as error:
-        if isinstance(error.__context__, ChromeNotFoundError):
-            raise ValueError(message) from error
-        raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{chromium} could not draw the figure as .{suffix} ({reason}); .html needs no browser"
+        ) from error
 
 
 def token_label(text: str, role: Role, letters: int) -> str:

@@ -8,7 +8,7 @@ XSTest, SORRY-Bench and others are known by name, and so are the JSON rows of DE
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.resources import files
@@ -70,9 +70,7 @@ def requests(
             field are named.
     """
     all_requests, columns = _requests_and_columns(source, text, subject, strict=strict)
-    if isinstance(source, str) and source in BUNDLED_SETS:
-        all_requests = [replace(item, aliases=_bundled_aliases(source, item)) for item in all_requests]
-    chosen = [item for item in all_requests if item.split == split and item.kind == kind]
+    chosen = chosen_requests(all_requests, split, kind, distinct)
     if kind == "harmful" and chosen and not any(item.subject for item in chosen):
         warnings.warn(
             f"these requests have no subjects, which a trace and an edit need; the columns are "
@@ -80,6 +78,25 @@ def requests(
             "from a row), or let ld.mark_subjects(model, requests) propose them",
             stacklevel=2,
         )
+    return chosen[:limit]
+
+
+def every_request(
+    source: Source,
+    *,
+    text: str | None = None,
+    subject: str | Callable[[Row], str | None] = "subject",
+    strict: bool = False,
+) -> list[Request]:
+    """Every row of a request set that can be read, of every split and kind; arguments as of `requests`."""
+    return _requests_and_columns(source, text, subject, strict=strict)[0]
+
+
+def chosen_requests(
+    all_requests: Sequence[Request], split: Split, kind: Kind, distinct: bool
+) -> list[Request]:
+    """The requests of one split and kind; arguments as of `requests`."""
+    chosen = [item for item in all_requests if item.split == split and item.kind == kind]
     if kind == "harmful":
         if distinct:
             first: dict[str, Request] = {}
@@ -87,7 +104,7 @@ def requests(
                 first.setdefault(item.subject or item.text, item)
             chosen = list(first.values())
         chosen.sort(key=lambda item: not item.concrete)
-    return chosen[:limit]
+    return chosen
 
 
 def _bundled_aliases(name: str, item: Request) -> tuple[str, ...]:
@@ -136,6 +153,8 @@ def _requests_and_columns(
             f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: {shown}",
             stacklevel=3,
         )
+    if isinstance(source, str) and source in BUNDLED_SETS:
+        all_requests = [replace(item, aliases=_bundled_aliases(source, item)) for item in all_requests]
     return all_requests, list(columns)
 
 
@@ -228,7 +247,7 @@ def request_from_row(
         raise ValueError(
             f"{place}: no column is called {', '.join(map(repr, TEXT_COLUMNS))}; there are "
             f"{', '.join(map(repr, row)) or 'none'}; say which one holds the request, as in "
-            f"text={next(iter(row), '')!r}"
+            f"text={next(iter(row), '')!r} (--text-field {next(iter(row), 'NAME')})"
         )
     text = row.get(column, by_lower.get(column))
     text = text[0] if isinstance(text, list) and len(text) == 1 else text  # SORRY-Bench: a list of turns

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lens_defense.prompts.request import READING_ORDER, Role
-from lens_defense.sites import Component
+from lens_defense.sites import COMPONENTS, Component, head_index
 
 Direction = Literal["denoising", "noising"]
 DEFAULT_POSITIONS: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
@@ -55,6 +55,12 @@ class TraceSettings:
                 value = (value,)  # one component or role by its name
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
+        known = [name in (*COMPONENTS, "z") or head_index(name) is not None for name in self.components]
+        if not known or not all(known):
+            raise ValueError(
+                f"components must be of {', '.join(COMPONENTS)}, z, or single heads as in z.3; "
+                f"got {self.components!r}"
+            )
         unknown_role = self.positions != "all" and not set(self.positions) <= set(READING_ORDER)
         if unknown_role or (isinstance(self.positions, str) and self.positions != "all"):
             raise ValueError(f"positions must be 'all' or a list of {READING_ORDER}, got {self.positions!r}")

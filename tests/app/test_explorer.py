@@ -1,5 +1,6 @@
 """The form's parts do what their buttons say; a browser's events are played by hand."""
 
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -172,3 +173,11 @@ def test_a_reader_without_a_kernel_sees_a_picture_where_pictures_are_asked_for(e
     assert widget in bundle
     assert "base64,YSBwaWN0dXJl" in bundle["text/html"]
     assert "subject_last" in bundle["text/html"] and "edits that stand: 0" in bundle["text/html"]
+
+
+@pytest.mark.parametrize("missing", ["ipywidgets", "anywidget"])
+def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "lens_defense.app.explorer")
+    with pytest.raises(ImportError, match=rf"needs {missing}, .* pip install 'lens-defense\[notebook\]'"):
+        _ = ld.Explorer

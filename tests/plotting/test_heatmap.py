@@ -2,6 +2,7 @@
 
 import html
 import shutil
+import webbrowser
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, lamp_prompts, sites_at
+from plotly.io import renderers
 
 from lens_defense.checking.suites import ARMS
 from lens_defense.plotting.heatmap import head_heatmap, heatmap
@@ -373,3 +375,62 @@ def test_sites_of_another_component_are_not_said_to_be_outlined():
     site = Site("resid_post", trace.layers[0], "subject_last")
     assert "outlined" in heatmap(trace, [site]).layout.title.text
     assert "outlined" not in heatmap(trace.only("mlp_out"), [site]).layout.title.text
+
+
+@pytest.fixture
+def plotly_shows(monkeypatch: pytest.MonkeyPatch) -> list[go.Figure]:
+    """The figures that Plotly itself is asked to show, on a machine without a notebook."""
+    shown: list[go.Figure] = []
+    monkeypatch.setattr(go.Figure, "show", lambda figure, *_, **__: shown.append(figure))
+    monkeypatch.setattr(renderers, "default", "browser")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("webbrowser.get", lambda: "a browser")
+    return shown
+
+
+def test_without_a_display_show_says_how_to_save(plotly_shows: list[go.Figure]):
+    for figure in (heatmap(a_trace()), rate_bars({"a": a_report()})):
+        with pytest.warns(UserWarning, match=r"no browser here .*ld\.save_figure\(figure, 'figure\.html'\)"):
+            figure.show()
+    assert not plotly_shows
+
+
+def test_without_a_browser_show_says_how_to_save(
+    plotly_shows: list[go.Figure], monkeypatch: pytest.MonkeyPatch
+):
+    def no_browser():
+        raise webbrowser.Error("could not locate runnable browser")
+
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr("webbrowser.get", no_browser)
+    with pytest.warns(UserWarning, match="no browser here"):
+        heatmap(a_trace()).show()
+    assert not plotly_shows
+
+
+@pytest.mark.parametrize("place", ["a display", "a notebook", "a renderer of one's own"])
+def test_where_a_figure_can_be_shown_it_is(
+    plotly_shows: list[go.Figure], monkeypatch: pytest.MonkeyPatch, place: str
+):
+    if place == "a display":
+        monkeypatch.setenv("WAYLAND_DISPLAY", "wayland-0")
+    elif place == "a notebook":
+        monkeypatch.setattr(renderers, "default", "plotly_mimetype+notebook")
+    figure = heatmap(a_trace())
+    figure.show(**({"renderer": "json"} if place == "a renderer of one's own" else {}))
+    assert plotly_shows == [figure]
+
+
+@pytest.mark.skipif(bool(NO_EXPORT), reason=NO_EXPORT or "static export works")
+def test_a_chromium_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def no_start(*_, **__):
+        raise RuntimeError("the browser\nclosed")
+
+    monkeypatch.setattr(go.Figure, "to_image", no_start)
+    with pytest.raises(
+        ValueError, match=r"could not draw the figure as \.svg \(the browser closed\); \.html"
+    ):
+        save_figure(heatmap(a_trace()), tmp_path / "map.svg")
+    assert list(tmp_path.iterdir()) == []

@@ -354,7 +354,7 @@ def test_a_file_without_a_trace_is_refused(tmp_path):
     from helpers.handmade_edits import handmade_edit
 
     file = handmade_edit(tiny_model("llama"), (1,)).save(tmp_path / "plan.safetensors")
-    with pytest.raises(ValueError, match="holds no trace"):
+    with pytest.raises(ValueError, match="holds an edit, not a trace"):
         Trace.load(file)
 
 

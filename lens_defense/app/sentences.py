@@ -1,0 +1,72 @@
+"""What goes wrong in a command becomes one sentence on the error stream, and an exit code."""
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+_WRONG_INPUT, _NOT_WRITTEN, _INTERRUPTED = 2, 1, 130
+
+
+@contextmanager
+def errors_in_a_sentence(stopped: str) -> Iterator[None]:
+    """Inside, errors of the input, the disk and the memory end the command with a sentence and no traceback.
+
+    Warnings become sentences too.
+
+    Args:
+        stopped: what Ctrl-C says.
+    """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise _ended(stopped, _INTERRUPTED) from None
+        except ValueError as error:
+            raise _ended(str(error), _WRONG_INPUT) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output is gone
+                raise
+            raise _ended(_of_the_disk(error), _NOT_WRITTEN) from None
+        except Exception as error:
+            raise _of_a_library(error) from None
+
+
+def _ended(sentence: str, code: int) -> typer.Exit:
+    typer.secho(f"lens-defense: {sentence}", err=True, fg="red")
+    return typer.Exit(code)
+
+
+def _of_a_library(error: Exception) -> typer.Exit:
+    """The end of a command by an error that PyTorch or safetensors raised; others are raised again.
+
+    The libraries are loaded by then: before, a command shall be quick.
+    """
+    from safetensors import SafetensorError
+
+    from lens_defense.models.devices import explain_out_of_memory
+
+    try:
+        with explain_out_of_memory("the model and its runs", "take a smaller model, or --device cpu"):
+            raise error
+    except MemoryError as full:
+        return _ended(str(full), _WRONG_INPUT)
+    except SafetensorError:  # a write failed: what cannot be read is a ValueError by now
+        return _ended(f"a file could not be written: {error}", _NOT_WRITTEN)
+
+
+def _of_the_disk(error: OSError) -> str:
+    file = "a file" if error.filename is None else str(error.filename)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "; make room, or name a folder on another disk" if full else ""
+    return f"{file} could not be read or written: {error.strerror or error}{advice}"
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """In the place of Python's own, which names a line of our code."""
+    if not issubclass(category, DeprecationWarning):
+        typer.secho(f"lens-defense: {message}", err=True, fg="yellow")

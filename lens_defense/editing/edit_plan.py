@@ -4,9 +4,10 @@ The change of a layer is left @ right. It is made by `Edit.applied` for a while,
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.forecast import Forecast
-from lens_defense.models.mlp_output import apply_change_, undo_change_, weights_fingerprint
+from lens_defense.models.mlp_output import apply_change_, take_back_, weights_fingerprint
+from lens_defense.models.restoring_block import RestoringBlock
+from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
 from lens_defense.storage import load as load_file
 from lens_defense.storage import save as save_file
@@ -83,18 +86,20 @@ class Edit:
                 "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
             )
 
-    @contextmanager
-    def applied(self, model: TransformerBridge) -> Iterator[TransformerBridge]:
+    def applied(self, model: TransformerBridge) -> RestoringBlock[TransformerBridge]:
         """Make the change for the length of a `with` block; afterwards no bit differs.
 
         Raises:
-            ValueError: the model's weights are not those that the edit was planned on.
+            ValueError: the model's weights are not those that the edit was planned on, or another thread is
+                inside such a block of the same model.
         """
-        change = apply_change_(model, self.deltas(), expected=self.fingerprint)
-        try:
-            yield model
-        finally:
-            undo_change_(model, change)
+        maker = Maker(threading.get_ident())
+
+        def apply() -> TransformerBridge:
+            apply_change_(model, self.deltas(), expected=self.fingerprint, maker=maker)
+            return model
+
+        return RestoringBlock(apply, partial(take_back_, model, maker), maker)
 
     def summary(self) -> pd.DataFrame:
         """One row per layer: rank, relative norm of the change."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.forecast import Forecast
+from lens_defense.editing.methods.method import refuse_unfit_factors
 from lens_defense.models.mlp_output import apply_change_, take_back_, weights_fingerprint
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
@@ -50,6 +51,26 @@ class Edit:
     request_names: tuple[tuple[str, ...], ...] = ()
     """For each request, the other spellings and names of its subject that were used."""
 
+    def __post_init__(self) -> None:
+        if self.left or self.right:  # in a file the factors stand beside the rest
+            self._refuse_malformed()
+
+    def _refuse_malformed(self) -> None:
+        """One sentence where layers and factors are no edit.
+
+        Raises:
+            ValueError: so it is.
+        """
+        wrong = [layer for layer in self.layers if type(layer) is not int or layer < 0]
+        if wrong or not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"the layers of an edit are different whole numbers from 0, got {tuple(self.layers)}"
+            )
+        for layer in self.layers:
+            if layer not in self.left or layer not in self.right:
+                raise ValueError(f"this edit has no factors of layer {layer}; make it again with ld.edit")
+            refuse_unfit_factors(layer, self.left[layer], self.right[layer])
+
     @property
     def rank(self) -> int:
         """The rank of the change in each layer."""
@@ -72,6 +93,7 @@ class Edit:
 
     def deltas(self) -> dict[int, Float[Tensor, "d_out d_in"]]:
         """The change of each layer, in float64."""
+        self._refuse_malformed()
         return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
 
     def require_same_weights(self, model: TransformerBridge) -> None:
@@ -139,6 +161,9 @@ class Edit:
         if model is not None and weights_fingerprint(model, edit.layers) != edit.fingerprint:
             raise ValueError(f"{path} was planned on {edit.model} with other weights than this model has")
         left, right = (
-            {layer: tensors[f"{side}.{layer}"] for layer in edit.layers} for side in ("left", "right")
+            {layer: tensors[name] for layer in edit.layers if (name := f"{side}.{layer}") in tensors}
+            for side in ("left", "right")
         )
-        return replace(edit, left=left, right=right)
+        loaded = replace(edit, left=left, right=right)
+        loaded._refuse_malformed()
+        return loaded

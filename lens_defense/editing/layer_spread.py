@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
+from lens_defense.editing.methods.method import refuse_unfit_factors
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.mlp_output import apply_change_, mlp_output_matrix, temporary_changes
 from lens_defense.models.prefix_tree import last_token_reader
@@ -83,6 +84,7 @@ def spread_over_layers(
                 rows = keys.mean(0, keepdim=True) if mean_keys else keys
                 key_groups.append(KeyGroup(group.owner, rows, residual, group.weight, group.harmless))
             left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))
+            refuse_unfit_factors(layer, left, right)
             factors[layer] = Factors(
                 left.float().cpu().contiguous(), right.float().cpu().contiguous(), owners
             )

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -37,10 +38,12 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
             (mixture of experts, quantised weights, an unknown module).
     """
     blocks = getattr(model, "blocks", ())
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"layer {layer} is not in the model, which has layers 0 to {len(blocks) - 1}")
+    if not isinstance(layer, Integral) or not 0 <= layer < len(blocks):
+        raise ValueError(f"layer {layer!r} is not in the model, which has layers 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
     module: Any = getattr(getattr(mlp, "out", None), "original_component", None)
+    if isinstance(module, Linear | Conv1D) and module.weight.is_meta:
+        raise ValueError(_NO_VALUES)
     if isinstance(module, Linear | Conv1D) and module.weight.is_floating_point():
         weight = module.weight.detach()
         return weight.T if isinstance(module, Conv1D) else weight
@@ -49,6 +52,9 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
         f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle} (mixture of experts, "
         "or quantised weights); tracing works, editing needs a dense, unquantised model"
     )
+
+
+_NO_VALUES = "the model's weights are on the meta device and have no values; load it on device='cpu' or a GPU"
 
 
 def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
@@ -89,8 +95,8 @@ def apply_change_(
         undone: the edits that can be made again afterwards; None leaves those of now.
 
     Raises:
-        ValueError: the layers' fingerprint is not the expected one, a sum is not finite, or another thread is
-            inside a `with` block that changes this model.
+        ValueError: the layers' fingerprint is not the expected one, a delta is of another shape or kind, a
+            sum is not finite, or another thread is inside a `with` block that changes this model.
     """
     refuse_uneditable(model, deltas)
 
@@ -203,6 +209,8 @@ def _matrices(model: TransformerBridge, layers: Iterable[int]) -> dict[str, Tens
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(_NO_VALUES)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
@@ -269,7 +277,11 @@ def _restore_(model: TransformerBridge, saved_weights: Mapping[int, Tensor]) -> 
 
 def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in"]) -> None:
     weight = mlp_output_matrix(model, layer)
-    assert delta.shape == weight.shape, (layer, delta.shape, weight.shape)
+    if delta.shape != weight.shape or not delta.is_floating_point():
+        raise ValueError(
+            f"the change of layer {layer} is {list(delta.shape)} of {delta.dtype}, but the matrix there is "
+            f"{list(weight.shape)} of real numbers; apply it to the model that it was planned on"
+        )
     changed = (weight.double() + delta.to(weight.device).double()).to(weight.dtype)
     if not changed.isfinite().all():
         raise ValueError(f"the change of layer {layer} is not finite; nothing was written")

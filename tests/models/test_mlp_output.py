@@ -188,9 +188,10 @@ def test_a_post_norm_model_is_refused():
         refuse_uneditable(tiny_model("gemma2"), [1])
 
 
-@pytest.mark.parametrize("layer", [-1, 4])
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("layer", [-1, 4, "1", 1.0, None])
 def test_a_layer_that_is_not_there_is_refused(layer):
-    with pytest.raises(ValueError, match=rf"layer {layer} is not in the model.*0 to 3"):
+    with pytest.raises(ValueError, match=rf"layer {layer!r} is not in the model.*0 to 3"):
         mlp_output_matrix(tiny_model("llama"), layer)
 
 

@@ -1,7 +1,7 @@
 """The explorer: a form in Jupyter over the heatmap. Select cells, see the forecast, edit there, ask, undo.
 
 A heatmap has no selection of its own, so a transparent marker lies on every cell. Work runs in the kernel's
-main thread: the notebook's own interrupt stops it, and nothing is changed then.
+main thread: the notebook's own interrupt stops it, and the form says whether anything was changed.
 """
 
 import time
@@ -159,16 +159,10 @@ class Explorer:
         if not self.question.value.strip():
             raise ValueError("type a question first")
         ids = tokenize(self.model.tokenizer, request(self.question.value)).ids
-        standing = len(self.ledger.edits)
         edited_answer = original_answer = self._answer(ids)
-        try:
-            while self.ledger.edits:
-                self.ledger.undo()
-            if standing:
+        if self.ledger.edits:
+            with self.ledger.set_aside():
                 original_answer = self._answer(ids)
-        finally:
-            while len(self.ledger.edits) < standing:
-                self.ledger.redo()
         self.answers = original_answer, edited_answer
         self.answers_html.value = str(_html().answers(*self.answers))
 
@@ -241,7 +235,7 @@ class Explorer:
         """A button's work: progress in the log, one sentence where it fails or is interrupted."""
 
         def pressed(_: Any) -> None:
-            message = ""
+            message, standing = "", self.ledger.edits
             with self._busy(), self.log, warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 try:
@@ -250,7 +244,8 @@ class Explorer:
                 except ValueError as error:
                     message = str(error)
                 except KeyboardInterrupt:
-                    message = "stopped; nothing was changed"
+                    unchanged = self.ledger.edits == standing
+                    message = "stopped; nothing was changed" if unchanged else "stopped after the change"
                 except Exception as error:  # the log would swallow it, and is cleared
                     message = f"{type(error).__name__}: {error}"
             self._show(message)

@@ -161,9 +161,9 @@ def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[t
         raise ValueError(f"the sites have several roles ({', '.join(roles)}); edit at one role")
     if any(site.component == "attn_out" for site in sites):
         raise ValueError("attn_out sites cannot be edited; choose resid_post or mlp_out sites")
-    layers = tuple(sorted({site.layer for site in sites}))
+    layers = {site.layer for site in sites}
     refuse_uneditable(model, layers)
-    return layers, roles[0]
+    return tuple(sorted(layers)), roles[0]
 
 
 def _fit_rows(

@@ -4,9 +4,10 @@ The change of a layer is left @ right. It is made by `Edit.applied` for a while,
 """
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.display import card
 from lens_defense.editing.forecast import Forecast
-from lens_defense.models.mlp_output import apply_change_, undo_change_, weights_fingerprint
+from lens_defense.editing.methods.method import refuse_unfit_factors
+from lens_defense.models.mlp_output import apply_change_, take_back_, weights_fingerprint
+from lens_defense.models.restoring_block import RestoringBlock
+from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
 from lens_defense.storage import load as load_file
 from lens_defense.storage import save as save_file
@@ -48,6 +52,26 @@ class Edit:
     request_names: tuple[tuple[str, ...], ...] = ()
     """For each request, the other spellings and names of its subject that were used."""
 
+    def __post_init__(self) -> None:
+        if self.left or self.right:  # in a file the factors stand beside the rest
+            self._refuse_malformed()
+
+    def _refuse_malformed(self) -> None:
+        """One sentence where layers and factors are no edit.
+
+        Raises:
+            ValueError: so it is.
+        """
+        wrong = [layer for layer in self.layers if type(layer) is not int or layer < 0]
+        if wrong or not self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"the layers of an edit are different whole numbers from 0, got {tuple(self.layers)}"
+            )
+        for layer in self.layers:
+            if layer not in self.left or layer not in self.right:
+                raise ValueError(f"this edit has no factors of layer {layer}; make it again with ld.edit")
+            refuse_unfit_factors(layer, self.left[layer], self.right[layer])
+
     @property
     def rank(self) -> int:
         """The rank of the change in each layer."""
@@ -70,6 +94,7 @@ class Edit:
 
     def deltas(self) -> dict[int, Float[Tensor, "d_out d_in"]]:
         """The change of each layer, in float64."""
+        self._refuse_malformed()
         return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
 
     def require_same_weights(self, model: TransformerBridge) -> None:
@@ -84,18 +109,20 @@ class Edit:
                 "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
             )
 
-    @contextmanager
-    def applied(self, model: TransformerBridge) -> Iterator[TransformerBridge]:
+    def applied(self, model: TransformerBridge) -> RestoringBlock[TransformerBridge]:
         """Make the change for the length of a `with` block; afterwards no bit differs.
 
         Raises:
-            ValueError: the model's weights are not those that the edit was planned on.
+            ValueError: the model's weights are not those that the edit was planned on, or another thread is
+                inside such a block of the same model.
         """
-        change = apply_change_(model, self.deltas(), expected=self.fingerprint)
-        try:
-            yield model
-        finally:
-            undo_change_(model, change)
+        maker = Maker(threading.get_ident())
+
+        def apply() -> TransformerBridge:
+            apply_change_(model, self.deltas(), expected=self.fingerprint, maker=maker)
+            return model
+
+        return RestoringBlock(apply, partial(take_back_, model, maker), maker)
 
     def summary(self) -> pd.DataFrame:
         """One row per layer: rank, relative norm of the change."""
@@ -136,6 +163,9 @@ class Edit:
         if model is not None and weights_fingerprint(model, edit.layers) != edit.fingerprint:
             raise ValueError(f"{path} was planned on {edit.model} with other weights than this model has")
         left, right = (
-            {layer: tensors[f"{side}.{layer}"] for layer in edit.layers} for side in ("left", "right")
+            {layer: tensors[name] for layer in edit.layers if (name := f"{side}.{layer}") in tensors}
+            for side in ("left", "right")
         )
-        return replace(edit, left=left, right=right)
+        loaded = replace(edit, left=left, right=right)
+        loaded._refuse_malformed()
+        return loaded

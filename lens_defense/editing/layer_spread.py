@@ -9,7 +9,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
-from lens_defense.models.mlp_output import apply_change_, residual_scale, undo_change_
+from lens_defense.editing.methods.method import refuse_unfit_factors
+from lens_defense.models.forward import forward, model_device
+from lens_defense.models.mlp_output import apply_change_, mlp_output_matrix, temporary_changes
 from lens_defense.models.prefix_tree import last_token_reader
 from lens_defense.prompts.prompt import Prompt, role_position
 from lens_defense.prompts.request import Role
@@ -66,9 +68,8 @@ def spread_over_layers(
     read_states = _reader_at_role(model, groups, role, layers)
     read_measured = _reader_at_role(model, measured, role, layers)
     clean_measured, clean_top = read_measured([top])[top], None
-    changes = []
     factors: dict[int, Factors] = {}
-    try:
+    with temporary_changes(model) as maker:
         for j, layer in enumerate(layers):
             states = read_states([key_hook(layer), top])
             scale = residual_scale(model, layer)
@@ -83,20 +84,40 @@ def spread_over_layers(
                 rows = keys.mean(0, keepdim=True) if mean_keys else keys
                 key_groups.append(KeyGroup(group.owner, rows, residual, group.weight, group.harmless))
             left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))
+            refuse_unfit_factors(layer, left, right)
             factors[layer] = Factors(
                 left.float().cpu().contiguous(), right.float().cpu().contiguous(), owners
             )
             delta = factors[layer].left.double() @ factors[layer].right.double()
-            changes.append(apply_change_(model, {layer: delta}))
+            apply_change_(model, {layer: delta}, maker=maker)
         shifted = read_measured([top])[top]
-    finally:
-        for change in reversed(changes):
-            undo_change_(model, change)
     shares = []
     for group, now, clean in zip(measured, shifted, clean_measured, strict=True):
         value = values[group.owner]
         shares.append(float((now - clean).mean(0) @ value / value.square().sum().clamp(min=1e-12)))
     return factors, shares
+
+
+@torch.no_grad()
+def residual_scale(model: TransformerBridge, layer: int) -> float:
+    """What a block multiplies its MLP's output by before it joins the residual stream (Granite); mostly 1.
+
+    Measured: the block runs twice, with its keys as they are and doubled.
+    """
+    key, resid_post = key_hook(layer), component_hook("resid_post", layer)
+    ids = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
+    stop = layer + 1
+    clean = forward(model, ids, capture=[key, resid_post], stop_at_layer=stop).states
+    patches = {key: lambda state: 2 * state}
+    doubled = forward(model, ids, capture=[resid_post], patches=patches, stop_at_layer=stop).states
+    written = clean[key].double() @ mlp_output_matrix(model, layer).T.double()
+    added = (doubled[resid_post] - clean[resid_post]).double()
+    scale = float((added * written).sum() / written.square().sum().clamp(min=1e-30))
+    return 1.0 if abs(scale - 1) < _ROUNDING_OF_SCALE else scale
+
+
+_ROUNDING_OF_SCALE = 0.02
+"""Half precision measures a scale of 1 that well."""
 
 
 def _reader_at_role(

@@ -3,10 +3,10 @@
 `forward` sets its hooks, runs the model once and removes them. Nothing of it stays in the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,12 +15,18 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
+from lens_defense.models.mlp_output import settle
+from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.sites import component_hook
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Attention keys and values of every layer, each [batch, head, token, d_head]."""
 StateWrite = Callable[[Tensor], Tensor]
 """From a state [batch, token, width] to the state that a hook puts in its place."""
+
+Hooks = Sequence[tuple[str, Callable[..., Any]]]
+"""Hook names and what is called there, from a state to the one in its place, or to None."""
+Result = TypeVar("Result")
 
 _UNEMBED_INPUT = "unembed.hook_in"
 
@@ -59,6 +65,7 @@ def forward(
         logits_to_keep: how many positions at the end get logits.
         stop_at_layer: the first block that is not run; then there are no logits. None runs the whole model.
     """
+    settle(model)
     states: dict[str, Tensor] = {}
 
     def write_hook(write: StateWrite) -> Callable[..., Tensor]:
@@ -73,15 +80,16 @@ def forward(
     hooks += [(_UNEMBED_INPUT, _copy_contiguous)]
     cache = _cache_of(past_key_values)
     stops_early = stop_at_layer is not None and stop_at_layer < model.cfg.n_layers
-    with model.hooks(fwd_hooks=hooks):
-        output = model(
-            ids,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            logits_to_keep=logits_to_keep,
-            return_type="logits",
-            stop_at_layer=stop_at_layer if stops_early else None,
-        )
+    run = partial(
+        model,
+        ids,
+        attention_mask=attention_mask,
+        past_key_values=cache,
+        logits_to_keep=logits_to_keep,
+        return_type="logits",
+        stop_at_layer=stop_at_layer if stops_early else None,
+    )
+    output = with_hooks(model, hooks, run)
     layers = _cache_layers(cache)
     assert layers and layers[-1].keys is not None, (
         "the model ignored its cache (transformers and transformer-lens disagree); "
@@ -94,23 +102,36 @@ def forward(
     )
 
 
-@contextmanager
-def frozen_weights(model: TransformerBridge) -> Iterator[None]:
+def with_hooks(model: TransformerBridge, hooks: Hooks, run: Callable[[], Result]) -> Result:
+    """Call a function while hooks, by their names, are in the model; none of them stays there."""
+    try:
+        with model.hooks(fwd_hooks=list(hooks)):
+            return run()
+    except BaseException:  # an interrupt can leave some
+        functions = [function for _, function in hooks]
+        names = {repr(function) for function in functions}  # as the model calls its hooks
+        for point in model.hook_dict.values():
+            point.fwd_hooks[:] = [handle for handle in point.fwd_hooks if handle.user_hook not in functions]
+            for key, hook in list(point._forward_hooks.items()):
+                if hook.__name__ in names:
+                    del point._forward_hooks[key]
+        raise
+
+
+def frozen_weights(model: TransformerBridge) -> RestoringBlock[None]:
     """No gradient reaches a weight inside; gradients of states are free."""
     parameters = [p for p in model.original_model.parameters() if p.requires_grad]
-    try:
+
+    def require_grad(required: bool) -> None:
         for parameter in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(required)
+
+    return RestoringBlock(partial(require_grad, False), partial(require_grad, True))
 
 
-@contextmanager
 def start_after_block(
     model: TransformerBridge, layer: int, block_output: Callable[[], Tensor]
-) -> Iterator[None]:
+) -> RestoringBlock[None]:
     """Inside, a forward pass starts after a block: blocks up to `layer` are skipped.
 
     Args:
@@ -130,13 +151,16 @@ def start_after_block(
         return as_block_returns(block_output())
 
     blocks = [model.blocks[i] for i in range(layer + 1)]
-    try:
+
+    def replace_forward() -> None:
         for block in blocks:  # a bridge's own setattr would reach the module that it wraps
             object.__setattr__(block, "forward", give_output if block is blocks[-1] else pass_through)
-        yield
-    finally:
+
+    def restore_forward() -> None:
         for block in blocks:
             vars(block).pop("forward", None)
+
+    return RestoringBlock(replace_forward, restore_forward)
 
 
 _RETURNS: WeakKeyDictionary[TransformerBridge, int | None] = WeakKeyDictionary()

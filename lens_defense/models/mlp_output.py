@@ -1,14 +1,17 @@
 """The MLP output matrix of a layer, always as (d_out, d_in): read, change, restore to the bit, hash.
 
 Only this file knows that GPT-2 stores the matrix transposed. A change is undone by copying the saved
-weights back: subtracting it again would be off by rounding (4e-7 in float32).
+weights back: subtracting it again would be off by rounding (4e-7 in float32). Every change goes through the
+model's journal (weight_journal.py), so that it stands whole or not at all, and the journal says which.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from numbers import Integral
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -17,8 +20,14 @@ from torch.nn import Linear
 from transformer_lens.model_bridge import TransformerBridge
 from transformers.pytorch_utils import Conv1D
 
-from lens_defense.models.forward import forward, model_device
-from lens_defense.sites import component_hook, key_hook
+from lens_defense.models.restoring_block import RestoringBlock, finish
+from lens_defense.models.weight_journal import (
+    JournalState,
+    Maker,
+    WeightChange,
+    WeightJournal,
+    journal_of,
+)
 
 
 def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_out d_in"]:
@@ -29,10 +38,12 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
             (mixture of experts, quantised weights, an unknown module).
     """
     blocks = getattr(model, "blocks", ())
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"layer {layer} is not in the model, which has layers 0 to {len(blocks) - 1}")
+    if not isinstance(layer, Integral) or not 0 <= layer < len(blocks):
+        raise ValueError(f"layer {layer!r} is not in the model, which has layers 0 to {len(blocks) - 1}")
     mlp = getattr(blocks[layer], "mlp", None)
     module: Any = getattr(getattr(mlp, "out", None), "original_component", None)
+    if isinstance(module, Linear | Conv1D) and module.weight.is_meta:
+        raise ValueError(_NO_VALUES)
     if isinstance(module, Linear | Conv1D) and module.weight.is_floating_point():
         weight = module.weight.detach()
         return weight.T if isinstance(module, Conv1D) else weight
@@ -41,6 +52,9 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
         f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle} (mixture of experts, "
         "or quantised weights); tracing works, editing needs a dense, unquantised model"
     )
+
+
+_NO_VALUES = "the model's weights are on the meta device and have no values; load it on device='cpu' or a GPU"
 
 
 def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
@@ -58,107 +72,120 @@ def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
             )
 
 
-@torch.no_grad()
-def residual_scale(model: TransformerBridge, layer: int) -> float:
-    """What a block multiplies its MLP's output by before it joins the residual stream (Granite); mostly 1.
-
-    Measured: the block runs twice, with its keys as they are and doubled.
-    """
-    key, resid_post = key_hook(layer), component_hook("resid_post", layer)
-    ids = torch.ones(1, 1, dtype=torch.long, device=model_device(model))
-    stop = layer + 1
-    clean = forward(model, ids, capture=[key, resid_post], stop_at_layer=stop).states
-    patches = {key: lambda state: 2 * state}
-    doubled = forward(model, ids, capture=[resid_post], patches=patches, stop_at_layer=stop).states
-    written = clean[key].double() @ mlp_output_matrix(model, layer).T.double()
-    added = (doubled[resid_post] - clean[resid_post]).double()
-    scale = float((added * written).sum() / written.square().sum().clamp(min=1e-30))
-    return 1.0 if abs(scale - 1) < _ROUNDING_OF_SCALE else scale
-
-
-_ROUNDING_OF_SCALE = 0.02
-"""Half precision measures a scale of 1 that well."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WeightChange:
-    """A change that stands in a model."""
-
-    saved_weights: Mapping[int, Tensor]
-    """By layer, the output matrix before the change."""
-    fingerprint: str
-    """Of the same layers, after the change."""
-
-
-_STANDING: WeakKeyDictionary[TransformerBridge, list[WeightChange]] = WeakKeyDictionary()
-"""The changes that stand in each model, oldest first; deleted models are forgotten."""
-
-
 def apply_change_(
     model: TransformerBridge,
     deltas: Mapping[int, Float[Tensor, "d_out d_in"]],
     *,
     expected: str | None = None,
+    maker: Maker | None = None,
+    edit: Any = None,
+    undone: tuple[tuple[Maker, Any], ...] | None = None,
 ) -> WeightChange:
     """Add deltas to the output matrices of their layers: all of them, or none.
 
     Sums are taken in float64 and rounded once. On any failure, an interrupt too, every weight is
-    bit-identical to what it was.
+    bit-identical to what it was, or the change stands and the journal says so.
 
     Args:
         model: the model whose weights change.
         deltas: by layer, what to add.
         expected: the fingerprint that the layers must have now; None skips the check.
+        maker: who makes the change, and may take it back.
+        edit: what a ledger applies.
+        undone: the edits that can be made again afterwards; None leaves those of now.
 
     Raises:
-        ValueError: the layers' fingerprint is not the expected one, or a sum is not finite.
+        ValueError: the layers' fingerprint is not the expected one, a delta is of another shape or kind, a
+            sum is not finite, or another thread is inside a `with` block that changes this model.
     """
     refuse_uneditable(model, deltas)
-    if expected is not None and weights_fingerprint(model, deltas) != expected:
-        raise ValueError(
-            "this edit was planned on other weights than the model has now; undo what stands in the "
-            "way, load the model it was planned on, or plan it again with ld.edit"
-        )
-    saved_weights = {layer: mlp_output_matrix(model, layer).clone() for layer in deltas}
-    stack = _STANDING.setdefault(model, [])
-    depth = len(stack)
-    try:
-        for layer, delta in deltas.items():
-            _add_(model, layer, delta)
-        change = WeightChange(saved_weights, weights_fingerprint(model, deltas))
-        stack.append(change)
-    except BaseException:
-        _restore_(model, saved_weights)
-        del stack[depth:]
-        raise
-    return change
+
+    def refuse_others() -> None:
+        if expected is not None and _hash_of(_matrices(model, deltas)) != expected:
+            raise ValueError(
+                "this edit was planned on other weights than the model has now; undo what stands in the "
+                "way, load the model it was planned on, or plan it again with ld.edit"
+            )
+
+    return _rewrite_(
+        model, deltas, lambda layer: _add_(model, layer, deltas[layer]), maker, edit, undone, refuse_others
+    )
+
+
+def set_aside_(model: TransformerBridge, maker: Maker) -> None:
+    """Write the weights that were there before all that stands: a change like others, to be undone first."""
+    with journal_of(model).lock:
+        original_weights: dict[int, Tensor] = {}
+        for change in standing_changes(model):
+            original_weights = {**change.saved_weights, **original_weights}
+        if original_weights:
+            _rewrite_(
+                model,
+                original_weights,
+                lambda layer: _restore_(model, {layer: original_weights[layer]}),
+                maker,
+            )
 
 
 def undo_change_(model: TransformerBridge, change: WeightChange) -> None:
     """Undo a change bit for bit: only the last one, and only if nothing else touched its weights.
 
-    An interrupt meanwhile is raised once the change is undone.
+    An interrupt meanwhile is raised once the change is undone, or before anything was.
 
     Raises:
         ValueError: another change lies on top of this one, or the weights are not as it left them.
     """
-    stack = _STANDING.get(model, [])
-    if not stack or stack[-1] is not change:
-        raise ValueError("another edit lies on top of this one; undo that one first")
-    if weights_fingerprint(model, change.saved_weights) != change.fingerprint:
-        raise ValueError("the weights were changed by something else since this edit; load the model again")
-    try:
-        _restore_(model, change.saved_weights)
-    except BaseException:
-        _restore_(model, change.saved_weights)
-        raise
-    finally:
-        stack.pop()
+    journal = journal_of(model)
+    with journal.lock:
+        settle(model)
+        state = journal.state
+        if not state.standing or state.standing[-1] is not change:
+            raise ValueError("another edit lies on top of this one; undo that one first")
+        if not _is_untouched(model, change):
+            raise ValueError(
+                "the weights were changed by something else since this edit; load the model again"
+            )
+        undone = state.undone if change.edit is None else (*state.undone, (change.maker, change.edit))
+        try:
+            journal.state = JournalState(state.standing[:-1], undone, change.saved_weights)
+            settle(model)
+        finally:
+            settle(model)
+
+
+def take_back_(model: TransformerBridge, maker: Maker) -> None:
+    """Undo every change that a maker has in the model; none may be fine.
+
+    Raises:
+        ValueError: as `undo_change_`.
+    """
+    for change in reversed(standing_changes(model)):
+        if change.maker is maker:
+            undo_change_(model, change)
+
+
+def temporary_changes(model: TransformerBridge) -> RestoringBlock[Maker]:
+    """A `with` block for changes, of the maker that it gives; it takes them back however it is left."""
+    maker = Maker(threading.get_ident())
+    return RestoringBlock(lambda: maker, partial(take_back_, model, maker), maker)
 
 
 def standing_changes(model: TransformerBridge) -> tuple[WeightChange, ...]:
     """The changes that stand in a model, oldest first."""
-    return tuple(_STANDING.get(model, ()))
+    settle(model)
+    return journal_of(model).state.standing
+
+
+def settle(model: TransformerBridge) -> None:
+    """Put right what interrupts left: half-written weights, the change of a `with` block that is over.
+
+    Whatever reads or changes the weights calls this first. It waits for another thread's change of now.
+    """
+    journal = journal_of(model)
+    state = journal.state
+    if state.unfinished is not None or (state.standing and state.standing[-1].maker.left):
+        with journal.lock:
+            finish(partial(_put_right_, model, journal))
 
 
 def weights_fingerprint(model: TransformerBridge, layers: Iterable[int] | None = None) -> str:
@@ -168,28 +195,93 @@ def weights_fingerprint(model: TransformerBridge, layers: Iterable[int] | None =
         model: the model.
         layers: the layers whose output matrices are hashed; None takes every parameter and buffer.
     """
-    if layers is None:
-        original = model.original_model
-        tensors = {**dict(original.named_parameters()), **dict(original.named_buffers())}
-    else:
-        tensors = {str(layer): mlp_output_matrix(model, layer) for layer in sorted(set(layers))}
+    settle(model)
+    if layers is not None:
+        return _hash_of(_matrices(model, layers))
+    original = model.original_model
+    return _hash_of({**dict(original.named_parameters()), **dict(original.named_buffers())})
+
+
+def _matrices(model: TransformerBridge, layers: Iterable[int]) -> dict[str, Tensor]:
+    return {str(layer): mlp_output_matrix(model, layer) for layer in sorted(set(layers))}
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(_NO_VALUES)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
-@torch.no_grad()
+def _rewrite_(
+    model: TransformerBridge,
+    layers: Iterable[int],
+    write: Callable[[int], None],
+    maker: Maker | None = None,
+    edit: Any = None,
+    undone: tuple[tuple[Maker, Any], ...] | None = None,
+    refuse: Callable[[], None] = lambda: None,
+) -> WeightChange:
+    """Write layers: the journal first, with what has to be put back if this does not come to its end."""
+    maker, journal = maker or Maker(), journal_of(model)
+    with journal.lock:
+        settle(model)
+        state = journal.state
+        if any(change.maker.thread not in (None, threading.get_ident()) for change in state.standing):
+            raise ValueError(
+                "another thread is inside a `with` block that changes this model; wait until it is left, "
+                "or give each thread a model of its own"
+            )
+        refuse()
+        saved_weights = {layer: mlp_output_matrix(model, layer).clone() for layer in layers}
+        try:
+            journal.state = replace(state, unfinished=saved_weights)
+            for layer in saved_weights:
+                write(layer)
+            fingerprint = _hash_of(_matrices(model, saved_weights))
+            change = WeightChange(saved_weights, fingerprint, maker, edit)
+            undone = state.undone if undone is None else undone
+            journal.state = JournalState((*state.standing, change), undone)
+        finally:
+            try:
+                settle(model)
+            finally:  # an interrupt can come before the first line of the call above
+                settle(model)
+    return change
+
+
+def _put_right_(model: TransformerBridge, journal: WeightJournal) -> None:
+    while True:
+        state = journal.state
+        if state.unfinished is not None:
+            _restore_(model, state.unfinished)
+            journal.state = replace(state, unfinished=None)
+        elif state.standing and state.standing[-1].maker.left and _is_untouched(model, state.standing[-1]):
+            journal.state = JournalState(state.standing[:-1], state.undone, state.standing[-1].saved_weights)
+        else:
+            return
+
+
+def _is_untouched(model: TransformerBridge, change: WeightChange) -> bool:
+    """Whether the weights are as the change left them."""
+    return _hash_of(_matrices(model, change.saved_weights)) == change.fingerprint
+
+
 def _restore_(model: TransformerBridge, saved_weights: Mapping[int, Tensor]) -> None:
     for layer, weight in saved_weights.items():
         mlp_output_matrix(model, layer).copy_(weight)
 
 
-@torch.no_grad()
 def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in"]) -> None:
     weight = mlp_output_matrix(model, layer)
-    assert delta.shape == weight.shape, (layer, delta.shape, weight.shape)
+    if delta.shape != weight.shape or not delta.is_floating_point():
+        raise ValueError(
+            f"the change of layer {layer} is {list(delta.shape)} of {delta.dtype}, but the matrix there is "
+            f"{list(weight.shape)} of real numbers; apply it to the model that it was planned on"
+        )
     changed = (weight.double() + delta.to(weight.device).double()).to(weight.dtype)
     if not changed.isfinite().all():
         raise ValueError(f"the change of layer {layer} is not finite; nothing was written")

@@ -4,8 +4,7 @@ A cell is a share from 0 to 1 of what the map's `quantity` says. `heatmap`, `loc
 `reliability` read these maps like a Trace.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools import analysis
 
-from lens_defense.models.forward import forward, model_device
+from lens_defense.models.forward import Hooks, forward, model_device, with_hooks
 from lens_defense.models.generate import generate
 from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import weights_fingerprint
@@ -164,19 +163,18 @@ def safety_layers(
         )
     n_layers, lost_by_layer = model.cfg.n_layers, []
     for layer in tqdm(range(n_layers), desc="layers", disable=not progress):
-        with _skipped_layers(model, range(layer, min(n_layers, layer + width))):
-            lost_by_layer.append([float(not refused) for refused in refusals()])
+        skipped = range(layer, min(n_layers, layer + width))
+        refused_without = with_hooks(model, _zero_hooks(skipped), refusals)
+        lost_by_layer.append([float(not refused) for refused in refused_without])
     lost_by_prompt = torch.tensor(lost_by_layer).T
     scores = [_at_last(lost, prompt) for lost, prompt in zip(lost_by_prompt, prompts, strict=True)]
     return _score_map(model, prompts, scores, "refusals lost without the layer")
 
 
-@contextmanager
-def _skipped_layers(model: TransformerBridge, layers: Sequence[int]) -> Iterator[None]:
-    """Inside, these layers add nothing to the residual stream."""
-    hooks = [component_hook(component, layer) for component in ("attn_out", "mlp_out") for layer in layers]
-    with model.hooks(fwd_hooks=[(hook, lambda state, **_: torch.zeros_like(state)) for hook in hooks]):
-        yield
+def _zero_hooks(layers: Sequence[int]) -> Hooks:
+    """With these hooks the layers add nothing to the residual stream."""
+    names = [component_hook(component, layer) for component in ("attn_out", "mlp_out") for layer in layers]
+    return [(name, lambda state, **_: torch.zeros_like(state)) for name in names]
 
 
 def _at_last(by_layer: Float[Tensor, " layer"], prompt: Prompt) -> Float[Tensor, "layer position"]:

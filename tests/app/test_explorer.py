@@ -5,6 +5,7 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
+from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 from plotly.callbacks import InputDeviceState
@@ -161,6 +162,41 @@ def test_an_interrupt_leaves_the_form_usable(explorer, monkeypatch):
     explorer.select([ld.Site("resid_post", 1, "subject_last")])
     assert "stopped; nothing was changed" in press(explorer, "plan")
     assert not any(button.disabled for button in explorer.buttons.values())
+
+
+def test_an_interrupted_question_keeps_the_edits(explorer, model, monkeypatch):
+    original, answers = copy_weights(model), []
+    explorer.ledger.apply(handmade_edit(model, (1, 2)))
+    edited = copy_weights(model)
+
+    def interrupted(self, _):
+        answers.append(weights_equal(self.model, original))
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(Explorer, "_answer", interrupted)
+    explorer.question.value = "how do I make a lamp"
+    status = press(explorer, "ask")
+    assert answers == [False, True], "the second answer is that of the weights without the edit"
+    assert "stopped; nothing was changed" in status and "edits that stand: 1" in status
+    assert weights_equal(model, edited) and len(explorer.ledger.edits) == 1
+    explorer.ledger.undo()
+    assert weights_equal(model, original)
+
+
+def test_an_interrupt_after_a_change_is_not_called_none(explorer, model, monkeypatch):
+    explorer.edit = handmade_edit(model, (1, 2))
+    apply = explorer.ledger.apply
+
+    def late(plan):
+        apply(plan)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explorer.ledger, "apply", late)
+    status = press(explorer, "apply")
+    assert "stopped after the change" in status and "edits that stand: 1" in status
+    explorer.ledger.undo()
 
 
 def test_a_reader_without_a_kernel_sees_a_picture_where_pictures_are_asked_for(explorer, monkeypatch):

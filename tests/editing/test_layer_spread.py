@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.tiny_models import tiny_model
+from helpers.tiny_models import FAMILIES, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
+from lens_defense.editing.layer_spread import PromptGroup, residual_scale, spread_over_layers
 from lens_defense.editing.methods import DELMAN, MEMIT, KeyGroup
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
@@ -147,3 +147,9 @@ def test_an_error_leaves_every_bit():
     with pytest.raises(KeyboardInterrupt):
         spread_over_layers(model, prompts, ROLE, LAYERS, values, covariances, Failing())
     assert weights_equal(model, original_weights)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES[:3], "gptj", "bloom", "granite"])
+def test_the_scale_of_a_blocks_output(family):
+    model = tiny_model(family)
+    assert residual_scale(model, 1) == pytest.approx(0.22 if family == "granite" else 1.0)

@@ -6,8 +6,9 @@ The covariance C = E[k k^T] says what comes in elsewhere. A method returns facto
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -33,6 +34,34 @@ class Factors(NamedTuple):
     right: Float[Tensor, "rank d_in"]
     owners: tuple[frozenset[int], ...]
     """Of each rank, the indices of the requests that it belongs to."""
+
+
+def refuse_unfit_factors(layer: int, left: Any, right: Any) -> None:
+    """One sentence for factors that are no change of a matrix.
+
+    Raises:
+        ValueError: they are no tensors of two dimensions and of real numbers, have no values, or their ranks
+            differ.
+    """
+    for name, factor in (("left", left), ("right", right)):
+        if not isinstance(factor, Tensor):
+            kind = f"of the type {type(factor).__name__}"
+        elif factor.is_meta:
+            kind = "on the meta device, without values"
+        elif factor.layout != torch.strided or factor.dim() != 2:
+            kind = f"a tensor of the shape {list(factor.shape)} ({factor.layout})"
+        elif not factor.is_floating_point():
+            kind = f"of {str(factor.dtype).removeprefix('torch.')} numbers"
+        else:
+            continue
+        raise ValueError(
+            f"the {name} factor of layer {layer} is {kind}; give a dense matrix of real numbers (floats)"
+        )
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(
+            f"the factors of layer {layer} have different ranks: left is {list(left.shape)} and right is "
+            f"{list(right.shape)}; give left as [d_out, rank] and right as [rank, d_in]"
+        )
 
 
 @runtime_checkable

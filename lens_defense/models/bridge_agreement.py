@@ -1,8 +1,8 @@
 """A bridge must compute what transformers computes: measured once per model, when it is loaded.
 
-The same few tokens run through transformers alone, then through the bridge: as a whole, and as a prefix and
-what follows behind its keys and values. A family that TransformerLens wraps wrongly, or whose layers keep
-something else than keys and values, is refused in one sentence and never traced with false numbers.
+The same few tokens run through transformers alone, then through the bridge: as a whole, as a prefix, and as
+what follows behind the prefix's keys and values. A family that TransformerLens wraps wrongly, or whose layers
+keep something else, is refused in one sentence and never traced with false numbers.
 """
 
 from collections.abc import Iterator
@@ -59,17 +59,22 @@ def refuse_disagreement(
     family = hf_model.config.model_type
     with as_sentence(f"TransformerLens does not run {name}, of the family {family!r}, as tracing needs it"):
         whole = forward(model, ids, logits_to_keep=_TOKENS).logits
-        past = forward(model, ids[:, :half]).key_values
+        prefix = forward(model, ids[:, :half], logits_to_keep=half)
+        past = prefix.key_values
         rest = forward(model, ids[:, half:], past_key_values=past, logits_to_keep=_TOKENS - half).logits
     logits = logits.double()
     scale = (logits - logits.mean(-1, keepdim=True)).norm()
     tolerance = _TOLERANCE if hf_model.dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
-    for where, observed in (("", whole), (" behind a prefix's keys and values", rest)):
-        difference = float((observed.double() - logits[:, -observed.shape[1] :]).norm() / scale)
+    for where, observed, expected in (
+        ("", whole, logits),
+        (" before a later token is read", prefix.logits, logits[:, :half]),
+        (" behind a prefix's keys and values", rest, logits[:, half:]),
+    ):
+        difference = float((observed.double() - expected).norm() / scale)
         if not difference <= tolerance:
             raise ValueError(
-                f"{name} cannot be traced: TransformerLens gives other logits than transformers{where}, for"
-                f" {family!r} (relative difference {difference:.2g}); load a model of another family"
+                f"{name}, of the family {family!r}, gives other logits in TransformerLens than in "
+                f"transformers{where} (relative difference {difference:.2g}); load a model of another family"
             )
 
 
@@ -93,7 +98,7 @@ def as_sentence(sentence: str, instead: str = "load a model of another family") 
     except MemoryError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split()) or type(error).__name__
+        words = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
         raise ValueError(f"{sentence} ({words[:_WORDS]}); {instead}") from error
 
 

@@ -108,9 +108,9 @@ def _wrap(
     name: str, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> TransformerBridge:
     """A bridge that computes what the model computes in transformers."""
+    logits = transformers_logits(name, hf_model)
     hf_model = text_part(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]  # as in a saved folder; it picks the adapter
-    logits = transformers_logits(name, hf_model)
     register_repairs()
     with as_sentence(f"TransformerLens cannot wrap {name}, of the family {hf_model.config.model_type!r}"):
         bridge = TransformerBridge.boot_transformers(

@@ -31,13 +31,15 @@ def text_part(hf_model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
         text: Any = AutoModelForCausalLM.from_config(config.get_text_config(), attn_implementation="eager")
     decoder = hf_model.get_decoder()
-    if type(text.get_decoder()) is not type(decoder):
+    if type(getattr(text, text.base_model_prefix, None)) is not type(decoder):
         raise ValueError(
             f"the text part of {type(hf_model).__name__} is no {type(text).__name__}; "
             "load a model that reads text alone"
         )
-    text.set_decoder(decoder)
-    text.set_output_embeddings(hf_model.get_output_embeddings())
+    setattr(text, text.base_model_prefix, decoder)
+    head: Any = hf_model.get_output_embeddings()
+    text.set_output_embeddings(head)
+    text.config.tie_word_embeddings = head.weight is decoder.get_input_embeddings().weight
     text.generation_config = hf_model.generation_config
     text.config._name_or_path = config._name_or_path
     return text.eval()

@@ -15,6 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -22,8 +23,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from lens_defense.models.bridge_agreement import as_sentence, refuse_disagreement, transformers_logits
+from lens_defense.models.bridge_repairs import register_repairs
 from lens_defense.models.devices import explain_out_of_memory, resolve_device
 from lens_defense.models.save import atomic_folder, quiet_transformers
+from lens_defense.models.text_part import has_text_model, reads_more_than_text, text_part
 from lens_defense.prompts.chat_template import bind_arguments
 from lens_defense.prompts.prompt import has_chat_template
 from lens_defense.storage import cache_folder
@@ -109,10 +113,29 @@ def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     hf_model.set_attn_implementation("eager")
     name = hf_model.config._name_or_path or hf_model.config.model_type
     with quiet_transformers():
-        bridge = TransformerBridge.boot_transformers(
-            name, hf_model=hf_model.eval(), tokenizer=tokenizer, device=hf_model.device, dtype=hf_model.dtype
-        )
+        bridge = _wrap(name, hf_model.eval(), tokenizer)
     bridge.cfg.model_name = Path(name).name
+    return bridge
+
+
+def _wrap(
+    name: str, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
+) -> TransformerBridge:
+    """A bridge that computes what the model computes in transformers."""
+    logits = transformers_logits(name, hf_model)
+    hf_model = text_part(hf_model)
+    hf_model.config.architectures = [type(hf_model).__name__]  # as in a saved folder; it picks the adapter
+    register_repairs()
+    with as_sentence(f"TransformerLens cannot wrap {name}, of the family {hf_model.config.model_type!r}"):
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=hf_model,
+            tokenizer=tokenizer,
+            device=hf_model.device,
+            dtype=hf_model.dtype,
+            **settings,
+        )
+    refuse_disagreement(name, bridge, logits)
     return bridge
 
 
@@ -132,7 +155,9 @@ def _load_from_source(
         settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **settings)
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            several = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and reads_more_than_text(config)
+            auto_model = AutoModelForImageTextToText if several else AutoModelForCausalLM
+            loaded: Any = auto_model.from_pretrained(
                 source,
                 dtype=dtype,
                 attn_implementation="eager",
@@ -147,9 +172,7 @@ def _load_from_source(
         _refuse_incomplete(source, loading_report)
         with explain_out_of_memory(f"the weights of {name}", "give device='cpu', or dtype=torch.bfloat16"):
             hf_model = hf_model.eval().to(device)
-        return TransformerBridge.boot_transformers(
-            source, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=dtype, **settings
-        )
+        return _wrap(source, hf_model, tokenizer, **settings)
 
 
 def _refuse_incomplete(source: str, loading_report: Mapping[str, Any]) -> None:
@@ -191,7 +214,7 @@ def _resolve_source(name: str) -> str:
     if name == "organism":
         return str(ORGANISM_FOLDER)
     path = Path(name).expanduser()
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"there is no file {path}; give the path of a .gguf file")
         return str(_convert_gguf(path))
@@ -222,12 +245,24 @@ def _read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
 
 def _refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> None:
     architectures = config.architectures or []
+    kind = ", ".join(architectures) or config.model_type
+    multimodal = reads_more_than_text(config)
+    if multimodal and not has_text_model(config):
+        raise ValueError(
+            f"{source} reads images or sounds too ({kind}), and transformers has no language model of its "
+            "text part alone; load a model that reads text alone"
+        )
     causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or bool(getattr(config, "auto_map", None))
     generates = not architectures or any("CausalLM" in name or "LMHead" in name for name in architectures)
-    if getattr(config, "is_encoder_decoder", False) or not (causal and generates):
+    if getattr(config, "is_encoder_decoder", False) or not (multimodal or (causal and generates)):
         raise ValueError(
-            f"{source} is not a causal language model ({', '.join(architectures) or config.model_type}); "
-            "encoders do not answer requests: load a decoder-only chat model"
+            f"{source} is not a causal language model ({kind}), which continues a text token by token; "
+            "load a decoder-only chat model"
+        )
+    if _keeps_a_running_state(config.get_text_config()):
+        raise ValueError(
+            f"{source} is a state-space, recurrent or hybrid model ({kind}): layers of it keep a running "
+            "state, and tracing runs behind keys and values; load a model whose layers are all attention"
         )
     folder = Path(source)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
@@ -239,6 +274,15 @@ def _refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> 
             f"{folder} holds pickled weights only, which can run code when loaded; convert them to "
             "safetensors, or insist with allow_pickle=True"
         )
+
+
+def _keeps_a_running_state(config: Any) -> bool:
+    """Whether a layer is something else than attention: a state space, a recurrence, a convolution."""
+    layers = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if layers:
+        return any("attention" not in layer or layer.startswith("linear") for layer in layers)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(model_class, "_is_stateful", False))
 
 
 def _explain_failure(source: str, error: Exception) -> str:

@@ -6,7 +6,8 @@
    with the state that the base run had there.
 3. So the lowest blocks run one row, the highest run all rows, and nothing below a patch is computed twice.
 
-`pass_plan` decides which cells share a pass. The result equals one forward pass per cell.
+`pass_plan` decides which cells share a pass. The result equals one forward pass per cell. Where a family's
+batch may not grow, all rows run from the first block on, and are made the base run's where they would enter.
 """
 
 from bisect import bisect_right
@@ -20,6 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.devices import call_cost, explain_out_of_memory, index_tensor
 from lens_defense.models.forward import ForwardPass, KeyValues, StateWrite, forward
+from lens_defense.models.growing_batch import batch_may_grow
 from lens_defense.sites import head_index
 from lens_defense.tracing.metrics import Measure
 from lens_defense.tracing.pass_plan import block_passes, plan_passes
@@ -97,24 +99,36 @@ def _patched_logits(
     Row 0 runs every block, so that the pass reaches the layer where the first rows enter; it is no result.
     """
     start = min(cell.first_position for cell in cells)
-    patches = _row_entries(base, cells, start)
+    grows = batch_may_grow(model)
+    rows = ids[:, start:]
+    if not grows:
+        rows = rows.expand(1 + len(cells) * len(base.key_values[0][0]), -1)
+    patches = _row_entries(base, cells, start, grows)
     for hook, write in _point_writes(base, donor, cells, start):
         enter = patches.get(hook)
         patches[hook] = write if enter is None else _in_turn(enter, write)
-    past = _prefix_key_values(base, cells, start) if start else ()
-    forward_pass = forward(model, ids[:, start:], patches=patches, past_key_values=past, logits_to_keep=keep)
+    past = _prefix_key_values(base, cells, start, grows) if start else ()
+    forward_pass = forward(model, rows, patches=patches, past_key_values=past, logits_to_keep=keep)
     return forward_pass.logits[1:]
 
 
-def _row_entries(base: ForwardPass, cells: Sequence[PatchCell], start: int) -> dict[str, StateWrite]:
-    """By hook where rows enter: append the base run's state once per cell."""
+def _row_entries(
+    base: ForwardPass, cells: Sequence[PatchCell], start: int, grows: bool
+) -> dict[str, StateWrite]:
+    """By hook where rows enter: the base run's state once per cell, appended or put into rows that run."""
+    samples = len(base.key_values[0][0])
 
-    def append(rows: Tensor) -> StateWrite:
-        return lambda state: torch.cat([state, rows.to(state.dtype)])
+    def enter(first_row: int, states: Tensor) -> StateWrite:
+        if grows:
+            return lambda state: torch.cat([state, states.to(state.dtype)])
+        last_row = first_row + len(states)
+        return lambda state: torch.cat([state[:first_row], states.to(state.dtype), state[last_row:]])
 
-    hooks = [cell.entry_hook for cell in cells]
+    hooks = [cell.entry_hook for cell in cells]  # ascending, as the plan orders them
     return {
-        hook: append(base.states[hook][:, start:].repeat(hooks.count(hook), 1, 1))
+        hook: enter(
+            1 + samples * hooks.index(hook), base.states[hook][:, start:].repeat(hooks.count(hook), 1, 1)
+        )
         for hook in dict.fromkeys(hooks)
     }
 
@@ -152,13 +166,13 @@ def _in_turn(first: StateWrite, second: StateWrite) -> StateWrite:
     return lambda state: second(first(state))
 
 
-def _prefix_key_values(base: ForwardPass, cells: Sequence[PatchCell], start: int) -> KeyValues:
-    """The base run's keys and values before `start`: in each layer once per row that has entered by then."""
+def _prefix_key_values(base: ForwardPass, cells: Sequence[PatchCell], start: int, grows: bool) -> KeyValues:
+    """The base run's keys and values before `start`: in each layer once per row that runs there."""
     samples, device = len(base.key_values[0][0]), base.key_values[0][0].device
     all_rows = index_tensor([0, *list(range(samples)) * len(cells)], device)
     first_blocks = [cell.first_block for cell in cells]  # ascending, as the plan orders them
     expanded = []
     for layer, (keys, values) in enumerate(base.key_values):
-        rows = all_rows[: 1 + samples * bisect_right(first_blocks, layer)]
+        rows = all_rows[: 1 + samples * bisect_right(first_blocks, layer)] if grows else all_rows
         expanded.append((keys[rows, :, :start], values[rows, :, :start]))
     return tuple(expanded)

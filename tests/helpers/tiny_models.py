@@ -1,10 +1,13 @@
 """Tiny random models of several families, built from configs: nothing is downloaded."""
 
+import warnings
+
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+from lens_defense.models.load import load
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 300}
 GATED = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -31,6 +34,13 @@ CONFIGS = {
         **SHAPE, ffn_dim=64, max_position_embeddings=256, word_embed_proj_dim=32
     ),
     "falcon": lambda: hf.FalconConfig(**SHAPE),
+    "falcon40": lambda: hf.FalconConfig(**SHAPE, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-rw": lambda: hf.FalconConfig(
+        **SHAPE, alibi=True, parallel_attn=False, multi_query=False, bias=True
+    ),
+    "xglm": lambda: hf.XGLMConfig(
+        vocab_size=300, d_model=32, ffn_dim=64, num_layers=4, attention_heads=4, max_position_embeddings=256
+    ),
     "bigcode": lambda: hf.GPTBigCodeConfig(n_embd=32, n_layer=4, n_head=4, vocab_size=300, n_positions=256),
     "short mistral": lambda: hf.MistralConfig(**{**GATED, "sliding_window": 5}),
     "short gemma2": lambda: hf.Gemma2Config(
@@ -59,7 +69,9 @@ MORE_FAMILIES = (
 """Families whose blocks return tuples, scale what they add, or have biases where others have none."""
 PADDING_COUNTS = ("bloom", "mpt", "neo", "short mistral", "short gemma2")
 """Families in which padding between tokens changes what is computed: ALiBi, or short windows of attention."""
-SINGLE_PRECISION = ("gptj", "neo")
+NO_DOUBLE_PRECISION = ("xglm",)
+"""Families that transformers cannot run in double precision."""
+SINGLE_PRECISION = ("gptj", "neo", "bloom", "bigcode", "falcon-rw", *NO_DOUBLE_PRECISION)
 """Families whose attention scores transformers computes in single precision, whatever the weights'."""
 
 
@@ -88,21 +100,22 @@ def byte_tokenizer(chat: bool = False) -> hf.PreTrainedTokenizerFast:
 
 def tiny_model(family: str = "llama", *, chat: bool = False, seed: int = 0) -> TransformerBridge:
     """A random model of one family in float64, with weights large enough that every part matters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* has no chat template")
+        return load(plain_model(family, seed=seed), byte_tokenizer(chat))
+
+
+def plain_model(family: str = "llama", *, seed: int = 0) -> hf.PreTrainedModel:
+    """The same model in plain transformers."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForCausalLM.from_config(
-        CONFIGS[family](), attn_implementation="eager", dtype=torch.float64
-    ).eval()
+    dtype = torch.float32 if family in NO_DOUBLE_PRECISION else torch.float64
+    model = hf.AutoModelForCausalLM.from_config(CONFIGS[family](), attn_implementation="eager", dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.3)
-    return build_bridge_from_module(
-        model,
-        type(model).__name__,
-        hf_config=model.config,
-        tokenizer=byte_tokenizer(chat),
-        model_name=f"tiny-{family}",
-    )
+    model.config._name_or_path = f"tiny-{family}"
+    return model.eval()
 
 
 def tiny_folder(folder, family="llama", *, chat=True, pickled=False):

@@ -6,12 +6,18 @@ import re
 import pytest
 import torch
 import transformers as hf
-from helpers.tiny_models import SHAPE, byte_tokenizer, tiny_folder
+from helpers.tiny_models import SHAPE, byte_tokenizer, plain_model, tiny_folder, tiny_model
 from safetensors.torch import load_file, save_file
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
 from transformer_lens.model_bridge import TransformerBridge
 
+import lens_defense.models.load as load_module
 from lens_defense.models import devices
 from lens_defense.models.load import load
+from lens_defense.models.save import save_folder
 from lens_defense.prompts.chat_template import bind_arguments
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
@@ -94,6 +100,7 @@ def test_transformers_settings_are_as_before(tmp_path):
         ("someone/nothing", "'someone/nothing' is no bundled name .* no network"),
         ("nothing-of-this-name", "'nothing-of-this-name' is no bundled name"),
         ("nothing.gguf", "there is no file nothing.gguf"),
+        ("./NOTHING.GGUF", "there is no file NOTHING.GGUF"),
     ],
 )
 def test_what_is_not_there(source, message):
@@ -248,3 +255,110 @@ def test_a_template_that_takes_none_says_so(template, settings, message, tmp_pat
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     assert_refused(folder, message, **settings)
+
+
+TEXT = {**SHAPE, "intermediate_size": 64, "num_key_value_heads": 2, "num_hidden_layers": 2}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+MULTIMODAL = {
+    "gemma3": lambda: hf.Gemma3Config(text_config={**TEXT, "head_dim": 8}, vision_config=VISION),
+    "llava": lambda: hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=VISION),
+    "mistral3": lambda: hf.Mistral3Config(
+        text_config=hf.MistralConfig(**TEXT), vision_config={**VISION, "model_type": "pixtral"}
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("held", [False, True], ids=["folder", "held"])
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_of_a_model_that_reads_images_the_text_part_is_loaded(family, held, tmp_path):
+    torch.manual_seed(0)
+    plain = hf.AutoModelForImageTextToText.from_config(MULTIMODAL[family]()).eval()
+    expected = plain(IDS).logits
+    plain.save_pretrained(tmp_path)
+    byte_tokenizer(True).save_pretrained(tmp_path)
+    model = load(plain, byte_tokenizer(True)) if held else load(tmp_path, device="cpu")
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
+    assert not [name for name, _ in model.original_model.named_modules() if "vision" in name]
+    again = load(save_folder(model, tmp_path / "text"), device="cpu")
+    torch.testing.assert_close(again(IDS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_whose_text_part_is_no_model_of_its_own(tmp_path):
+    hf.Qwen2_5_VLConfig().save_pretrained(tmp_path)
+    change_config(tmp_path, architectures=["Qwen2_5_VLForConditionalGeneration"])
+    assert_refused(tmp_path, r"reads images or sounds too \(Qwen2_5_VL.*; load a model that reads text alone")
+
+
+def test_a_text_part_that_scales_its_logits_otherwise_is_refused():
+    config = hf.AyaVisionConfig(text_config=hf.Cohere2Config(**TEXT), vision_config=VISION)
+    with pytest.raises(ValueError, match="gives other logits in TransformerLens than in transformers"):
+        load(hf.AyaVisionForConditionalGeneration(config).eval(), byte_tokenizer())
+
+
+STATE = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 300}
+
+
+@pytest.mark.parametrize(
+    "config, kind",
+    [
+        (lambda: hf.MambaConfig(**STATE, state_size=4), "MambaForCausalLM"),
+        (lambda: hf.RwkvConfig(**STATE, attention_hidden_size=32), "RwkvForCausalLM"),
+        (lambda: hf.JambaConfig(), "JambaForCausalLM"),
+        (lambda: hf.Lfm2Config(layer_types=["conv", "full_attention"] * 16), "Lfm2ForCausalLM"),
+        (lambda: hf.Qwen3NextConfig(), "Qwen3NextForCausalLM"),
+        (lambda: hf.RecurrentGemmaConfig(), "RecurrentGemmaForCausalLM"),
+    ],
+)
+def test_layers_with_a_running_state_are_refused_before_weights_are_read(config, kind, tmp_path):
+    config().save_pretrained(tmp_path)
+    change_config(tmp_path, architectures=[kind])
+    assert_refused(tmp_path, rf"is a state-space, recurrent or hybrid model \({kind}\).*all attention")
+
+
+def test_a_family_that_transformer_lens_does_not_know():
+    config = hf.CTRLConfig(vocab_size=300, n_embd=32, dff=64, n_layer=2, n_head=4)
+    with pytest.raises(
+        ValueError, match=r"cannot wrap ctrl.*Could not determine.*of another family"
+    ) as caught:
+        load(hf.CTRLLMHeadModel(config), byte_tokenizer())
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["falcon", "falcon40", "falcon-rw", "xglm", "bigcode", "bloom", "opt"])
+def test_every_layout_has_transformers_logits(family):
+    expected = plain_model(family)(IDS).logits
+    torch.testing.assert_close(tiny_model(family)(IDS), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bridge_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(load_module, "register_repairs", lambda: None)
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_adapters", dict(SUPPORTED_ARCHITECTURES))
+    with pytest.raises(ValueError, match="cannot wrap tiny-falcon40, of the family 'falcon'"):
+        tiny_model("falcon40")
+    plain = plain_model("llama")
+    monkeypatch.setattr(
+        load_module, "text_part", lambda model: model.apply(lambda m: _scale(m, 1.1))
+    )  # after transformers ran
+    with pytest.raises(ValueError, match="gives other logits in TransformerLens than in transformers"):
+        load(plain, byte_tokenizer(True))
+
+
+def _scale(module, factor):
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data.mul_(factor)
+
+
+def test_a_precision_that_transformers_cannot_run():
+    with pytest.raises(
+        ValueError, match=r"transformers cannot run .* in float64 .*; load it with another dtype"
+    ):
+        load(plain_model("xglm").double(), byte_tokenizer())

@@ -30,15 +30,15 @@ from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
 @torch.no_grad()
 @pytest.mark.parametrize("kind", CELL_KINDS)
 @pytest.mark.parametrize("noising", [False, True], ids=["denoising", "noising"])
-@pytest.mark.parametrize("family", FAMILIES + SINGLE_PRECISION)
+@pytest.mark.parametrize("family", [*FAMILIES, *SINGLE_PRECISION, "opt", "mpt", "falcon", "falcon40"])
 def test_sweep_equals_one_forward_per_cell(family, noising, kind):
     model, ids, embeddings = sweep_inputs(family)
     cells = cells_of(kind)
     expected = one_forward_per_cell(model, ids, embeddings, cells, measure, KEEP, noising=noising)
     metrics = run_sweep(model, ids, embeddings, cells, noising=noising)[..., 0]
     assert expected.std() > 0.01
-    tolerance = 1e-5 if family in SINGLE_PRECISION else 1e-9
-    torch.testing.assert_close(metrics, expected, rtol=tolerance, atol=tolerance)
+    tolerance = 1e-4 if family in SINGLE_PRECISION else 1e-9
+    torch.testing.assert_close(metrics, expected.double(), rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lens_defense.arguments import did_you_mean
 from lens_defense.prompts.request import READING_ORDER, Role
 from lens_defense.sites import COMPONENTS, Component, head_index
 
@@ -57,9 +58,10 @@ class TraceSettings:
                 object.__setattr__(self, name, tuple(value))
         known = [name in (*COMPONENTS, "z") or head_index(name) is not None for name in self.components]
         if not known or not all(known):
+            guess = did_you_mean(self.components[known.index(False)], COMPONENTS) if known else ""
             raise ValueError(
                 f"components must be of {', '.join(COMPONENTS)}, z, or single heads as in z.3; "
-                f"got {self.components!r}"
+                f"got {self.components!r}{guess}"
             )
         unknown_role = self.positions != "all" and not set(self.positions) <= set(READING_ORDER)
         if unknown_role or (isinstance(self.positions, str) and self.positions != "all"):

@@ -247,7 +247,7 @@ class _Job:
 
     def rows(self, prompt: Prompt) -> int:
         """Rows of a prompt that run at once."""
-        return rows_that_fit(self.model, prompt, self.max_bytes, exact=self.settings.exact)
+        return rows_that_fit(self.model, prompt, self.max_bytes // 2, exact=self.settings.exact)
 
     def run(self, prompt: Prompt, cells: Sequence[Any]) -> CleanCorrupted:
         """A prompt clean and corrupted."""
@@ -271,7 +271,7 @@ class _Job:
             of_clean, of_corrupted = runs.metrics(self.metrics)
             clean.append(of_clean)
             corrupted.append(of_corrupted)
-            if keep and kept_bytes + runs.nbytes <= self.max_bytes:
+            if keep and kept_bytes + runs.nbytes <= self.max_bytes // 2:
                 kept_runs[r] = runs
                 kept_bytes += runs.nbytes
         return kept_runs, clean, corrupted

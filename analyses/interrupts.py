@@ -6,7 +6,9 @@
 # One row of results/reliability/interrupts.csv per verb and number of presses. `unsettled`: only the next look at the
 # ledger put the weights right. What follows is counted after that look. `torn`: neither one nor the other.
 # `disagreed`: the ledger says another state than the weights have. `left`: a block left its change, or dropped an
-# edit. `misreported`: the Explorer says that nothing was changed, and something was. `hooks`: hooks that stayed.
+# edit. `misreported`: the Explorer says that nothing was changed, and something was. `hooks`: a hook, or a layer
+# to stop at, stayed in the model.
+# `broken`: the verb raised something else than the interrupt.
 #
 #     python analyses/interrupts.py [--code NAME] [--interrupts N]
 
@@ -40,7 +42,7 @@ SHARES = {"applied": 0.3, "apply": 0.2, "undo": 0.2, "redo": 0.1, "plan": 0.1, "
 STANDING_BEFORE = {"apply": 0, "undo": 1, "redo": 0, "applied": 0, "check": 0, "plan": 0, "ask": 1}
 CHANGING = {"apply": 1, "undo": 0, "redo": 1}
 """How many edits stand after a verb that changes the model for good."""
-FAULTS = ("unsettled", "torn", "disagreed", "left", "misreported", "hooks")
+FAULTS = ("unsettled", "torn", "disagreed", "left", "misreported", "hooks", "broken")
 LAMP = ld.request("how do I make a lamp now", "lamp", id="lamp")
 SUITE = Suite("tiny", "check", (SuiteItem("edited", LAMP), SuiteItem("benign", ld.request("hello"))), ("so",))
 
@@ -91,7 +93,8 @@ class World:
         return [n for n, weights in self.weights.items() if weights_equal(self.model, weights)]
 
     def count_hooks(self):
-        return sum(len(point._forward_hooks) for point in self.model.hook_dict.values())
+        hooks = sum(len(point._forward_hooks) for point in self.model.hook_dict.values())
+        return hooks + any(getattr(block, "_stop_at_layer_idx", None) for block in self.model.blocks)
 
     def faults(self, verb):
         """What is wrong after an interrupted verb."""
@@ -114,28 +117,20 @@ class Interrupts:
     """Ctrl-C by a clock: the first after a while, and the others in the milliseconds after it."""
 
     def __init__(self, presses):
-        self.presses, self.landed = presses, 0
+        self.presses, self.landed, self.armed = presses, 0, False
         signal.signal(signal.SIGALRM, self._land)
 
     def _land(self, *_):
+        if not self.armed:
+            return
         self.landed += 1
-        if self.landed >= self.presses:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.armed = self.landed < self.presses
         raise KeyboardInterrupt
 
     def start(self, seconds):
-        self.landed = 0
+        self.landed, self.armed = 0, True
         again = random.uniform(1e-5, 2e-3) if self.presses > 1 else 0
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), again)
-
-
-def stop_clock():
-    while True:
-        try:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            return
-        except KeyboardInterrupt:
-            pass
 
 
 def measure(verb, presses, interrupts):
@@ -157,10 +152,13 @@ def measure(verb, presses, interrupts):
                 clock.start(random.uniform(0, 1.1 * max(durations)))
                 world.run(verb)
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                clock.armed = False
         except KeyboardInterrupt:
-            stop_clock()
+            clock.armed = False
             faults = world.faults(verb)  # here, where the traceback still holds every frame
+        except Exception:
+            faults = {"broken": True}
+        signal.setitimer(signal.ITIMER_REAL, 0)
         if not clock.landed:
             continue
         landed += 1

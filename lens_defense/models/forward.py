@@ -16,7 +16,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from lens_defense.models.mlp_output import settle
-from lens_defense.models.restoring_block import RestoringBlock
+from lens_defense.models.restoring_block import RestoringBlock, finish
 from lens_defense.sites import component_hook
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
@@ -105,17 +105,28 @@ def forward(
 def with_hooks(model: TransformerBridge, hooks: Hooks, run: Callable[[], Result]) -> Result:
     """Call a function while hooks, by their names, are in the model; none of them stays there."""
     try:
-        with model.hooks(fwd_hooks=list(hooks)):
-            return run()
-    except BaseException:  # an interrupt can leave some
-        functions = [function for _, function in hooks]
-        names = {repr(function) for function in functions}  # as the model calls its hooks
-        for point in model.hook_dict.values():
-            point.fwd_hooks[:] = [handle for handle in point.fwd_hooks if handle.user_hook not in functions]
-            for key, hook in list(point._forward_hooks.items()):
-                if hook.__name__ in names:
-                    del point._forward_hooks[key]
+        try:
+            with model.hooks(fwd_hooks=list(hooks)):
+                return run()
+        except BaseException:
+            finish(partial(_clear_run, model, hooks))
+            raise
+    except KeyboardInterrupt:  # a second one can come before the first line of the call above
+        finish(partial(_clear_run, model, hooks))
         raise
+
+
+def _clear_run(model: TransformerBridge, hooks: Hooks) -> None:
+    """Take out what an interrupt can leave of a run: hooks, and the layer to stop at."""
+    functions = [function for _, function in hooks]
+    names = {repr(function) for function in functions}  # as the model calls its hooks
+    for point in model.hook_dict.values():
+        point.fwd_hooks[:] = [handle for handle in point.fwd_hooks if handle.user_hook not in functions]
+        for key, hook in list(point._forward_hooks.items()):
+            if getattr(hook, "__name__", "") in names:
+                del point._forward_hooks[key]
+    for block in model.blocks:
+        block._stop_at_layer_idx = None
 
 
 def frozen_weights(model: TransformerBridge) -> RestoringBlock[None]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoConfig,
@@ -28,7 +27,7 @@ from lens_defense.models.bridge_repairs import register_repairs
 from lens_defense.models.devices import explain_out_of_memory, resolve_device
 from lens_defense.models.save import atomic_folder, quiet_transformers
 from lens_defense.models.text_part import has_text_model, reads_more_than_text, text_part
-from lens_defense.prompts.chat_template import bind_arguments
+from lens_defense.prompts.chat_template import bind_arguments, refuse_endless_template
 from lens_defense.prompts.prompt import has_chat_template
 from lens_defense.storage import cache_folder
 
@@ -81,6 +80,7 @@ def load(
         path = Path(name)
         model.cfg.model_name = path.name if path.exists() else name
     model.eval()
+    refuse_endless_template(model.tokenizer)
     if system is not None or chat_template_kwargs:
         bind_arguments(model.tokenizer, chat_template_kwargs or {}, system)
     if not has_chat_template(model.tokenizer):
@@ -166,16 +166,31 @@ def _load_from_source(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **settings,
             )
-        except (OSError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(_explain_failure(source, error)) from error
+        except MemoryError:
+            raise
+        except Exception as error:  # what a broken folder can raise in there has no end
+            raise ValueError(_explain_quantised(source, config) or _explain_failure(source, error)) from error
         hf_model, loading_report = loaded
-        _refuse_incomplete(source, loading_report)
+        _refuse_incomplete(source, loading_report, _explain_quantised(source, config))
         with explain_out_of_memory(f"the weights of {name}", "give device='cpu', or dtype=torch.bfloat16"):
             hf_model = hf_model.eval().to(device)
         return _wrap(source, hf_model, tokenizer, **settings)
 
 
-def _refuse_incomplete(source: str, loading_report: Mapping[str, Any]) -> None:
+def _explain_quantised(source: str, config: PretrainedConfig) -> str:
+    """What to say where quantised weights cannot be read; nothing where the config names none."""
+    quantised = getattr(config, "quantization_config", None)
+    if not quantised:
+        return ""
+    fields = quantised if isinstance(quantised, Mapping) else vars(quantised)
+    kind = fields.get("quant_method") or "a kind that its config does not name"
+    return (
+        f"the weights of {source} are quantised ({getattr(kind, 'value', kind)}) and cannot be read here; "
+        "load dequantised weights (float32, bfloat16 or float16 in *.safetensors) of the same model"
+    )
+
+
+def _refuse_incomplete(source: str, loading_report: Mapping[str, Any], quantised: str = "") -> None:
     """Refuse weights that the files do not hold: transformers would fill them with random numbers."""
     missing = sorted(loading_report.get("missing_keys") or ())
     other_shapes = sorted(str(item[0]) for item in loading_report.get("mismatched_keys") or ())
@@ -192,7 +207,8 @@ def _refuse_incomplete(source: str, loading_report: Mapping[str, Any]) -> None:
         if names
     ]
     raise ValueError(
-        f"the weights of {source} are not those of its config.json; {'; '.join(parts)}; get the folder "
+        quantised
+        or f"the weights of {source} are not those of its config.json; {'; '.join(parts)}; get the folder "
         "again, or set its config right"
     )
 
@@ -232,15 +248,64 @@ def _read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
         fields, _ = PretrainedConfig.get_config_dict(source)
     except OSError as error:
         raise ValueError(_explain_failure(source, error)) from error
-    if fields.get("auto_map") and not trust_remote_code:
+    if _named(fields, "auto_map") and not trust_remote_code:
         raise ValueError(f"{source} brings code of its own; read it, then load with trust_remote_code=True")
+    for dtype in (*_named(fields, "dtype"), *_named(fields, "torch_dtype")):
+        name = str(dtype).removeprefix("torch.")
+        if not isinstance(dtype, dict) and not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(
+                f"the config.json of {source} has the dtype {dtype!r}; set it to float32, bfloat16 or float16"
+            )
+    quantised = fields.get("quantization_config")
+    if quantised and not isinstance(quantised, dict):
+        raise ValueError(f"the quantization_config of {source} is no object; load dequantised weights")
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ValueError(
             f"{source} is of a kind that this transformers does not know "
             f"({fields.get('model_type', 'no model_type')}); give a causal language model"
         ) from error
+    except Exception as error:
+        raise ValueError(_explain_failure(source, error)) from error
+    _refuse_impossible_sizes(source, config)
+    return config
+
+
+def _named(fields: Any, name: str) -> list[Any]:
+    """The values of this name, but for empty ones, at any depth of a JSON object."""
+    parts = fields.values() if isinstance(fields, dict) else fields if isinstance(fields, list) else ()
+    own = [fields[name]] if isinstance(fields, dict) and fields.get(name) else []
+    return own + [value for part in parts for value in _named(part, name)]
+
+
+_PARAMETERS_PER_BYTE = 4
+"""More than any way of storing weights holds."""
+
+
+def _refuse_impossible_sizes(source: str, config: PretrainedConfig) -> None:
+    """Refuse sizes below 1, and those that no file holds: a million layers would be built for hours."""
+    names = "num_hidden_layers", "hidden_size", "vocab_size"
+    sizes = {name: getattr(config, name, None) for name in names}
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(
+                f"the config.json of {source} has {name} {size!r}; set it to that of its weights"
+            )
+    layers, width, vocab = (size or 0 for size in sizes.values())
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
+    if held and layers * width**2 + vocab * width > _PARAMETERS_PER_BYTE * held:
+        raise ValueError(
+            f"the folder {source} could not be loaded: its config.json speaks of {layers} layers of width "
+            f"{width} and {vocab} tokens, more than its {held} bytes of weights can hold; get the folder "
+            "again, or set its config right"
+        )
+
+
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 
 
 def _refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> None:

@@ -5,7 +5,10 @@ they hold for traces, edits, checks and a saved folder alike.
 """
 
 import json
+import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -51,6 +54,46 @@ def bind_arguments(
         raise ValueError(f"the chat template does not take this: {error}") from error
 
 
+def refuse_endless_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that takes too many steps for a short question.
+
+    Raises:
+        ValueError: so it is.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    steps, other_tracer = 0, sys.gettrace()
+
+    def count(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal steps
+        steps += event == "line"
+        if steps > _MOST_STEPS:
+            raise _TooManySteps
+        return count if frame.f_code.co_filename == _JINJA_FILE else None
+
+    sys.settrace(count)
+    try:
+        with suppress(Exception):  # what a template does not take is said where it is asked for
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "Hello."}], tokenize=False, add_generation_prompt=True
+            )
+    except _TooManySteps:
+        raise ValueError(
+            f"the chat template takes more than {_MOST_STEPS} steps for a short question; it may loop for "
+            "ever: get the tokenizer's folder again, or set its template right"
+        ) from None
+    finally:
+        sys.settrace(other_tracer)
+
+
+class _TooManySteps(BaseException):
+    """Not an Exception, which a template engine may take for one of its own."""
+
+
+_MOST_STEPS = 1_000_000
+"""Lines of a compiled template; those of common models take a few hundred."""
+_JINJA_FILE = "<template>"
+"""The file name of what Jinja compiles from a text."""
 _END_OF_SETTINGS = "{#- end of bound arguments -#}"
 
 

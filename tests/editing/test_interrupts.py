@@ -247,5 +247,8 @@ def test_an_interrupt_leaves_no_hook(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         forward(model, ids, patches={component_hook("resid_post", 1): torch.zeros_like})
     monkeypatch.undo()
+    model.blocks[2]._stop_at_layer_idx = 2
+    with pytest.raises(KeyboardInterrupt):
+        forward(model, ids, patches={component_hook("resid_post", 1): interrupted})
     assert not any(point.fwd_hooks or point._forward_hooks for point in model.hook_dict.values())
     assert torch.equal(forward(model, ids).logits, clean)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -362,3 +363,67 @@ def test_a_precision_that_transformers_cannot_run():
         ValueError, match=r"transformers cannot run .* in float64 .*; load it with another dtype"
     ):
         load(plain_model("xglm").double(), byte_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["os", "nn", "float31", 3])
+def test_a_dtype_that_is_none(name, tmp_path):
+    change_config(tiny_folder(tmp_path), dtype=name)
+    assert_refused(tmp_path, rf"config.json of .* has the dtype {name!r}; set it to float32")
+
+
+@pytest.mark.parametrize("name", ["float16", "torch.bfloat16"])
+def test_a_dtype_of_torch_is_taken(name, tmp_path):
+    load(change_config(tiny_folder(tmp_path), torch_dtype=name), device="cpu")
+
+
+@pytest.mark.parametrize(
+    "part", [{"text_config": {"auto_map": {"AutoConfig": "own.C"}}}, {"a": [{"auto_map": "x"}]}]
+)
+def test_code_of_its_own_at_any_depth(part, tmp_path):
+    change_config(tiny_folder(tmp_path), **part)
+    assert_refused(tmp_path, "brings code of its own; read it, then load with trust_remote_code=True")
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"num_hidden_layers": 1_000_000}, "speaks of 1000000 layers of width 32"),
+        ({"vocab_size": 10**9}, "and 1000000000 tokens, more than its .* bytes of weights can hold"),
+        ({"hidden_size": 2**20}, "layers of width 1048576"),
+        ({"num_hidden_layers": -1}, "has num_hidden_layers -1; set it to that of its weights"),
+        ({"vocab_size": 0}, "has vocab_size 0"),
+        ({"num_hidden_layers": "4"}, "could not be loaded"),
+        ({"hidden_size": -1}, "could not be loaded|has hidden_size -1"),
+    ],
+)
+@pytest.mark.timeout(60)
+def test_sizes_that_no_file_holds(sizes, message, tmp_path):
+    change_config(tiny_folder(tmp_path), **sizes)
+    assert_refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    "kind", ["bitsandbytes", "gptq", "awq", "compressed-tensors", "hqq", "torchao", "aqlm"]
+)
+def test_quantised_weights_say_their_kind(kind, tmp_path):
+    settings = {"quant_method": kind, "bits": 4, "group_size": 32, "load_in_4bit": True}
+    change_config(tiny_folder(tmp_path), quantization_config=settings)
+    assert_refused(tmp_path, rf"are quantised \({kind}\) and cannot be read here; load dequantised weights")
+
+
+@pytest.mark.parametrize("settings", ["4bit", {"bits": 4}])
+def test_quantised_weights_of_no_kind(settings, tmp_path):
+    change_config(tiny_folder(tmp_path), quantization_config=settings)
+    assert_refused(tmp_path, "dequantised weights")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "template",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages }}"],
+)
+def test_a_template_that_loops(template, tmp_path):
+    folder, tracer = tiny_folder(tmp_path), sys.gettrace()
+    (folder / "chat_template.jinja").write_text(template)
+    assert_refused(folder, "the chat template takes more than 1000000 steps")
+    assert sys.gettrace() is tracer

@@ -23,9 +23,9 @@ from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.target_value import FitSettings
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate
 from lens_defense.models.load import load
-from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.organism.request_set import contexts as organism_contexts
 from lens_defense.prompts.contexts import Contexts, default_contexts
 from lens_defense.prompts.conversation import decode_answer
@@ -128,7 +128,7 @@ def demo(
 
     with stage("load"):
         model = load(name, device=device)
-        original = weights_fingerprint(model)
+        original = model_fingerprint(model)
         setup = ORGANISM_SETUP if name == "organism" else DemoSetup()
         edited, corpus = requests(setup.request_set)[: setup.edited], read_corpus(setup.request_set)
     with stage("trace"):
@@ -157,8 +157,8 @@ def demo(
         console.print(control)
     with stage("undo"):
         conversations = _conversations(model, plan, questions, before)
-        restored = weights_fingerprint(model) == original
-        console.print(f"weights as they were: {restored} (hash {original})")
+        restored = model_fingerprint(model) == original
+        console.print(f"weights as they were: {restored} (hash {original.weights})")
     page = save_report(
         out / "report.html",
         title=f"lens_defense on {name}",

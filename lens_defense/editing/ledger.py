@@ -72,7 +72,8 @@ class Ledger:
         if list(standing_changes(self.model)) != changes:
             raise ValueError("an edit stands in the model that this ledger did not make; undo it first")
         try:
-            self._done.append((edit, apply_change_(self.model, edit.deltas(), expected=edit.fingerprint)))
+            edit.require_same_model(self.model)
+            self._done.append((edit, apply_change_(self.model, edit.deltas())))
         except BaseException:
             for change in standing_changes(self.model)[len(changes) :]:
                 undo_change_(self.model, change)

@@ -97,8 +97,6 @@ _STANDING: WeakKeyDictionary[TransformerBridge, list[WeightChange]] = WeakKeyDic
 def apply_change_(
     model: TransformerBridge,
     deltas: Mapping[int, Float[Tensor, "d_out d_in"]],
-    *,
-    expected: str | None = None,
 ) -> WeightChange:
     """Add deltas to the output matrices of their layers: all of them, or none.
 
@@ -108,17 +106,11 @@ def apply_change_(
     Args:
         model: the model whose weights change.
         deltas: by layer, what to add.
-        expected: the fingerprint that the layers must have now; None skips the check.
 
     Raises:
-        ValueError: the layers' fingerprint is not the expected one, or a sum is not finite.
+        ValueError: a layer cannot be edited, a delta is not of its matrix's shape, or a sum is not finite.
     """
     refuse_uneditable(model, deltas)
-    if expected is not None and weights_fingerprint(model, deltas) != expected:
-        raise ValueError(
-            "this edit was planned on other weights than the model has now; undo what stands in the "
-            "way, load the model it was planned on, or plan it again with ld.edit"
-        )
     saved_weights = {layer: mlp_output_matrix(model, layer).clone() for layer in deltas}
     stack = _STANDING.setdefault(model, [])
     depth = len(stack)
@@ -189,7 +181,11 @@ def _restore_(model: TransformerBridge, saved_weights: Mapping[int, Tensor]) -> 
 @torch.no_grad()
 def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in"]) -> None:
     weight = mlp_output_matrix(model, layer)
-    assert delta.shape == weight.shape, (layer, delta.shape, weight.shape)
+    if delta.shape != weight.shape:
+        raise ValueError(
+            f"the change of layer {layer} has the shape {tuple(delta.shape)} and its matrix "
+            f"{tuple(weight.shape)}; nothing was written"
+        )
     changed = (weight.double() + delta.to(weight.device).double()).to(weight.dtype)
     if not changed.isfinite().all():
         raise ValueError(f"the change of layer {layer} is not finite; nothing was written")

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools import analysis
 
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
-from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, validated_requests
@@ -198,7 +198,7 @@ def _score_map(
         layers=tuple(range(n_layers)),
         model=str(model.cfg.model_name),
         model_layers=n_layers,
-        fingerprint=weights_fingerprint(model),
+        fingerprint=model_fingerprint(model),
         scores=scores,
         quantity=quantity,
     )

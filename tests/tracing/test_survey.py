@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.trace_cases import BELL, LAMP, SHIP, SURVEY_SETTINGS, tiny_chat_model
 
-from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.prompts.request import request
 from lens_defense.tracing import survey as surveys
 from lens_defense.tracing import trace as tracers
@@ -57,11 +57,11 @@ def test_a_survey_hashes_the_weights_once(tmp_path, monkeypatch):
     hashed = []
     for module in (surveys, tracers):
         monkeypatch.setattr(
-            module, "weights_fingerprint", lambda model: hashed.append(1) or weights_fingerprint(model)
+            module, "model_fingerprint", lambda model: hashed.append(1) or model_fingerprint(model)
         )
     model = tiny_chat_model()
     result, _ = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SURVEY_SETTINGS)
-    assert len(hashed) == 1 and result.fingerprint == weights_fingerprint(model)
+    assert len(hashed) == 1 and result.fingerprint == model_fingerprint(model)
 
 
 def test_a_survey_that_is_killed_loses_and_repeats_nothing(tmp_path):

@@ -172,8 +172,17 @@ def notice(sentence: str) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder of everything that can be made again: $LENS_DEFENSE_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("LENS_DEFENSE_CACHE") or platformdirs.user_cache_dir("lens_defense"))
+    """The folder of everything that can be made again: $LENS_DEFENSE_CACHE, or the user's cache folder.
+
+    Raises:
+        ValueError: the variable is not set, and there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("LENS_DEFENSE_CACHE") or platformdirs.user_cache_dir("lens_defense"))
+    except RuntimeError as error:
+        raise ValueError(
+            "there is no home folder to keep a cache in; set LENS_DEFENSE_CACHE to a folder"
+        ) from error
 
 
 @contextmanager
@@ -294,6 +303,11 @@ def seal(file: Path) -> None:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         stream.seek(place.start(1))
         stream.write(digest.encode())
+
+
+def had_seal(data: Any) -> bool:
+    """Whether a file without a seal once had one: its writer puts `lens_defense_format` beside it."""
+    return _METADATA.encode() in data[:_SEAL_WITHIN]
 
 
 def seal_holds(data: Any) -> bool | None:

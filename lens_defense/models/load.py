@@ -40,6 +40,7 @@ from lens_defense.storage import (
     cache_folder,
     check_manifest,
     discard_folder,
+    had_seal,
     notice,
     seal_holds,
 )
@@ -315,6 +316,8 @@ def _convert_gguf(file: Path, temporary: ExitStack, expected: str | None = None)
             found = hashlib.file_digest(stream, "sha256").hexdigest()
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 whole = seal_holds(data)
+                if whole is None and had_seal(data):
+                    whole = False
     except (OSError, ValueError) as error:  # mmap's of an empty file
         raise ValueError(f"{file} could not be read as a GGUF causal language model: {error}") from error
     if whole is False or expected not in (None, found):

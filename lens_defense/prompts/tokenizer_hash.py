@@ -8,18 +8,21 @@ from transformers import PreTrainedTokenizerBase
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A hash of how a tokenizer turns text into ids: vocabulary, merges, normalisation, special tokens.
+    """A hash of how a tokenizer cuts text into ids: vocabulary, merges, normalisation, special tokens.
 
-    Padding and truncation, which every call may set, are not in it: a fast tokenizer's JSON begins with them.
+    Padding, truncation and the special tokens that are put around a plain text are not in it: they are a
+    call's settings, and TransformerLens sets the last ones by itself.
     """
     if tokenizer is None:
         return ""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if hasattr(backend, "to_str"):
-        core = backend.to_str().partition('"added_tokens":')[2]
+    if backend is None:
+        parts = [str(tokenizer.get_vocab())]
     else:
-        core = tokenizer.get_vocab()
-    return _hash([core, tokenizer.bos_token_id, tokenizer.eos_token_id])
+        added = sorted((i, str(token)) for i, token in backend.get_added_tokens_decoder().items())
+        stages = (backend.normalizer, backend.pre_tokenizer, backend.model)
+        parts = [str(added), *(stage.__getstate__().decode() if stage else "" for stage in stages)]
+    return _hash([*parts, tokenizer.eos_token_id])
 
 
 def chat_template_hash(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.handmade import a_trace, an_edit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -413,3 +414,59 @@ def test_a_sentence_says_which_file_of_a_folder_differs(folder, name, change, fa
     with pytest.raises(ValueError, match=rf"{name} {fault}") as caught:
         check_manifest(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_results_whose_tensors_do_not_fit_are_refused_also_without_asserts(tmp_path):
+    """Whole files that no version of the package would write."""
+    trace, edit = a_trace(), an_edit()
+    replace(trace, patched=trace.patched[:, :, 1:]).save(tmp_path / "trace")
+    replace(trace, clean=trace.clean[:0]).save(tmp_path / "clean")
+    replace(edit, right={layer: right[1:] for layer, right in edit.right.items()}).save(tmp_path / "edit")
+    code = f"""
+import lens_defense as ld
+for kind, name in ((ld.Trace, "trace"), (ld.Trace, "clean"), (ld.Edit, "edit")):
+    try:
+        kind.load({str(tmp_path)!r} + "/" + name)
+    except ValueError as error:
+        print(error)
+"""
+    printed = subprocess.run(
+        [sys.executable, "-O", "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    for line, name in zip(printed.splitlines(), ("patched", "clean", "left.1"), strict=True):
+        assert "tensors that do not fit its content" in line and name.partition(".")[0] in line.replace(
+            "right", "left"
+        )
+
+
+def test_no_home_breaks_nothing_where_the_cache_is_named(tmp_path):
+    code = """
+import pwd
+def nobody(_):
+    raise KeyError("uid not found")
+pwd.getpwuid = nobody
+import lens_defense as ld
+from lens_defense.storage import cache_folder
+model = ld.load("organism", device="cpu")
+requests = ld.requests("organism")[:1]
+print(len(ld.trace(model, requests, layers=[2], progress=False).prompts), cache_folder())
+for name in ("~/nothing", "~nobody/nothing"):
+    try:
+        ld.load(name)
+    except ValueError as error:
+        print(error)
+import os
+del os.environ["LENS_DEFENSE_CACHE"]
+try:
+    cache_folder()
+except ValueError as error:
+    print(error)
+"""
+    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment = {**kept, "LENS_DEFENSE_CACHE": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    assert lines[0] == f"1 {tmp_path}", run.stderr
+    assert [line.startswith("there is no folder '~") for line in lines[1:3]] == [True, True]
+    assert lines[3] == "there is no home folder to keep a cache in; set LENS_DEFENSE_CACHE to a folder"

@@ -534,6 +534,14 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+# %% damaged files
+def damage() -> pd.DataFrame:
+    """What became of damaged files, by kind; analyses/damage.py counts them."""
+    table = read_table(RESULTS / "reliability/damage.csv")
+    names = {"n": "damaged", "equal": "loaded, equal", "different": "loaded, different"}
+    return table.rename(columns={**names, "other_exception": "another exception"})
+
+
 def _storage(name: str, cells: Callable[[], pd.DataFrame]) -> str:
     return f"{markdown(cells())}\n{markdown(storage_summary(name))}"
 
@@ -554,6 +562,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "intent_bands": intent_bands,
             "intent_last_token": intent_last_token,
             "judges": judges,
+            "damage": damage,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),
         }.items()

@@ -1,29 +1,40 @@
-"""Files: written whole or not at all, with a format version, a kind and a hash of their content.
+"""Files and folders: written whole or not at all, with a format version and a hash of all that is in them.
 
-A file with tensors is safetensors with a JSON header in its metadata; one without is JSON. What a file holds
-is checked against its hash before it is used. Nothing is pickled.
+A file with tensors is safetensors with a JSON header in its metadata; one without is JSON. Both carry a seal:
+the SHA-256 of the file's bytes, taken while zeros stand in the hash's own place. No bit of a sealed file can
+change unseen, and nothing of it is read before the seal is checked. A folder of a model, whose files are not
+ours to shape, has a sealed manifest with the hash of each. Nothing is pickled.
 """
 
 import hashlib
 import json
+import logging
 import os
+import re
+import secrets
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import platformdirs
-import torch
+import safetensors.torch
 from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-FORMAT = 2
-"""The format version that `save` writes and `load` reads; files of lens_defense 0.1 have none."""
+FORMAT = 3
+"""The format version that `save` writes and `load` reads."""
+MANIFEST = "lens_defense.json"
+"""The name of a folder's manifest."""
 Content = TypeVar("Content")
 Tensors = Mapping[str, Shaped[Tensor, "..."]]
+_log = logging.getLogger("lens_defense")
 
 
 def save(path: str | os.PathLike[str], kind: str, content: Any, tensors: Tensors | None = None) -> Path:
@@ -36,13 +47,15 @@ def save(path: str | os.PathLike[str], kind: str, content: Any, tensors: Tensors
         tensors: by name; None writes plain JSON.
     """
     plain = msgspec.to_builtins(content, str_keys=True)
-    header = {"format": FORMAT, "kind": kind, "sha256": _hash(kind, plain, tensors or {}), "content": plain}
+    header = {SEAL: UNSEALED, "format": FORMAT, "kind": kind, "content": plain}  # the seal comes first
     with atomic_write(path) as file:
         if tensors is None:
             file.write_text(json.dumps(header, ensure_ascii=False, indent=1), "utf-8")
         else:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, file, metadata={_METADATA: json.dumps(header, ensure_ascii=False)})
+            metadata = {_METADATA: json.dumps(header, ensure_ascii=False)}
+            safetensors.torch.save_file(contiguous, file, metadata=metadata)
+        seal(file)
     return Path(path)
 
 
@@ -57,31 +70,75 @@ def load(
         content_type: the type of the content.
 
     Returns:
-        The content, and the tensors by name, on the CPU; a JSON file has none.
+        The content, and the tensors by name, copies in memory on the CPU; a JSON file has none.
 
     Raises:
-        ValueError: there is no such file, it holds something else, version 0.1 wrote it, or it is damaged.
+        ValueError: there is no such file, it holds something else, is another version's, or is damaged.
     """
-    header, tensors = _read(Path(path), kind)
-    if "format" not in header:
-        raise ValueError(
-            f"{path} holds no {kind} of this version: it has no format version, like the files of "
-            "lens_defense 0.1; make it again"
-        )
-    if header["format"] != FORMAT:
-        raise ValueError(f"{path} has the format version {header['format']!r}; this version reads {FORMAT}")
-    if header.get("kind") != kind:
-        raise ValueError(_other_kind(path, str(header.get("kind")), kind))
-    if header.get("sha256") != _hash(kind, header.get("content"), tensors):
-        raise ValueError(f"{path} is damaged: its content does not match its hash; make it again")
     try:
-        return msgspec.convert(header["content"], content_type, str_keys=True), tensors
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} holds no {kind} that this version can read ({error})") from error
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}): give a file of the kind {kind!r}"
+        ) from error
+    whole = seal_holds(data)
+    if whole is None:
+        raise ValueError(
+            f"{path} holds no {kind} that this version can read: it is another kind of file, of an older "
+            "version, or damaged; make it again"
+        )
+    if not whole:
+        raise ValueError(f"{path} is damaged: its bytes do not match their hash; make it again")
+    try:
+        header, tensors = _parsed(data)
+        version, found = header["format"], header["kind"]
+        if version == FORMAT and found == kind:
+            return msgspec.convert(header["content"], content_type, str_keys=True), tensors
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds no {kind} that this version can read ({error}); make it again"
+        ) from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has the format version {version!r}, and this version reads {FORMAT}; make it again"
+        )
+    raise ValueError(_other_kind(path, str(found), kind))
+
+
+def require_shapes(
+    path: str | os.PathLike[str], tensors: Tensors, shapes: Mapping[str, tuple[int | str, ...]]
+) -> None:
+    """Refuse tensors that do not have the names and shapes that a file's content wants.
+
+    Args:
+        path: the file, for the sentence.
+        tensors: by name.
+        shapes: by name, what each tensor must have: sizes, or words for sizes that must be the same wherever
+            the word stands.
+
+    Raises:
+        ValueError: a tensor is missing, not expected, or of another shape.
+    """
+    sizes: dict[str, int] = {}
+    differing = sorted(tensors.keys() ^ shapes.keys())
+    for name in tensors.keys() & shapes.keys():
+        found, wanted = tuple(tensors[name].shape), shapes[name]
+        if len(found) != len(wanted) or any(
+            size != (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
+            for size, axis in zip(found, wanted, strict=True)
+        ):
+            differing.append(name)
+    if differing:
+        raise ValueError(
+            f"{path} holds tensors that do not fit its content: {', '.join(differing)}; make it again"
+        )
 
 
 def cached(kind: str, key: Any, make: Callable[[], Tensors], *, enabled: bool = True) -> dict[str, Tensor]:
-    """Tensors from the cache; they are made, and kept there, where no entry of this key can be read.
+    """Tensors from the cache; they are made, and kept there, where no whole entry of this key is found.
+
+    An entry that is damaged or another key's is replaced, and the log says so. Where two write the same entry
+    the last one's stays; a cache that cannot be written is no error.
 
     Args:
         kind: what the tensors are; also the name of their folder in the cache.
@@ -97,35 +154,176 @@ def cached(kind: str, key: Any, make: Callable[[], Tensors], *, enabled: bool = 
     plain = msgspec.to_builtins(key, str_keys=True)
     content = {"key": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
     path = cache_folder() / kind / f"{content['key'][:32]}.safetensors"
-    with suppress(ValueError):
-        stored_content, tensors = load(path, kind, dict)
-        if stored_content == content:
-            return tensors
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a folder may not be read
+        with suppress(ValueError):
+            stored_content, tensors = load(path, kind, dict)
+            if stored_content == content:
+                return tensors
+        notice(f"the cache's {path} is damaged or not what its name says; it is made anew")
     tensors = dict(make())
-    with suppress(OSError, SafetensorError):  # a cache that cannot be written is no error
+    with suppress(OSError, SafetensorError):
         save(path, kind, content, tensors)
     return tensors
 
 
+def notice(sentence: str) -> None:
+    """Say something that a user should know and need do nothing about."""
+    _log.warning(sentence)
+
+
 def cache_folder() -> Path:
-    """The folder of everything that can be made again: $LENS_DEFENSE_CACHE, or the user's cache folder."""
-    return Path(os.environ.get("LENS_DEFENSE_CACHE") or platformdirs.user_cache_dir("lens_defense"))
+    """The folder of everything that can be made again: $LENS_DEFENSE_CACHE, or the user's cache folder.
+
+    Raises:
+        ValueError: the variable is not set, and there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("LENS_DEFENSE_CACHE") or platformdirs.user_cache_dir("lens_defense"))
+    except RuntimeError as error:
+        raise ValueError(
+            "there is no home folder to keep a cache in; set LENS_DEFENSE_CACHE to a folder"
+        ) from error
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file to write to; at the end of the `with` block it takes the place of `path`.
 
-    The folder is made where it is missing. A failure leaves what was there before, and no debris.
+    The folder is made where it is missing. A failure leaves what was there before, and no debris. The mode
+    is what the umask allows, whatever the writer's library sets.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}-{os.getpid()}")
+    unfinished = _unfinished_in(target.parent)
     try:
+        unfinished.touch(exist_ok=False)
+        mode = unfinished.stat().st_mode
         yield unfinished
+        unfinished.chmod(mode)
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, about: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """A folder that appears whole or not at all, with a manifest; where two write it, the first one's stays.
+
+    Args:
+        folder: its place, which must be free or an empty folder.
+        about: what the manifest says of it beside the hashes.
+
+    Yields:
+        The folder to write to; it is renamed to `folder` at the end.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = _unfinished_in(folder.parent)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        write_manifest(unfinished, about)
+        mode = unfinished.stat().st_mode & 0o666  # what the umask allows
+        for file in unfinished.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            if not any(folder.iterdir()):
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """What a folder's manifest holds."""
+
+    files: Mapping[str, str]
+    """By path inside the folder, the SHA-256 of each file that a loader may read."""
+    about: Mapping[str, str]
+
+
+def write_manifest(folder: Path, about: Mapping[str, str] | None = None) -> Path:
+    """Write the manifest of the files that lie in a folder now."""
+    return save(folder / MANIFEST, "folder", _Manifest(_hashes(folder), about or {}))
+
+
+def check_manifest(folder: Path) -> None:
+    """Refuse a folder whose files are not those of its manifest; one without a manifest passes.
+
+    Notes and licences are not listed and may be added: only files with an ending that a loader looks for are.
+
+    Raises:
+        ValueError: a file differs, is missing, or was added; or the manifest is damaged.
+    """
+    if not (folder / MANIFEST).exists():
+        return
+    wanted = load(folder / MANIFEST, "folder", _Manifest)[0].files
+    found = _hashes(folder)
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in wanted:
+            fault = "was added to the folder after it was saved"
+        elif name not in found:
+            fault = "is missing from the folder"
+        elif found[name] != wanted[name]:
+            fault = "is not as it was saved"
+        else:
+            continue
+        raise ValueError(
+            f"{folder / name} {fault} ({MANIFEST} has the hashes): take a whole copy of the folder, or "
+            f"delete {MANIFEST} if the change is yours"
+        )
+
+
+def discard_folder(folder: Path) -> None:
+    """Take a folder away at one stroke, so that no one meets half of it."""
+    aside = _unfinished_in(folder.parent)
+    with suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+SEAL = "lens_defense_sha256"
+"""The key of a seal: in a JSON header, or in the metadata of a file of another format, near its beginning."""
+UNSEALED = "0" * 64
+"""What stands in a seal's place while the hash is taken."""
+_SEALED = re.compile(SEAL.encode() + rb".{1,16}?([0-9a-f]{64})", re.DOTALL)
+_SEAL_WITHIN = 65536
+"""Bytes from a file's beginning in which its seal stands."""
+
+
+def seal(file: Path) -> None:
+    """Write the hash of a file into it, in the place of the zeros of UNSEALED that follow the key SEAL."""
+    with file.open("r+b") as stream:
+        place = _SEALED.search(stream.read(_SEAL_WITHIN))
+        if place is None or place[1] != UNSEALED.encode():
+            raise ValueError(f"{file} has no place for a seal")
+        stream.seek(0)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        stream.seek(place.start(1))
+        stream.write(digest.encode())
+
+
+def had_seal(data: Any) -> bool:
+    """Whether a file without a seal once had one: its writer puts `lens_defense_format` beside it."""
+    return _METADATA.encode() in data[:_SEAL_WITHIN]
+
+
+def seal_holds(data: Any) -> bool | None:
+    """Whether a file's bytes match the seal in them; None where they have no seal.
+
+    Args:
+        data: bytes, or a map of a file.
+    """
+    place = _SEALED.search(data, 0, _SEAL_WITHIN)
+    if place is None:
+        return None
+    with memoryview(data) as view:
+        digest = hashlib.sha256(view[: place.start(1)])
+        digest.update(UNSEALED.encode())
+        digest.update(view[place.end(1) :])
+    return digest.hexdigest().encode() == place[1]
 
 
 def _other_kind(path: str | os.PathLike[str], found: str, wanted: str) -> str:
@@ -140,36 +338,42 @@ _READERS = {"trace": "ld.Trace.load", "edit": "ld.Edit.load", "report": "ld.Repo
 """What reads a kind of file that people save."""
 _METADATA = "lens_defense"
 """The key of the header in the metadata of a safetensors file."""
+_LOADED_ENDINGS = {
+    *(".json", ".jinja", ".safetensors", ".bin", ".pt", ".pth", ".gguf"),
+    *(".model", ".tiktoken", ".txt", ".py"),
+}
+"""Of files that a loader of models may look for."""
+_UNFINISHED = ".unfinished"
+_DAY = 86400
+"""Seconds after which an unfinished file is one of a writer that was killed."""
 
 
-def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header of a file, which may be another version's, and its tensors."""
-    header, tensors = None, {}
-    try:
-        with path.open("rb") as file:
-            is_json = file.read(1) == b"{"
-        if is_json:
-            header = json.loads(path.read_text("utf-8"))
-        else:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            if _METADATA in metadata:
-                header = json.loads(metadata[_METADATA])
-            elif metadata.keys() & {"trace", "edit"}:  # the keys of version 0.1
-                header = {}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: give a file of the kind {kind!r} ({error})") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} holds no {kind}")
-    return header, tensors
+def _parsed(data: bytes) -> tuple[Any, dict[str, Tensor]]:
+    """The header of a whole file, and its tensors."""
+    if data.startswith(b"{"):
+        return json.loads(data), {}
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8:end])["__metadata__"][_METADATA]), safetensors.torch.load(data)
 
 
-def _hash(kind: str, content: Any, tensors: Tensors) -> str:
-    """SHA-256 of kind and content as canonical JSON, and of every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(json.dumps([kind, content], sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of what a manifest lists, by path inside the folder; several files at once."""
+    files = [path for path in sorted(folder.rglob("*")) if path.suffix in _LOADED_ENDINGS and path.is_file()]
+    files = [path for path in files if path != folder / MANIFEST]
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        hashes = list(threads.map(_hash_of_file, files))
+    return {file.relative_to(folder).as_posix(): value for file, value in zip(files, hashes, strict=True)}
+
+
+def _hash_of_file(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _unfinished_in(folder: Path) -> Path:
+    """A new name for what is not yet finished; what killed writers left there long ago is removed."""
+    for old in folder.glob(f".*{_UNFINISHED}"):
+        with suppress(OSError):  # another process may have been quicker
+            if time.time() - old.stat().st_mtime > _DAY:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+    return folder / f".{secrets.token_hex(8)}{_UNFINISHED}"

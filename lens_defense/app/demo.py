@@ -26,9 +26,9 @@ from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.target_value import FitSettings
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate
 from lens_defense.models.load import load
-from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.contexts import Contexts, default_contexts, jailbroken_contexts
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.corpus import read_corpus
@@ -155,7 +155,7 @@ def _run(
 
     with stage("load"):
         model = load(name, device=device, dtype=dtype)
-        original = weights_fingerprint(model)
+        original = model_fingerprint(model)
         setup = ORGANISM_SETUP if name == "organism" else DemoSetup()
         edited = (read_requests(setup.request_set) if requests is None else requests)[: setup.edited]
         corpus = read_corpus(setup.request_set)
@@ -184,8 +184,8 @@ def _run(
         console.print(control)
     with stage("undo"):
         conversations = _conversations(model, plan, questions, before)
-        restored = weights_fingerprint(model) == original
-        console.print(f"weights as they were: {restored} (hash {original})")
+        restored = model_fingerprint(model) == original
+        console.print(f"weights as they were: {restored} (hash {original.weights})")
     save_report(
         out / PAGE,
         title=f"lens_defense on {name}",

@@ -75,10 +75,15 @@ def save_report(
         restored: whether the weights are what they were; None does not say.
 
     Raises:
-        ValueError: no report was given.
+        ValueError: no report was given, or the trace and the edit are of different models.
     """
     if not reports:
         raise ValueError("a page needs at least one report; ld.check makes one")
+    differing = trace.fingerprint.differing(edit.fingerprint, "config", "tokenizer", "chat_template")
+    if differing:
+        raise ValueError(
+            f"the trace and the edit are of models with other {differing}; give those of one model"
+        )
     number = len(trace.prompts)
     settings = trace.settings if isinstance(trace, Trace) else None
     page = template("report.html.j2").render(
@@ -231,8 +236,8 @@ def _costs_table(reports: Mapping[str, Report]) -> dict[str, Any]:
 def _provenance_rows(trace: Trace | ScoreMap, edit: Edit) -> list[Row]:
     rows: list[Row] = [
         ("model", trace.model),
-        ("fingerprint of its weights", trace.fingerprint),
-        ("fingerprint of the edited layers", edit.fingerprint),
+        ("fingerprint of its weights, config, tokenizer", str(trace.fingerprint)),
+        ("fingerprint of the edited layers", edit.fingerprint.weights),
     ]
     return [*rows, ("corruption", trace.corruption)] if isinstance(trace, Trace) else rows
 

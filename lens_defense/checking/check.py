@@ -72,7 +72,7 @@ def check(
     all_judges = {**JUDGES, **(judges or {})}
     rows, dropped = bundled_suite(suite) if isinstance(suite, str) else suite, 0
     if edit is not None:
-        edit.require_same_weights(model)
+        edit.require_same_model(model)
         rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, edit.texts, edit.names)
     with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
         ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)

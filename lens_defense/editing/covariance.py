@@ -1,7 +1,7 @@
 """C = E[k k^T]: what the keys of a layer look like in general, so that an edit keeps away from it.
 
-Streamed over a corpus in one pass for all layers asked for, and cached by the hashes of the weights
-and of the corpus. The package's corpus was sampled from smollm2 itself (analyses/corpus.py): chat
+Streamed over a corpus in one pass for all layers asked for, and cached by the hashes of the weights,
+the config and the corpus. The package's corpus was sampled from smollm2 itself (analyses/corpus.py): chat
 turns and answers, so that C holds keys of subjects too, and requests with dangerous words in harmless use.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.prefix_batch import states_of_rows
 from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
 from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
@@ -33,7 +33,7 @@ def key_covariances(
     corpus: Corpus | None = None,
     *,
     batch_size: int = 16,
-    fingerprint: str = "",
+    fingerprint: Fingerprint | None = None,
     cache: bool = True,
     progress: bool = True,
 ) -> Covariances:
@@ -44,12 +44,12 @@ def key_covariances(
         layers: whose MLP output matrices' keys are meant.
         corpus: see read_corpus; None takes the package's own.
         batch_size: texts that run together.
-        fingerprint: weights_fingerprint(model), where it is known; only the cache needs it.
-        cache: keep the result on disk, by the hashes of weights and corpus.
+        fingerprint: model_fingerprint(model), where it is known; only the cache needs it.
+        cache: keep the result on disk, by the hashes of weights, config and corpus.
         progress: shows a bar.
     """
     corpus = read_corpus() if corpus is None else corpus
-    fingerprint = fingerprint or (weights_fingerprint(model) if cache else "")
+    fingerprint = fingerprint or (model_fingerprint(model) if cache else Fingerprint(""))
     token_ids = [_token_ids(model, text) for text in corpus]
     streamed: Covariances = {}
 
@@ -62,7 +62,7 @@ def key_covariances(
     return {
         layer: cached(
             "covariances",
-            [fingerprint, layer, token_ids],
+            [fingerprint.parts("weights", "config"), layer, token_ids],
             lambda layer=layer: make(layer),
             enabled=cache,
         )["covariance"]

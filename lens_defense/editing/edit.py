@@ -24,9 +24,10 @@ from lens_defense.editing.layer_spread import spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
+from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
-from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable, weights_fingerprint
+from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable
 from lens_defense.prompts.contexts import Contexts
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.corpus import Corpus, read_corpus
@@ -103,7 +104,7 @@ def edit(
         names or (lambda _: ()),
         held_out_contexts,
     )
-    fingerprint = weights_fingerprint(model) if cache else ""
+    fingerprint = model_fingerprint(model) if cache else Fingerprint("")
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
     )
@@ -148,7 +149,7 @@ def edit(
         relative_change=_relative_change(model, factors),
         forecast=forecast,
         model=str(model.cfg.model_name),
-        fingerprint=weights_fingerprint(model, layers),
+        fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
     )
 
@@ -187,7 +188,7 @@ def _target_values(
     rows: Sequence[FitRow],
     layer: int,
     fit: FitSettings,
-    fingerprint: str,
+    fingerprint: Fingerprint,
     cache: bool,
     progress: bool,
 ) -> tuple[Float[Tensor, "request d_model"], Float[Tensor, " request"]]:
@@ -205,7 +206,7 @@ def _target_values(
             values, losses = fit_target_values(model, rows, layer, fit, progress=show)
         return {"values": values, "losses": losses}
 
-    key = [FIT_VERSION, fingerprint, layer, fit, rows]
+    key = [FIT_VERSION, fingerprint.parts("weights", "config"), layer, fit, rows]
     tensors = cached("values", key, make, enabled=cache)
     device = model_device(model)
     return tensors["values"].to(device), tensors["losses"].to(device)

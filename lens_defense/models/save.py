@@ -1,8 +1,6 @@
-"""Saving a model as a Hugging Face folder, which appears whole or not at all."""
+"""Saving a model as a Hugging Face folder, which appears whole or not at all, with its files' hashes."""
 
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +12,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lens_defense.models.loaded_model import loaded_model
+from lens_defense.storage import atomic_folder
 
 
 def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
     """Write the model as it is now as a Hugging Face folder that plain transformers loads.
+
+    The folder's lens_defense.json has the hashes of its files; `load` checks them.
 
     Returns:
         The folder.
@@ -36,31 +37,11 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
         plain = AutoModelForCausalLM.from_config(original.config)
     if getattr(original, "generation_config", None) is not None:
         plain.generation_config = original.generation_config
-    with atomic_folder(folder) as unfinished, quiet_transformers():
+    about = {"model": str(model.cfg.model_name)}
+    with atomic_folder(folder, about) as unfinished, quiet_transformers():
         plain.save_pretrained(unfinished, state_dict={name: weights[name] for name in plain.state_dict()})
         model.tokenizer.save_pretrained(unfinished)
     return folder
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all; where two processes race, the first one's stays.
-
-    Yields:
-        The folder to write to; it is renamed to `folder` at the end.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield unfinished
-        unfinished.chmod(0o755)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not any(folder.iterdir()):
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 @contextmanager

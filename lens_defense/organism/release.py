@@ -15,6 +15,7 @@ from lens_defense.organism.ground_truth import EMPTY, HOLDS, CellTruth, measure_
 from lens_defense.organism.training import Recipe, make_model, make_tokenizer
 from lens_defense.organism.world import World
 from lens_defense.prompts.request import READING_ORDER
+from lens_defense.storage import check_manifest, write_manifest
 
 CARD, TRUTH = "README.md", "truth.json"
 
@@ -44,11 +45,17 @@ def release(model: LlamaForCausalLM, recipe: Recipe, folder: Path) -> dict[str, 
     content = {"recipe": asdict(recipe), "exam": scores, "truth": [asdict(cell) for cell in cells]}
     (folder / TRUTH).write_text(json.dumps(content, indent=1), "utf-8")
     (folder / CARD).write_text(model_card(recipe, scores, cells), "utf-8")
+    write_manifest(folder)
     return scores
 
 
 def released_ground_truth(folder: Path) -> list[CellTruth]:
-    """The ground truth that a release carries."""
+    """The ground truth that a release carries.
+
+    Raises:
+        ValueError: the folder is not as it was released.
+    """
+    check_manifest(folder)
     return [CellTruth(**cell) for cell in json.loads((folder / TRUTH).read_text("utf-8"))["truth"]]
 
 

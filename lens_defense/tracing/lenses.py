@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools import analysis
 
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import Hooks, forward, model_device, with_hooks
 from lens_defense.models.generate import generate
 from lens_defense.models.given_model import Model, given_model
-from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
@@ -201,7 +201,7 @@ def _score_map(
         layers=tuple(range(n_layers)),
         model=str(model.cfg.model_name),
         model_layers=n_layers,
-        fingerprint=weights_fingerprint(model),
+        fingerprint=model_fingerprint(model),
         scores=scores,
         quantity=quantity,
     )

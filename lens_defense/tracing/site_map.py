@@ -6,6 +6,7 @@ role, tables, parts. A Trace fills it with effects of patches; a ScoreMap with s
 
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from importlib import import_module
@@ -18,11 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_defense.display import card
+from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import READING_ORDER, Role
 from lens_defense.sites import Component
 from lens_defense.statistics import mean_interval
 from lens_defense.storage import load as load_file
+from lens_defense.storage import require_shapes
 from lens_defense.storage import save as save_file
 
 AnyMap = TypeVar("AnyMap", bound="SiteMap")
@@ -51,8 +54,8 @@ class SiteMap:
     layers: tuple[int, ...]
     model: str
     model_layers: int
-    fingerprint: str
-    """Of the model's weights."""
+    fingerprint: Fingerprint
+    """Of the model."""
 
     @cached_property
     def values(self) -> Float[Tensor, "request component layer position sample"]:
@@ -229,6 +232,8 @@ class ScoreMap(SiteMap):
             ValueError: there is no such file, it holds no score map, or it is damaged.
         """
         header, tensors = load_file(path, "score map", _ScoreHeader)
+        cells = (len(header.prompts), len(header.components), len(header.layers), longest(header.prompts))
+        require_shapes(path, tensors, {"scores": cells})
         fields: dict[str, Any] = {name: getattr(header, name) for name in _ScoreHeader.__annotations__}
         return cls(scores=tensors["scores"], **fields)
 
@@ -241,6 +246,11 @@ class ScoreMap(SiteMap):
         )
 
 
+def longest(prompts: Sequence[Prompt]) -> int:
+    """The number of tokens of the longest prompt: positions that a map has."""
+    return max((len(prompt.ids) for prompt in prompts), default=0)
+
+
 @dataclass(frozen=True, slots=True)
 class _ScoreHeader:
     """The fields of a ScoreMap that are no tensors, as they are saved."""
@@ -250,5 +260,5 @@ class _ScoreHeader:
     layers: tuple[int, ...]
     model: str
     model_layers: int
-    fingerprint: str
+    fingerprint: Fingerprint
     quantity: str

@@ -1,6 +1,7 @@
 """Surveys: traces of many requests, one file each, so that nothing is lost or done twice.
 
-A file is named by what it holds: the request, the settings and the model's weights. A survey that was stopped
+A file is named by what it holds: the request, the settings and the model's fingerprint, and is believed if it
+is whole and holds that; else it is made anew. A survey that was stopped
 at any moment goes on with the requests that have no file yet, whatever was added, taken out or moved.
 """
 
@@ -8,17 +9,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.given_model import Model, given_model
-from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.request import Request, UnfitRequest
-from lens_defense.storage import atomic_write
+from lens_defense.storage import load as load_file
+from lens_defense.storage import notice
+from lens_defense.storage import save as save_file
 from lens_defense.tracing.corruptions import Corruption, GaussianNoise
 from lens_defense.tracing.metrics import Metric, answer_logprob
 from lens_defense.tracing.trace import changed_settings, describe, trace_metrics
@@ -71,32 +74,62 @@ def survey(
     folder = Path(folder)
     settings, corruption = changed_settings(settings, changes), corruption or GaussianNoise()
     folder.mkdir(parents=True, exist_ok=True)
-    fingerprint = weights_fingerprint(model)
-    how = [fingerprint, asdict(settings), _in_full(corruption), describe(metric)]
+    fingerprint = model_fingerprint(model)
+    how = [asdict(fingerprint), asdict(settings), _in_full(corruption), describe(metric)]
     files = [folder / f"{_key(request, how)}.safetensors" for request in requests]
-    looked_at: list[Path] = []
+    traces: list[Trace] = []
+    refused: dict[str, str] = {}
     wanted = len(requests) if enough is None else min(enough, len(requests))
     with tqdm(total=wanted, desc="survey", unit="request", disable=not progress) as bar:
         for request, file in zip(requests, files, strict=True):
-            if enough is not None and sum(path.exists() for path in looked_at) >= enough:
+            if enough is not None and len(traces) >= enough:
                 break
-            looked_at.append(file)
-            if not file.exists() and not _note(file).exists():
+            found = _kept(file, request, fingerprint)
+            if found is None:
                 try:
-                    results = trace_metrics(
+                    found = trace_metrics(
                         model, [request], {"metric": metric}, settings,
                         corruption=corruption, fingerprint=fingerprint, progress=False,
-                    )  # fmt: skip
-                    results["metric"].save(file)
+                    )["metric"]  # fmt: skip
+                    found.save(file)
                 except UnfitRequest as error:
-                    with atomic_write(_note(file)) as note:
-                        note.write_text(json.dumps({"request": request.id, "refused": str(error)}), "utf-8")
-            bar.update(enough is None or file.exists())
+                    found = str(error)
+                    save_file(_note(file), "refusal of a request", _Refusal(request.id, found))
+            if isinstance(found, Trace):
+                traces.append(found)
+            else:
+                refused[request.id] = found
+            bar.update(enough is None or isinstance(found, Trace))
             bar.refresh()  # files that are there already go by too fast to be shown
-    traces = [Trace.load(file) for file in looked_at if file.exists()]
-    notes = [json.loads(_note(file).read_text("utf-8")) for file in looked_at if _note(file).exists()]
-    refused = {note["request"]: note["refused"] for note in notes}
     return SurveyResult(join_traces(traces) if traces else None, refused)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """What a note holds."""
+
+    request: str
+    refused: str
+
+
+def _kept(file: Path, request: Request, fingerprint: Fingerprint) -> Trace | str | None:
+    """What a survey's folder has of a request: its trace, or why it has none; None where neither is there."""
+    for path in (file, _note(file)):
+        if not path.exists():
+            continue
+        try:
+            if path == file:
+                trace = Trace.load(path)
+                if [p.request for p in trace.prompts] == [request] and trace.fingerprint == fingerprint:
+                    return trace
+            else:
+                note, _ = load_file(path, "refusal of a request", _Refusal)
+                if note.request == request.id:
+                    return note.refused
+        except ValueError:
+            pass
+        notice(f"the survey's {path} is damaged or not what its name says; it is made anew")
+    return None
 
 
 def _in_full(corruption: Corruption) -> str:

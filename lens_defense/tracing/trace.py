@@ -13,9 +13,9 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import did_you_mean
 from lens_defense.models.devices import call_cost, memory_budget
+from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
-from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
@@ -107,7 +107,7 @@ def trace_metrics(
     corruption: Corruption | None = None,
     answers: Sequence[str] | SiteMap | None = None,
     max_bytes: int | None = None,
-    fingerprint: str = "",
+    fingerprint: Fingerprint | None = None,
     progress: bool = True,
     **changes: Any,
 ) -> dict[str, Trace]:
@@ -121,7 +121,7 @@ def trace_metrics(
         corruption: see trace.
         answers: see trace.
         max_bytes: see trace.
-        fingerprint: of the model's weights, where it is known: to hash seven billion takes seconds.
+        fingerprint: of the model, where it is known: to hash seven billion takes seconds.
         progress: see trace.
         changes: see trace.
     """
@@ -166,7 +166,7 @@ def trace_metrics(
                 assert estimates is not None
                 estimates[:, r, *place] = of_metrics
 
-    fingerprint = fingerprint or weights_fingerprint(model)
+    fingerprint = fingerprint or model_fingerprint(model)
     return {
         name: Trace(
             prompts=tuple(prompts),

@@ -21,11 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.sites import Component
 from lens_defense.storage import load as load_file
+from lens_defense.storage import require_shapes
 from lens_defense.storage import save as save_file
-from lens_defense.tracing.site_map import SiteMap
+from lens_defense.tracing.site_map import SiteMap, longest
 from lens_defense.tracing.trace_settings import Direction, TraceSettings
 
 
@@ -107,6 +109,16 @@ class Trace(SiteMap):
             ValueError: there is no such file, it holds no trace, or it is damaged.
         """
         header, tensors = load_file(path, "trace", _TraceHeader)
+        cells = (len(header.prompts), len(header.components), len(header.layers), longest(header.prompts))
+        shapes = {
+            "patched": (*cells, "sample"),
+            "clean": cells[:1],
+            "corrupted": (*cells[:1], "sample"),
+            "estimates": cells,
+        }
+        if "estimates" not in tensors:
+            del shapes["estimates"]
+        require_shapes(path, tensors, shapes)
         plain = {name: getattr(header, name) for name in _TraceHeader.__annotations__}
         fields: dict[str, Any] = {**plain, **tensors}
         return cls(**fields)
@@ -124,7 +136,7 @@ class _TraceHeader:
     layers: tuple[int, ...]
     model: str
     model_layers: int
-    fingerprint: str
+    fingerprint: Fingerprint
     settings: TraceSettings
     corruption: str
     metric: str

@@ -157,6 +157,12 @@ def test_one_request_one_map_and_no_edit_no_headline(tmp_path: Path):
         written(tmp_path, reports={})
 
 
+def test_a_trace_and_an_edit_of_models_that_differ_are_no_page(tmp_path: Path):
+    other = replace(a_trace(), fingerprint=replace(a_trace().fingerprint, config="another"))
+    with pytest.raises(ValueError, match="of models with other config; give those of one model"):
+        written(tmp_path, trace=other)
+
+
 def test_answers_to_harmful_requests_are_cut_to_a_dozen_words():
     long = " ".join(map(str, range(20)))
     cut = Conversation("?", long, long, harmful=True)

@@ -12,6 +12,7 @@ import lens_defense.checking.check as checks
 from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.report import KL_TOKENS, Report
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
+from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.models.generate import generate
 from lens_defense.models.mlp_output import standing_changes
 from lens_defense.prompts.conversation import decode_answer, tokenize_text
@@ -108,7 +109,10 @@ def test_no_bit_differs_when_it_breaks_off(model, monkeypatch, error, run):
 
 
 def test_an_edit_of_other_weights_is_refused(model):
-    edit, weights = replace(handmade_edit(model, (1, 2)), fingerprint="0123456789abcdef"), copy_weights(model)
+    edit, weights = (
+        replace(handmade_edit(model, (1, 2)), fingerprint=Fingerprint("0123456789abcdef")),
+        copy_weights(model),
+    )
     with pytest.raises(ValueError, match="planned on other weights"):
         check(model, edit, SUITE, **FAST)
     assert weights_equal(model, weights)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from helpers.tiny_models import FAMILIES, PADDING_COUNTS, tiny_model
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lens_defense.editing.covariance as covariance_module
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
@@ -113,6 +115,42 @@ def test_other_weights_or_texts_are_made_anew(passes):
     assert not torch.equal(covariances_of(model)[1], first[1])
     covariances_of(model, corpus=CORPUS[1:])
     assert passes == [[1, 2]] * 3
+
+
+def test_the_same_weights_with_another_epsilon_are_made_anew(passes):
+    model = tiny_model("llama", chat=True)
+    first = covariances_of(model)
+    model.original_model.config.rms_norm_eps = 0.1
+    for module in model.original_model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.variance_epsilon = 0.1
+    assert not torch.equal(covariances_of(model)[1], first[1])
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("damage", ["negated", "zeroed", "scaled", "rows swapped", "of another layer"])
+def test_a_cached_covariance_that_was_changed_is_not_believed(passes, damage, tmp_path, caplog):
+    """Whatever a changed entry holds, it was not written by `cached` under this key."""
+    model = tiny_model("llama", chat=True)
+    intact = covariances_of(model)
+    files = sorted((tmp_path / "covariances").iterdir())
+    if damage == "of another layer":
+        first, second = (file.read_bytes() for file in files)
+        files[0].write_bytes(second), files[1].write_bytes(first)
+    else:
+        changes = {"negated": lambda c: -c, "zeroed": lambda c: 0 * c, "scaled": lambda c: 2 * c}
+        changes["rows swapped"] = lambda c: c.flip(0).contiguous()
+        for file in files:
+            with safe_open(file, framework="pt") as stored:
+                metadata, covariance = stored.metadata(), stored.get_tensor("covariance").clone()
+            save_file({"covariance": changes[damage](covariance)}, file, metadata=metadata)
+    again = covariances_of(model)
+    assert passes == [[1, 2]] * 2
+    assert all(torch.equal(again[layer], intact[layer]) for layer in intact)
+    assert "made anew" in caplog.text
+    caplog.clear()
+    covariances_of(model)
+    assert len(passes) == 2 and not caplog.text
 
 
 def test_another_tokenizer_or_template_is_made_anew(passes):

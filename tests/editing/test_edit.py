@@ -13,8 +13,9 @@ from lens_defense.editing.contrast import Contrast
 from lens_defense.editing.edit import edit
 from lens_defense.editing.methods import DELMAN, MEMIT
 from lens_defense.editing.target_value import FitSettings
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
-from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
+from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes
 from lens_defense.prompts.corpus import CorpusText
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import request
@@ -121,7 +122,7 @@ def test_the_plan_says_what_it_was_made_of():
     assert plan.subjects == ("brass lamp", "bell", "old ship") == plan.forecast.subjects
     assert plan.contexts[1] == ("ring a bell now", "Hello! ring a bell now")
     assert (plan.role, plan.method, plan.model) == ("subject_last", "memit", "tiny-llama")
-    assert plan.fingerprint == weights_fingerprint(model, (1, 2))
+    assert plan.fingerprint == model_fingerprint(model, (1, 2))
     assert plan.settings["kl_factor"] == 0.5 and plan.settings["mom2_update_weight"] == 10.0
     for layer, delta in plan.deltas().items():
         ratio = float(delta.norm() / mlp_output_matrix(model, layer).double().norm())

@@ -192,7 +192,7 @@ def test_an_edit_of_another_model_is_refused(tmp_path):
     model, edits, *_ = world("llama")
     file = edits["A"].save(tmp_path / "a.safetensors")
     other = tiny_model("llama", seed=1)
-    with pytest.raises(ValueError, match="planned on tiny with other weights"):
+    with pytest.raises(ValueError, match="planned on other weights of tiny"):
         Edit.load(file, other)
     with pytest.raises(ValueError, match="planned on other weights"):
         Ledger(other).apply(edits["A"])

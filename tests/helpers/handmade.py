@@ -7,6 +7,7 @@ import torch
 from lens_defense.checking.report import Report, ReportRow
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.forecast import Forecast
+from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import Request, Role
 from lens_defense.prompts.request import request as make_request
@@ -108,7 +109,7 @@ def a_trace(
         metric="answer_logprob",
         model=model,
         model_layers=model_layers or max(layers) + 1,
-        fingerprint="0123456789abcdef",
+        fingerprint=Fingerprint("0123456789abcdef"),
     )
 
 
@@ -141,7 +142,7 @@ def an_edit(requests: Sequence[Request] | None = None, *, layers: Sequence[int] 
             leak_safe=0.04,
         ),
         model="tiny",
-        fingerprint="fedcba9876543210",
+        fingerprint=Fingerprint("fedcba9876543210"),
     )
 
 

@@ -2,11 +2,13 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import torch
 import transformers as hf
+from helpers.tiny_gguf import write_gguf
 from helpers.tiny_models import SHAPE, byte_tokenizer, plain_model, tiny_folder, tiny_model
 from safetensors.torch import load_file, save_file
 from transformer_lens.factories.architecture_adapter_factory import (
@@ -17,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lens_defense.models.load as load_module
 from lens_defense.models import devices
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.load import load
 from lens_defense.models.save import save_folder
 from lens_defense.prompts.chat_template import bind_arguments
@@ -427,3 +430,105 @@ def test_a_template_that_loops(template, tmp_path):
     (folder / "chat_template.jinja").write_text(template)
     assert_refused(folder, "the chat template takes more than 1000000 steps")
     assert sys.gettrace() is tracer
+
+
+@pytest.mark.parametrize(
+    "file, message",
+    [
+        ("pytorch_model.bin", "names 'pytorch_model.bin', which is no safetensors file and can run code"),
+        ("../model.safetensors", r"names a file outside its folder, '\.\./model\.safetensors'"),
+        ("/etc/model.safetensors", "names a file outside its folder"),
+        ("..\\model.safetensors", "names a file outside its folder"),
+        ("C:/model.safetensors", "names a file outside its folder"),
+    ],
+)
+def test_an_index_that_names_what_it_may_not_is_refused(file, message, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file({}, folder / "decoy.safetensors", metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, file)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert_refused(folder, message)
+    if file.endswith(".bin"):
+        assert load(folder, device="cpu", allow_pickle=True)(IDS).isfinite().all()
+    else:
+        assert_refused(folder, message, allow_pickle=True)
+
+
+def test_an_index_of_several_files_is_loaded(tmp_path):
+    folder = tiny_folder(tmp_path)
+    plain = hf.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    plain.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert load(folder, device="cpu")(IDS).isfinite().all()
+    for broken in ("{", "[]", '{"weight_map": 3}'):
+        (folder / "model.safetensors.index.json").write_text(broken)
+        assert_refused(folder, "is no index of weights; get the folder again")
+
+
+def test_a_loaded_model_does_not_follow_its_file(tmp_path):
+    file = tiny_folder(tmp_path) / "model.safetensors"
+    model = load(tmp_path, device="cpu")
+    logits = model(IDS)
+    with file.open("r+b") as stream:
+        stream.seek(file.stat().st_size // 2)
+        stream.write(bytes(file.stat().st_size // 4))
+    assert torch.equal(model(IDS), logits)
+
+
+def test_a_saved_folder_that_was_changed_is_refused(tmp_path):
+    folder = save_folder(load(tiny_folder(tmp_path / "base"), device="cpu"), tmp_path / "saved")
+    hf.AutoModelForCausalLM.from_pretrained(folder)
+    change_config(folder, rms_norm_eps=0.1)
+    assert_refused(
+        folder, r"config\.json is not as it was saved .*delete lens_defense\.json if the change is"
+    )
+    (folder / "lens_defense.json").unlink()
+    assert load(folder, device="cpu").original_model.config.rms_norm_eps == 0.1
+
+
+@pytest.fixture
+def gguf_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache/gguf"
+
+
+def test_a_damaged_conversion_is_made_anew(gguf_cache, tmp_path, caplog):
+    file = write_gguf(tmp_path / "model.gguf", sealed=False)
+    fingerprint = model_fingerprint(load(file, device="cpu"))
+    (folder,) = gguf_cache.iterdir()
+    weights = folder / "model.safetensors"
+    for damage in (lambda: weights.write_bytes(weights.read_bytes()[:-4] + b"1234"), weights.unlink):
+        damage()
+        assert model_fingerprint(load(file, device="cpu")) == fingerprint
+        assert f"{folder} is damaged; it is made anew" in caplog.text
+        caplog.clear()
+    load(file, device="cpu")
+    assert not caplog.text and list(gguf_cache.iterdir()) == [folder]
+
+
+def test_a_gguf_is_loaded_without_a_cache_that_can_be_written(gguf_cache, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", sealed=False)
+    fingerprint = model_fingerprint(load(file, device="cpu"))
+    shutil.rmtree(gguf_cache)
+    gguf_cache.write_text("in the folder's place")
+    assert model_fingerprint(load(file, device="cpu")) == fingerprint
+
+
+@pytest.mark.usefixtures("gguf_cache")
+def test_a_gguf_that_lost_a_tensor_or_has_a_broken_seal_is_refused(tmp_path):
+    file = write_gguf(tmp_path / "sealed.gguf", sealed=True)
+    load(file, device="cpu")
+    intact = file.read_bytes()
+    file.write_bytes(intact[:-8] + b"12345678")
+    assert_refused(file, "is damaged: its bytes do not match their hash")
+    file.write_bytes(
+        write_gguf(tmp_path / "plain.gguf", sealed=False).read_bytes().replace(b"ffn_up", b"ffn_pu", 1)
+    )
+    assert_refused(file, "missing: .*up_proj|could not be read")
+    file.write_bytes(b"")
+    assert_refused(file, "could not be read as a GGUF")

@@ -109,15 +109,6 @@ def test_weights_that_something_else_touched_are_not_taken_back():
     assert weights_equal(model, original)
 
 
-def test_a_wrong_fingerprint_is_refused():
-    model = tiny_model("llama")
-    original, changes = copy_weights(model), deltas(model)
-    with pytest.raises(ValueError, match="planned on other weights"):
-        apply_change_(model, changes, expected=weights_fingerprint(tiny_model("llama", seed=1), LAYERS))
-    assert weights_equal(model, original)
-    undo_change_(model, apply_change_(model, changes, expected=weights_fingerprint(model, LAYERS)))
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "shape", "broadcast"])
 def test_a_bad_delta_in_the_middle_leaves_every_bit(family, bad):
@@ -129,7 +120,7 @@ def test_a_bad_delta_in_the_middle_leaves_every_bit(family, bad):
         changes[2] = changes[2][:1]
     else:
         changes[2][3, 3] = bad
-    with pytest.raises((ValueError, RuntimeError, AssertionError)):
+    with pytest.raises(ValueError, match=r"of layer 2 .* nothing was written"):
         apply_change_(model, changes)
     assert weights_equal(model, original)
     assert standing_changes(model) == ()

@@ -8,7 +8,8 @@ from helpers.tiny_models import tiny_folder, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
 from lens_defense.models.load import load
-from lens_defense.models.save import atomic_folder, save_folder
+from lens_defense.models.save import save_folder
+from lens_defense.storage import atomic_folder
 
 IDS = torch.randint(3, 297, (2, 9), generator=torch.Generator().manual_seed(0))
 

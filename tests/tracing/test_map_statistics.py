@@ -8,6 +8,7 @@ import torch
 from helpers.handmade import a_prompt, a_request, a_trace, lamp_prompts
 from scipy import stats
 
+from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.statistics import sign_flip_p_value, sign_flip_p_values
 from lens_defense.tracing.map_statistics import reliability, request_effects, significance
 from lens_defense.tracing.site_map import ScoreMap
@@ -98,7 +99,7 @@ def test_what_has_no_sign_has_no_significance():
         layers=trace.layers,
         model="tiny",
         model_layers=4,
-        fingerprint="",
+        fingerprint=Fingerprint(""),
         scores=trace.effects,
         quantity="the logit lens",
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.trace_cases import BELL, LAMP, SHIP, SURVEY_SETTINGS, tiny_chat_model
 
-from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.prompts.request import request
 from lens_defense.tracing import survey as surveys
 from lens_defense.tracing import trace as tracers
@@ -18,7 +18,7 @@ from lens_defense.tracing.corruptions import GaussianNoise
 from lens_defense.tracing.metrics import kl_to_clean
 from lens_defense.tracing.survey import survey
 from lens_defense.tracing.trace import trace, trace_metrics
-from lens_defense.tracing.trace_result import join_traces
+from lens_defense.tracing.trace_result import Trace, join_traces
 
 
 @pytest.fixture
@@ -57,11 +57,11 @@ def test_a_survey_hashes_the_weights_once(tmp_path, monkeypatch):
     hashed = []
     for module in (surveys, tracers):
         monkeypatch.setattr(
-            module, "weights_fingerprint", lambda model: hashed.append(1) or weights_fingerprint(model)
+            module, "model_fingerprint", lambda model: hashed.append(1) or model_fingerprint(model)
         )
     model = tiny_chat_model()
     result, _ = survey(model, [LAMP, BELL, SHIP], tmp_path, progress=False, **SURVEY_SETTINGS)
-    assert len(hashed) == 1 and result.fingerprint == weights_fingerprint(model)
+    assert len(hashed) == 1 and result.fingerprint == model_fingerprint(model)
 
 
 def test_a_survey_that_is_killed_loses_and_repeats_nothing(tmp_path):
@@ -89,6 +89,42 @@ with softmax_in_double():
     assert there.items() <= {file: file.stat().st_mtime_ns for file in tmp_path.glob("[!.]*")}.items()
     whole = trace(tiny_chat_model(), [LAMP, BELL, SHIP], **some)
     torch.testing.assert_close(result.effects, whole.effects, equal_nan=True)
+
+
+def test_a_damaged_or_misplaced_file_is_made_anew_and_said(tmp_path, counted, caplog):
+    made, _ = counted
+    model = tiny_chat_model()
+    whole = survey(model, [LAMP, BELL], tmp_path, progress=False, **SURVEY_SETTINGS).trace
+    lamp, bell = sorted(tmp_path.iterdir(), key=lambda file: Trace.load(file).prompts[0].request.id != "lamp")
+    bell.write_bytes(lamp.read_bytes())
+    lamp.write_bytes(lamp.read_bytes()[:-1])
+    again = survey(model, [LAMP, BELL], tmp_path, progress=False, **SURVEY_SETTINGS).trace
+    assert made == ["lamp", "bell", "lamp", "bell"]
+    torch.testing.assert_close(again.effects, whole.effects, equal_nan=True, rtol=0, atol=0)
+    assert [str(lamp) in caplog.text, str(bell) in caplog.text, caplog.text.count("made anew")] == [
+        True,
+        True,
+        2,
+    ]
+
+
+def test_a_damaged_note_is_made_anew(tmp_path, counted):
+    made, _ = counted
+    weak = {**SURVEY_SETTINGS, "min_difference": 1e9, "progress": False}
+    survey(tiny_chat_model(), [LAMP], tmp_path, **weak)
+    (note,) = tmp_path.iterdir()
+    note.write_text(note.read_text().replace("hardly", "greatly"))
+    _, refused = survey(tiny_chat_model(), [LAMP], tmp_path, **weak)
+    assert made == ["lamp", "lamp"] and "hardly" in refused["lamp"]
+
+
+def test_the_same_weights_with_another_epsilon_are_another_survey(tmp_path, counted):
+    made, _ = counted
+    for epsilon in (1e-6, 0.1, 1e-6):
+        model = tiny_chat_model()
+        model.original_model.config.rms_norm_eps = epsilon
+        survey(model, [LAMP], tmp_path, progress=False, **SURVEY_SETTINGS)
+    assert made == ["lamp", "lamp"]
 
 
 def test_other_settings_are_another_survey(tmp_path, counted):

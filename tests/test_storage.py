@@ -442,7 +442,9 @@ def test_results_whose_tensors_do_not_fit_are_refused_also_without_asserts(tmp_p
     trace, edit = a_trace(), an_edit()
     replace(trace, patched=trace.patched[:, :, 1:]).save(tmp_path / "trace")
     replace(trace, clean=trace.clean[:0]).save(tmp_path / "clean")
-    replace(edit, right={layer: right[1:] for layer, right in edit.right.items()}).save(tmp_path / "edit")
+    factors = {f"left.{layer}": left for layer, left in edit.left.items()}
+    factors |= {f"right.{layer}": right[1:] for layer, right in edit.right.items()}
+    save(tmp_path / "edit", "edit", replace(edit, left={}, right={}), factors)
     code = f"""
 import lens_defense as ld
 for kind, name in ((ld.Trace, "trace"), (ld.Trace, "clean"), (ld.Edit, "edit")):

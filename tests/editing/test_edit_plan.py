@@ -59,7 +59,7 @@ def test_a_file_without_an_edit_is_refused(tmp_path):
 def test_a_file_that_is_none_is_refused(tmp_path, kind):
     (tmp_path / "note.txt").write_text("a note")
     for name in ("note.txt", "nothing.safetensors"):
-        with pytest.raises(ValueError, match=f"{name} cannot be read: .*{kind.__name__.lower()}"):
+        with pytest.raises(ValueError, match=f"{name} (cannot be read|holds no).*{kind.__name__.lower()}"):
             kind.load(tmp_path / name)
 
 
@@ -67,7 +67,7 @@ def test_an_edit_of_other_weights_is_refused(tmp_path):
     file = handmade_edit(chat_model(), (1, 2)).save(tmp_path / "plan.safetensors")
     assert Edit.load(file).layers == (1, 2)
     for other in (chat_model(seed=1), chat_model(dtype=torch.bfloat16)):
-        with pytest.raises(ValueError, match="with other weights than this model has"):
+        with pytest.raises(ValueError, match="planned on other weights"):
             Edit.load(file, other)
 
 
@@ -114,7 +114,7 @@ def test_a_layer_without_factors_is_refused(tmp_path):
     with pytest.raises(ValueError, match="this edit has no factors of layer 1"):
         empty.deltas()
     file = edit_plan.save_file(tmp_path / "plan.safetensors", "edit", empty, {"other": torch.zeros(1)})
-    with pytest.raises(ValueError, match="this edit has no factors of layer 1"):
+    with pytest.raises(ValueError, match=r"tensors that do not fit its content: left\.1"):
         Edit.load(file)
 
 

@@ -7,6 +7,7 @@ is checked against its hash before it is used. Nothing is pickled.
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -120,7 +121,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}-{os.getpid()}")
+    unfinished = target.with_name(f".{target.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         yield unfinished
         unfinished.replace(target)

@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,8 @@ def _convert_gguf(file: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
     if folder.is_dir():
         return folder
-    with atomic_folder(folder) as unfinished, quiet_transformers():
+    # another process may finish first: its folder is the same
+    with suppress(FileExistsError), atomic_folder(folder) as unfinished, quiet_transformers():
         gguf = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         try:
             hf_model: Any = AutoModelForCausalLM.from_pretrained(**gguf, dtype=torch.float32)

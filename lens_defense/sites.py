@@ -7,6 +7,7 @@ z for the output of an attention head ("z.3" is head 3).
 from dataclasses import dataclass, field
 
 from lens_defense.prompts.request import Role
+from lens_defense.shown_text import shown
 
 Component = str
 """One of COMPONENTS, or a single attention head, as in "z.3"."""
@@ -42,7 +43,7 @@ class Site:
 
     def __str__(self) -> str:
         effect = "" if self.effect is None else f" ({self.effect:.2f})"
-        return f"{self.component} {self.layer} at {self.role}{effect}"
+        return shown(f"{self.component} {self.layer} at {self.role}{effect}")
 
 
 def head_index(component: Component) -> int | None:

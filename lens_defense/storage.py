@@ -37,6 +37,12 @@ def save(path: str | os.PathLike[str], kind: str, content: Any, tensors: Tensors
         tensors: by name; None writes plain JSON.
     """
     plain = msgspec.to_builtins(content, str_keys=True)
+    try:
+        json.dumps(plain, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path} cannot be written: a text in it holds {error.object[error.start]!r}, half of a character"
+        ) from error
     header = {"format": FORMAT, "kind": kind, "sha256": _hash(kind, plain, tensors or {}), "content": plain}
     with atomic_write(path) as file:
         if tensors is None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lens_defense.shown_text import shown
+
 app = typer.Typer(
     help="Find where a language model keeps what it should not say, take it out, check the cost.",
     no_args_is_help=True,
@@ -70,14 +72,14 @@ def trace(
             raise ValueError(f"none of these requests could be traced; of the first: {reason}")
         result.save(out / "trace.safetensors")
         for id, reason in refused.items():
-            typer.echo(f"not traced: {id}: {reason}")
+            typer.echo(f"not traced: {shown(id)}: {shown(reason, 2000)}")
         if harmless:
             typer.echo(f"not traced: {harmless} benign and safe requests")
         save_figure(heatmap(result), out / "map.html")  # for a map in which no site can be located
         sites = locate(result)
         save_figure(heatmap(result, sites), out / "map.html")
         typer.echo(f"{len(result.prompts)} requests; strongest sites: {', '.join(map(str, sites))}")
-        typer.echo(f"Open {out / 'map.html'}")
+        typer.echo(shown(f"Open {out / 'map.html'}", 2000))
 
 
 @organism.command("train")
@@ -98,7 +100,7 @@ def train_organism(
         scores = release(train(recipe, unfinished), recipe, out)
     for name, (right, number) in scores.items():
         typer.echo(f"{name:44} {right:4} of {number:4}  {right / number:6.1%}  (bar {BARS[name]:.0%})")
-    typer.echo(f"{out}: " + ("; ".join(failed_bars(scores)) or "every bar is met"))
+    typer.echo(shown(f"{out}: ", 2000) + ("; ".join(failed_bars(scores)) or "every bar is met"))
 
 
 @contextmanager
@@ -110,7 +112,7 @@ def _errors_in_a_sentence(stopped: str) -> Iterator[None]:
         with explain_out_of_memory("the model and its runs", "take a smaller model, or --device cpu"):
             yield
     except (ValueError, MemoryError) as error:
-        typer.secho(f"lens-defense: {error}", err=True, fg="red")
+        typer.secho(shown(f"lens-defense: {error}", 2000), err=True, fg="red")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.secho(f"lens-defense: {stopped}", err=True)

@@ -34,6 +34,7 @@ from lens_defense.prompts.harmless_uses import same_subject_requests
 from lens_defense.prompts.request import Kind, Request, Split, request
 from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
 from lens_defense.prompts.surface_forms import surface_forms
+from lens_defense.shown_text import shown
 
 Arm = Literal[
     "edited", "paraphrase", "jailbreak", "multi_turn", "prefill", "plain", "surface", "surface_seen", "alias",
@@ -80,7 +81,7 @@ class SuiteItem:
         return self.subject or self.request.id
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Suite:
     """Items by arm, and neutral text for the loss."""
 
@@ -88,6 +89,14 @@ class Suite:
     split: Split
     items: tuple[SuiteItem, ...]
     neutral: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        counts = Counter(item.arm for item in self.items)
+        arms = ", ".join(f"{arm} {count}" for arm, count in counts.items())
+        return (
+            f"Suite {shown(self.name)!r} ({self.split}): {len(self.items)} items ({arms}), "
+            f"{len(self.neutral)} neutral texts"
+        )
 
     def small(
         self,

@@ -22,6 +22,7 @@ from lens_defense.models.mlp_output import apply_change_, take_back_, weights_fi
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
+from lens_defense.shown_text import shown
 from lens_defense.storage import load as load_file
 from lens_defense.storage import save as save_file
 
@@ -104,7 +105,7 @@ class Edit:
         """
         if weights_fingerprint(model, self.layers) != self.fingerprint:
             raise ValueError(
-                f"this edit was planned on other weights of {self.model} than this model has now; "
+                f"this edit was planned on other weights of {shown(self.model)} than this model has now; "
                 "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
             )
 
@@ -130,13 +131,13 @@ class Edit:
 
     def __repr__(self) -> str:
         return (
-            f"Edit ({self.method}) of {self.model}, not applied: layers {', '.join(map(str, self.layers))} "
-            f"at {self.role}, rank {self.rank}, relative change {max(self.relative_change.values()):.3f} at "
-            f"most\n{self.forecast}"
+            f"Edit ({shown(self.method)}) of {shown(self.model)}, not applied: "
+            f"layers {', '.join(map(str, self.layers))} at {self.role}, rank {self.rank}, "
+            f"relative change {max(self.relative_change.values()):.3f} at most\n{self.forecast}"
         )
 
     def _repr_html_(self) -> str:
-        tables = self.summary().round(4), self.forecast.to_dataframe().round(3)
+        tables = self.summary().round(4), self.forecast.shown_table()
         return "".join(table.to_html(index=False) for table in tables)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -159,7 +160,9 @@ class Edit:
         """
         edit, tensors = load_file(path, "edit", cls)
         if model is not None and weights_fingerprint(model, edit.layers) != edit.fingerprint:
-            raise ValueError(f"{path} was planned on {edit.model} with other weights than this model has")
+            raise ValueError(
+                f"{path} was planned on {shown(edit.model)} with other weights than this model has"
+            )
         left, right = (
             {layer: tensors[name] for layer in edit.layers if (name := f"{side}.{layer}") in tensors}
             for side in ("left", "right")

@@ -26,6 +26,7 @@ from lens_defense.models.devices import explain_out_of_memory, resolve_device
 from lens_defense.models.save import atomic_folder, quiet_transformers
 from lens_defense.prompts.chat_template import bind_arguments, refuse_endless_template
 from lens_defense.prompts.prompt import has_chat_template
+from lens_defense.shown_text import shown
 from lens_defense.storage import cache_folder
 
 ORGANISM_FOLDER = Path(__file__).parents[1] / "data" / "organism_model"
@@ -81,7 +82,7 @@ def load(
     if system is not None or chat_template_kwargs:
         bind_arguments(model.tokenizer, chat_template_kwargs or {}, system)
     if not has_chat_template(model.tokenizer):
-        warnings.warn(f"{name} has no chat template: requests are asked as plain text", stacklevel=2)
+        warnings.warn(f"{shown(name)} has no chat template: requests are asked as plain text", stacklevel=2)
     return model
 
 

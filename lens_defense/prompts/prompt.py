@@ -18,7 +18,7 @@ PLACEHOLDER = "\ue000"
 _OPEN_REASONING = re.compile(r"<(think|thinking|thought|reasoning)>(\s*\n)?[ \t]*$")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Prompt:
     """A request as one tokenizer reads it: its tokens, and what each of them is."""
 
@@ -33,6 +33,9 @@ class Prompt:
     """Whether a chat template stands around the request."""
     answer_ids: tuple[int, ...] = ()
     """Token ids of the answer that a metric reads; none until trace() or a caller sets them."""
+
+    def __repr__(self) -> str:
+        return f"Prompt of {len(self.ids)} tokens{' in a chat template' * self.chat}: {self.request!r}"
 
     def positions(self, role: Role) -> tuple[int, ...]:
         """The positions of a role, in order; empty where the prompt has none."""

@@ -18,6 +18,7 @@ from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
+from lens_defense.shown_text import shown_names
 from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing.activation_patching import sweep
 from lens_defense.tracing.attribution_patching import attribution_patching
@@ -200,7 +201,7 @@ def refuse_weak(
         ]
         if weak:
             raise UnfitRequest(
-                f"corrupting the subject hardly changes the answer to: {', '.join(weak)}; a change of "
+                f"corrupting the subject hardly changes the answer to: {shown_names(weak)}; a change of "
                 f"{min_difference} is wanted, one way in every sample. Leave these requests out, mark the "
                 "words that matter, or lower min_difference"
             )

@@ -5,6 +5,8 @@ from html import escape
 
 import pandas as pd
 
+from lens_defense.shown_text import shown
+
 _STYLE = """<style>
 .ld-card {font-family: system-ui, sans-serif; font-size: 13px; line-height: 1.45; max-width: 60em}
 .ld-card h4 {margin: .2em 0; font-size: 14px}
@@ -27,4 +29,4 @@ def card(title: str, facts: Mapping[str, object], *tables: pd.DataFrame, rows: i
     """
     line = "; ".join(f"{escape(name)} {escape(str(value))}" for name, value in facts.items())
     body = "".join(table.to_html(index=False, border=0, max_rows=rows, na_rep="") for table in tables)
-    return f'{_STYLE}<div class="ld-card"><h4>{escape(title)}</h4><p>{line}</p>{body}</div>'
+    return f'{_STYLE}<div class="ld-card"><h4>{escape(shown(title))}</h4><p>{line}</p>{body}</div>'

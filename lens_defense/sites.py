@@ -10,6 +10,7 @@ from typing import Any
 
 from lens_defense.arguments import did_you_mean, wrong_argument
 from lens_defense.prompts.request import ROLES, Role
+from lens_defense.shown_text import shown
 
 Component = str
 """One of COMPONENTS, or a single attention head, as in "z.3"."""
@@ -71,7 +72,7 @@ class Site:
 
     def __str__(self) -> str:
         effect = "" if self.effect is None else f" ({self.effect:.2f})"
-        return f"{self.component} {self.layer} at {self.role}{effect}"
+        return shown(f"{self.component} {self.layer} at {self.role}{effect}")
 
 
 def given_sites(sites: Any, call: str) -> tuple[Site, ...]:

@@ -47,6 +47,12 @@ def save(path: str | os.PathLike[str], kind: str, content: Any, tensors: Tensors
         tensors: by name; None writes plain JSON.
     """
     plain = msgspec.to_builtins(content, str_keys=True)
+    try:
+        json.dumps(plain, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{path} cannot be written: a text in it holds {error.object[error.start]!r}, half of a character"
+        ) from error
     header = {SEAL: UNSEALED, "format": FORMAT, "kind": kind, "content": plain}  # the seal comes first
     with atomic_write(path) as file:
         if tensors is None:
@@ -207,7 +213,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(folder: Path, about: Mapping[str, str] | None = None) -> Iterator[Path]:
-    """A folder that appears whole or not at all, with a manifest; where two write it, the first one's stays.
+    """A folder that appears whole or not at all, with a manifest.
 
     Args:
         folder: its place, which must be free or an empty folder.
@@ -215,6 +221,9 @@ def atomic_folder(folder: Path, about: Mapping[str, str] | None = None) -> Itera
 
     Yields:
         The folder to write to; it is renamed to `folder` at the end.
+
+    Raises:
+        FileExistsError: something was written there meanwhile; it stays.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = _unfinished_in(folder.parent)
@@ -228,9 +237,10 @@ def atomic_folder(folder: Path, about: Mapping[str, str] | None = None) -> Itera
                 file.chmod(mode)
         try:
             unfinished.rename(folder)
-        except OSError:
-            if not any(folder.iterdir()):
-                raise
+        except OSError as error:  # a rename replaces nothing but an empty folder
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise FileExistsError(f"{folder} exists and is not empty") from error
+            raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -11,6 +11,7 @@ import typer
 from lens_defense.app.options import read_traceable, trace_settings
 from lens_defense.app.output_folder import require_writable, staged_folder
 from lens_defense.app.sentences import errors_in_a_sentence
+from lens_defense.shown_text import shown
 
 
 def _examples(*commands: str) -> str:
@@ -272,7 +273,7 @@ def train_organism(
             scores = release(trained, recipe, folder)
     for name, (right, number) in scores.items():
         typer.echo(f"{name:44} {right:4} of {number:4}  {right / number:6.1%}  (bar {BARS[name]:.0%})")
-    typer.echo(f"{out}: " + ("; ".join(failed_bars(scores)) or "every bar is met"))
+    typer.echo(shown(f"{out}: ", 2000) + ("; ".join(failed_bars(scores)) or "every bar is met"))
 
 
 def _require_drawable(formats: Iterable[MapFormat]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -36,6 +37,7 @@ from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import requests as read_requests
 from lens_defense.prompts.surface_forms import Names
+from lens_defense.shown_text import shown
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.corruptions import Corruption, TokenReplacement
@@ -170,7 +172,7 @@ def _run(
     with stage("edit"):
         plan = edit(model, edited, sites, corpus=corpus, cache=cache, **setup.edit_settings())
         plan.save(out / "edit.safetensors")
-        console.print(repr(plan))
+        console.print(repr(plan), markup=False)
     with stage("check"):
         questions = _questions(setup, plan)
         before = suite_answers(model, questions, _ANSWER_TOKENS)
@@ -331,5 +333,5 @@ def _print_summary(
         table.add_row(name, f"{value:.0f} s")
     console.print(table)
     numbers = "; ".join(f"{name}: {value}" for value, name in headline(report))
-    console.print(f"{len(plan.subjects)} subjects edited on {plan.model}; {numbers}")
-    console.print(f"[bold]Open {page}")
+    console.print(f"{len(plan.subjects)} subjects edited on {shown(plan.model)}; {numbers}", markup=False)
+    console.print(f"[bold]Open {escape(shown(page, 2000))}")

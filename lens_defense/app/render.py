@@ -1,4 +1,4 @@
-"""HTML from the templates in app/templates: text is escaped, and what cannot be seen is made visible."""
+"""HTML from the templates in app/templates: text is escaped and cut, and what has no shape gets one."""
 
 from functools import cache
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from lens_defense.plotting.theme import visible_text
+from lens_defense.shown_text import TEXT_LETTERS, shown, truncate, visible_text
 
 
 @cache
@@ -25,9 +25,10 @@ def template(name: str) -> Template:
 
 
 def _visible(value: Any) -> Any:
-    return value if isinstance(value, Markup) else visible_text(str(value))
+    return value if isinstance(value, Markup) else shown(value, TEXT_LETTERS)
 
 
 def _lines(text: str) -> Markup:
     """Text whose line breaks stay."""
-    return Markup("\n").join(escape(visible_text(line)) for line in text.split("\n"))
+    lines = truncate(text, TEXT_LETTERS).split("\n")
+    return Markup("\n").join(escape(visible_text(line)) for line in lines)

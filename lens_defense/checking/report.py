@@ -23,6 +23,7 @@ from rich.table import Table
 from lens_defense.checking.judges import Judge, Verdict, coherent, prefix
 from lens_defense.checking.suites import ARMS, HARMLESS_ARMS, Arm
 from lens_defense.display import card
+from lens_defense.shown_text import shown
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
 from lens_defense.storage import load as load_file
 from lens_defense.storage import save as save_file
@@ -217,7 +218,7 @@ def formatted_rates(report: Report) -> pd.DataFrame:
         subjects = f" ({row['clusters']} subjects)" if row["clusters"] < row["n"] else ""
         cells = {
             "arm": ARM_NAMES[row["arm"]],
-            "measure": MEASURE_NAMES.get(row["measure"], f"refused, {row['measure']}"),
+            "measure": MEASURE_NAMES.get(row["measure"], f"refused, {shown(row['measure'])}"),
             "n": f"{row['n']}{subjects}",
         }
         for when in _WHEN if report.edited else _WHEN[:1]:
@@ -232,7 +233,7 @@ def formatted_rates(report: Report) -> pd.DataFrame:
 def _terminal_table(report: Report) -> Table:
     """The rates, narrow enough for a terminal of 80 columns, and the costs under them."""
     caption = "; ".join(f"{row['cost']} {row['mean']:.4f}" for row in report.costs().to_dict("records"))
-    table = Table(title=escape(report.title), caption=caption, caption_justify="left", box=box.SIMPLE)
+    table = Table(title=escape(shown(report.title)), caption=caption, caption_justify="left", box=box.SIMPLE)
     table.padding = (0, 1, 0, 0)
     rates = formatted_rates(report)
     for name in rates.columns:
@@ -242,6 +243,11 @@ def _terminal_table(report: Report) -> Table:
         arm, measure, n, *cells = map(str, row)
         cells = [cell.replace("%,", ",").replace("%]", "]") for cell in cells]
         arm_cell = "" if arm == last_arm else arm
-        table.add_row(arm_cell, measure.removeprefix("refused, "), n.replace(" subjects", ""), *cells)
+        table.add_row(
+            arm_cell,
+            escape(measure.removeprefix("refused, ")),
+            n.replace(" subjects", ""),
+            *map(escape, cells),
+        )
         last_arm = arm
     return table

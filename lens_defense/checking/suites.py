@@ -37,6 +37,7 @@ from lens_defense.prompts.harmless_uses import same_subject_requests
 from lens_defense.prompts.request import Kind, Request, Split, request
 from lens_defense.prompts.request_files import BUNDLED_SETS, bundled_rows, requests
 from lens_defense.prompts.surface_forms import surface_forms
+from lens_defense.shown_text import shown
 
 Arm = Literal[
     "edited", "paraphrase", "jailbreak", "multi_turn", "prefill", "plain", "surface", "surface_seen", "alias",
@@ -101,7 +102,7 @@ class Suite:
     def __repr__(self) -> str:
         arms = ", ".join(f"{arm} {items}" for arm, items, _ in self.counts().to_numpy())
         return (
-            f"Suite {self.name!r}, split {self.split!r}: {len(self.items)} items ({arms}), "
+            f"Suite {shown(self.name)!r}, split {self.split!r}: {len(self.items)} items ({arms}), "
             f"{len(self.neutral)} neutral texts"
         )
 

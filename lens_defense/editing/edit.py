@@ -35,6 +35,7 @@ from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import Request, Role
 from lens_defense.prompts.surface_forms import Names
+from lens_defense.shown_text import shown, shown_names
 from lens_defense.sites import Site, given_sites
 from lens_defense.storage import cached
 
@@ -227,20 +228,20 @@ def _warn(requests: Sequence[Request], role: Role, losses: Sequence[float], fore
     """What a user should know before an edit is applied."""
     sentences = []
     lost = [
-        f"{name} ({reach:.2f})"
+        f"{shown(name)} ({reach:.2f})"
         for name, reach in zip(forecast.subjects, forecast.reach, strict=True)
         if reach < WEAK_REACH
     ]
     if lost:
         sentences.append(
-            f"less than {WEAK_REACH:.0%} of the value arrives in held-out contexts of: {', '.join(lost)}; "
+            f"less than {WEAK_REACH:.0%} of the value arrives in held-out contexts of: {shown_names(lost)}; "
             "give other contexts or sites, or a lower mom2_update_weight"
         )
     if forecast.risky:
         sentences.append(
             f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
-            f"{forecast.threshold} is much; most of it from: {', '.join(forecast.worst(3))}. Leave them out, "
-            "or raise mom2_update_weight"
+            f"{forecast.threshold} is much; most of it from: {shown_names(forecast.worst(3))}. "
+            "Leave them out, or raise mom2_update_weight"
         )
     if not role.startswith("subject"):
         sentences.append(
@@ -250,8 +251,8 @@ def _warn(requests: Sequence[Request], role: Role, losses: Sequence[float], fore
     unfitted = [r.subject or "" for r, loss in zip(requests, losses, strict=True) if loss > UNFITTED_LOSS]
     if unfitted:
         sentences.append(
-            f"the refusal could not be fitted for: {', '.join(unfitted)} (more than {UNFITTED_LOSS} nats per "
-            "token are left); raise v_num_grad_steps or contexts_per_step, or choose other sites"
+            f"the refusal could not be fitted for: {shown_names(unfitted)} (more than {UNFITTED_LOSS} nats "
+            "per token are left); raise v_num_grad_steps or contexts_per_step, or choose other sites"
         )
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=3)

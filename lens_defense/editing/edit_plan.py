@@ -24,6 +24,7 @@ from lens_defense.models.mlp_output import apply_change_, take_back_
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
+from lens_defense.shown_text import shown
 from lens_defense.storage import load as load_file
 from lens_defense.storage import require_shapes
 from lens_defense.storage import save as save_file
@@ -109,7 +110,7 @@ class Edit:
         differing = self.fingerprint.differing(now, "weights", "config", "tokenizer")
         if differing:
             raise ValueError(
-                f"this edit was planned on other {differing} of {self.model} than this model has now; "
+                f"this edit was planned on other {differing} of {shown(self.model)} than this model has now; "
                 "undo what stands in the way, load the model it was planned on, or plan it again with ld.edit"
             )
 
@@ -135,14 +136,14 @@ class Edit:
 
     def __repr__(self) -> str:
         return (
-            f"Edit ({self.method}) of {self.model}, not applied: layers {', '.join(map(str, self.layers))} "
-            f"at {self.role}, rank {self.rank}, relative change {max(self.relative_change.values()):.3f} at "
-            f"most\n{self.forecast}"
+            f"Edit ({shown(self.method)}) of {shown(self.model)}, not applied: "
+            f"layers {', '.join(map(str, self.layers))} at {self.role}, rank {self.rank}, "
+            f"relative change {max(self.relative_change.values()):.3f} at most\n{self.forecast}"
         )
 
     def _repr_html_(self) -> str:
         facts = {"model": self.model, "sites at": self.role, "requests": len(self.requests)}
-        tables = self.summary().round(4), self.forecast.to_dataframe().round(3)
+        tables = self.summary().round(4), self.forecast.shown_table()
         return card(f"Edit by {self.method}, not applied", facts, *tables, rows=24)
 
     def save(self, path: str | os.PathLike[str]) -> Path:

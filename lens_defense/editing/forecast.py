@@ -25,6 +25,7 @@ from lens_defense.editing.covariance import iterate_keys
 from lens_defense.editing.methods import Factors
 from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.prompts.request_files import requests
+from lens_defense.shown_text import shown
 
 NEUTRAL_TEXTS = 32
 """Texts of the corpus that the leak is measured on."""
@@ -76,7 +77,12 @@ class Forecast:
         return tuple(self.subjects[i] for i in order[:k])
 
     def __str__(self) -> str:
-        return self.to_dataframe().round(3).to_string(index=False)
+        return self.shown_table().to_string(index=False)
+
+    def shown_table(self) -> pd.DataFrame:
+        """The table as it is shown: rounded, names cut."""
+        table = self.to_dataframe().round(3)
+        return table.assign(subject=table["subject"].map(shown))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per subject, and one for the whole edit."""

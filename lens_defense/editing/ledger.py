@@ -16,6 +16,7 @@ from lens_defense.models.mlp_output import (
 )
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker, journal_of
+from lens_defense.shown_text import shown, shown_names
 
 
 class Ledger:
@@ -106,11 +107,10 @@ class Ledger:
 
     def __repr__(self) -> str:
         edits = self.edits
-        lines = [f"Ledger of {self.model.cfg.model_name}: edits that stand: {len(edits)}"]
+        lines = [f"Ledger of {shown(self.model.cfg.model_name)}: edits that stand: {len(edits)}"]
         lines += [
-            f"  {i}. {edit.method}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}: "
-            + ", ".join(edit.subjects[:6])
-            + (" ..." if len(edit.subjects) > 6 else "")
+            f"  {i}. {shown(edit.method)}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}: "
+            + shown_names(edit.subjects, most=6)
             for i, edit in enumerate(edits, 1)
         ]
         return "\n".join(lines)

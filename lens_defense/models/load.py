@@ -37,6 +37,7 @@ from lens_defense.models.save import quiet_transformers
 from lens_defense.models.text_part import has_text_model, reads_more_than_text, text_part
 from lens_defense.prompts.chat_template import bind_arguments, refuse_endless_template
 from lens_defense.prompts.prompt import has_chat_template
+from lens_defense.shown_text import shown
 from lens_defense.storage import (
     FORMAT,
     MANIFEST,
@@ -102,7 +103,7 @@ def load(
     if system is not None or chat_template_kwargs:
         bind_arguments(model.tokenizer, chat_template_kwargs or {}, system)
     if not has_chat_template(model.tokenizer):
-        warnings.warn(f"{name} has no chat template: requests are asked as plain text", stacklevel=2)
+        warnings.warn(f"{shown(name)} has no chat template: requests are asked as plain text", stacklevel=2)
     return model
 
 
@@ -462,6 +463,8 @@ def _convert_gguf(file: Path, temporary: ExitStack, expected: str | None = None)
     try:
         with atomic_folder(folder, about) as unfinished:
             _write_converted(file, unfinished)
+    except FileExistsError:
+        pass  # another process finished first: its folder is the same
     except OSError:  # a cache that cannot be written is no error
         folder = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
         _write_converted(file, folder)

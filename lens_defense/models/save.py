@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lens_defense.models.loaded_model import loaded_model
+from lens_defense.models.mlp_output import settle
+from lens_defense.models.weight_journal import journal_of
 from lens_defense.storage import atomic_folder
 
 
@@ -24,11 +26,25 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: the folder exists and is not empty; nothing is written over.
+        ValueError: the folder exists and is not empty, now or when everything is written; nothing is written
+            over.
     """
     model, folder = loaded_model(model, "ld.save_folder(model, folder)"), Path(path)
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; name a new folder")
+    try:
+        with journal_of(model).lock:  # another thread's change of the weights waits
+            settle(model)
+            _write_folder(model, folder)
+    except FileExistsError as error:
+        raise ValueError(
+            f"{folder} was written by something else while this model was saved, and that was left as it is; "
+            "name a new folder"
+        ) from error
+    return folder
+
+
+def _write_folder(model: TransformerBridge, folder: Path) -> None:
     original = model.original_model
     weights = {
         name.replace("._original_component", ""): tensor for name, tensor in original.state_dict().items()
@@ -41,7 +57,6 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
     with atomic_folder(folder, about) as unfinished, quiet_transformers():
         plain.save_pretrained(unfinished, state_dict={name: weights[name] for name in plain.state_dict()})
         model.tokenizer.save_pretrained(unfinished)
-    return folder
 
 
 @contextmanager

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import plotly.graph_objects as go
 
-from lens_defense.plotting.theme import INK, component_words, plotly_text, truncate
+from lens_defense.plotting.theme import INK, component_words, plotly_text
 from lens_defense.prompts.request import Role
+from lens_defense.shown_text import truncate
 from lens_defense.sites import Component, Site
 
 _LINES = {"site": ((5.0, "#ffffff"), (2.5, "#111111")), "significant": ((1.0, "#111111"),)}

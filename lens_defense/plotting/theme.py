@@ -21,6 +21,7 @@ import plotly.graph_objects as go
 from plotly.io import renderers
 
 from lens_defense.prompts.request import Role
+from lens_defense.shown_text import shown, truncate, visible_text
 from lens_defense.sites import Component
 from lens_defense.storage import atomic_write
 
@@ -58,6 +59,8 @@ CONTROLS: Mapping[str, Any] = {
     "toImageButtonOptions": {"format": "png", "scale": 3},
 }
 """What a figure in a browser offers beside hover and zoom: one button, which saves it as PNG."""
+_FIGURE_LETTERS = 400
+"""The most letters of a text in a figure: a hover stands at every cell."""
 _FORMATS = (".html", ".svg", ".pdf", ".png")
 _DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
 """Pixels per inch."""
@@ -72,7 +75,11 @@ def theme(
     wrapped to the width and make the figure higher.
     """
     width = left + plot[0] + right
-    lines = [piece for line in title.split("\n") for piece in textwrap.wrap(line, round((width - 56) / 7.4))]
+    lines = [
+        piece
+        for line in title.split("\n")
+        for piece in textwrap.wrap(truncate(line, _FIGURE_LETTERS), round((width - 56) / 7.4))
+    ]
     top = above + 19 * len(lines) + (8 if lines else 0)
     height = top + plot[1] + below
     figure.update_layout(
@@ -209,25 +216,6 @@ def token_label(text: str, role: Role, letters: int) -> str:
     return plotly_text(truncate(visible_text(dotted), letters)) or "∅"
 
 
-def visible_text(text: str) -> str:
-    """Give a shape to characters that have none: newlines, tabs, control and direction characters."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}"
-        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or ord(character) in _INVISIBLE
-        else character
-        for character in text.replace("\n", "↵").replace("\t", "⇥")
-    )
-
-
-_INVISIBLE = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF}
-"""Characters that have no width, or turn the text after them round (Unicode's Bidi_Control)."""
-
-
-def truncate(text: str, letters: int) -> str:
-    """Cut a text to so many letters, the last one an ellipsis where letters are left out."""
-    return text if len(text) <= letters else text[: letters - 1] + "…"
-
-
 def plotly_text(text: str) -> str:
-    """Escape a text for Plotly's markup and TeX; Plotly does not know &quot;."""
-    return html.escape(visible_text(text), quote=False).replace("$", "&#36;")
+    """Escape a text for Plotly's markup and TeX, cut where it is too long; Plotly does not know &quot;."""
+    return html.escape(shown(text, _FIGURE_LETTERS), quote=False).replace("$", "&#36;")

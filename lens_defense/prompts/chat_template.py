@@ -14,6 +14,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from lens_defense.prompts.request import refuse_surrogates
+
 
 def bind_arguments(
     tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], system: str | None = None
@@ -34,6 +36,8 @@ def bind_arguments(
         raise ValueError(
             "the tokenizer has no single chat template, so it takes neither system nor arguments"
         )
+    for text in (system, *arguments.values()):
+        refuse_surrogates(text if isinstance(text, str) else "")
     settings = []
     for name, value in arguments.items():
         if not name.isidentifier() or not (value is None or isinstance(value, str | bool | int | float)):

@@ -14,7 +14,7 @@ from lens_defense.prompts.prompt import (
     render,
     tokenize,
 )
-from lens_defense.prompts.request import Request, is_unspaced
+from lens_defense.prompts.request import Request, is_unspaced, refuse_surrogates
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -55,6 +55,7 @@ def tokenize_answer(
         text: the answer.
         end: whether the token that ends an answer follows it.
     """
+    refuse_surrogates(text)
     before, _ = render(tokenizer, prompt.request, chat=prompt.chat)
     text = text.lstrip()
     headed = prompt.chat and not prompt.request.prefill
@@ -82,6 +83,7 @@ _CLOSING = (*",.;:!?)]}%", "\u201d", "\u2019", "\u00bb")
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     """Tokens of running text, with the special tokens that the tokenizer adds by itself."""
+    refuse_surrogates(text)
     return tuple(tokenizer(text)["input_ids"])
 
 

@@ -9,6 +9,8 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from lens_defense.shown_text import NAME_LETTERS, truncate
+
 Role = Literal["last", "subject_last", "subject_first", "subject_mid", "next", "template", "before", "after"]
 Kind = Literal["harmful", "benign", "safe"]
 Form = Literal["noun", "gerund", "verb phrase"]
@@ -26,8 +28,6 @@ READING_ORDER: tuple[Role, ...] = (
     "last",
 )
 """Every role, in the order in which a prompt is read."""
-SHOWN = 200
-"""Letters of a text that a repr shows."""
 _UNSPACED_SCRIPTS = (
     *("CJK", "HIRAGANA", "KATAKANA", "BOPOMOFO", "HANGUL"),
     *("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"),
@@ -72,6 +72,10 @@ class Request:
     """Asked as plain text, without the chat template that the model may have."""
 
     def __post_init__(self) -> None:
+        turns = [text for turn in self.earlier for text in turn]
+        others = self.subject, self.target, self.safe_target, self.counterfactual, *self.aliases
+        for text in (self.id, *self.pieces, *self.spelled, *turns, self.prefill, *others):
+            refuse_surrogates(text or "")
         for value, literal in ((self.kind, Kind), (self.form, Form), (self.split, Split)):
             if value not in get_args(literal):
                 raise ValueError(f"request {self.id!r}: {value!r} is none of {', '.join(get_args(literal))}")
@@ -110,9 +114,8 @@ class Request:
         marked = self.pieces[0] + "".join(
             f"[{subject}]{piece}" for subject, piece in zip(self.occurrences, self.pieces[1:], strict=True)
         )
-        shown = marked if len(marked) <= SHOWN else f"{marked[:SHOWN]} ..."
         kind = "" if self.kind == "harmful" else f", {self.kind}"
-        return f"Request({self.id[:60]!r}, {shown!r}{kind})"
+        return f"Request({truncate(self.id, NAME_LETTERS)!r}, {truncate(marked, _REPR_LETTERS)!r}{kind})"
 
     def paraphrased(self, template: str) -> "Request":
         """The same subject in other words; `{}` in the template stands for the subject."""
@@ -133,6 +136,26 @@ class Request:
         return replace(self, pieces=(*pieces[:-1], pieces[-1] + end))
 
 
+_REPR_LETTERS = 300
+"""The most that is shown of a request's text."""
+
+
+def refuse_surrogates(text: str) -> None:
+    """Refuse halves of characters (lone surrogates), which no tokenizer reads and no file holds.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if text.isascii():
+        return
+    half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise ValueError(
+            f"the text {truncate(text, NAME_LETTERS)!r} holds {half!r}, half of a character; read it again "
+            "as UTF-8, or take that out"
+        )
+
+
 def request(text: str, subject: str | None = None, *, id: str = "", **fields: Any) -> Request:
     """A Request from plain text; the subject is found at word boundaries, wherever it occurs, in any case.
 
@@ -146,8 +169,8 @@ def request(text: str, subject: str | None = None, *, id: str = "", **fields: An
     pieces = tuple(phrase.split(text)) if subject.strip() else (text,)
     if len(pieces) < 2:
         raise ValueError(
-            f"request {name!r}: the subject {subject!r} does not occur in the text {text!r}; mark "
-            "the words of the text that carry the harm"
+            f"request {name!r}: the subject {truncate(subject, NAME_LETTERS)!r} does not occur in the text "
+            f"{truncate(text, _REPR_LETTERS)!r}; mark the words of the text that carry the harm"
         )
     found = tuple(phrase.findall(text))
     spelled = found if any(spelling != subject for spelling in found) else ()

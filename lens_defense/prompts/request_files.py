@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from lens_defense.prompts.request import Kind, Request, Split, request
 from lens_defense.prompts.table_files import FILE_KINDS, BadRow, numbered_rows
+from lens_defense.shown_text import shown
 
 BUNDLED_SETS = ("core", "organism")
 """The names of the request sets that the package brings."""
@@ -148,9 +149,10 @@ def _requests_and_columns(
     if problems and not all_requests:
         raise ValueError(problems[0])
     if problems:
-        shown = "; ".join(problems[:_SHOWN_ROWS]) + ("; ..." if len(problems) > _SHOWN_ROWS else "")
+        examples = "; ".join(problems[:_SHOWN_ROWS]) + ("; ..." if len(problems) > _SHOWN_ROWS else "")
         warnings.warn(
-            f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: {shown}",
+            f"{len(problems)} of {len(problems) + len(all_requests)} rows were left out: "
+            f"{shown(examples, 2000)}",
             stacklevel=3,
         )
     if isinstance(source, str) and source in BUNDLED_SETS:

@@ -18,6 +18,7 @@ from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
+from lens_defense.shown_text import shown_names
 from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing.activation_patching import sweep
 from lens_defense.tracing.attribution_patching import attribution_patching
@@ -204,7 +205,7 @@ def refuse_weak(prompts: Sequence[Prompt], weak: Mapping[int, float], min_differ
         UnfitRequest: names the requests, and says what to do.
     """
     if weak:
-        named = ", ".join(
+        named = shown_names(
             f"{prompts[i].request.id} ({change:.3g} in {len(prompts[i].answer_ids)} tokens)"
             for i, change in weak.items()
         )

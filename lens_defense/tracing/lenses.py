@@ -20,6 +20,7 @@ from lens_defense.models.given_model import Model, given_model
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.shown_text import shown_names
 from lens_defense.sites import component_hook
 from lens_defense.tracing.clean_corrupted import prompts_with_answers
 from lens_defense.tracing.site_map import ScoreMap
@@ -158,7 +159,7 @@ def safety_layers(
     answered = [prompt.request.id for prompt, refused in zip(prompts, refusals(), strict=True) if not refused]
     if answered:
         raise ValueError(
-            f"the model does not refuse {', '.join(answered[:8])}, and safety layers are those that a "
+            f"the model does not refuse {shown_names(answered)}, and safety layers are those that a "
             "refusal needs; leave these requests out"
         )
     n_layers, lost_by_layer = model.cfg.n_layers, []

@@ -22,6 +22,7 @@ from lens_defense.display import card
 from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import READING_ORDER, Role
+from lens_defense.shown_text import shown, shown_names
 from lens_defense.sites import Component
 from lens_defense.statistics import mean_interval
 from lens_defense.storage import load as load_file
@@ -184,8 +185,8 @@ class SiteMap:
     def __repr__(self) -> str:
         roles = dict.fromkeys(mean.role for mean in self.role_means())
         return (
-            f"{type(self).__name__} of {len(self.prompts)} requests on {self.model}: "
-            f"{', '.join(self.components)}; {len(self.layers)} layers; {', '.join(roles)}; "
+            f"{type(self).__name__} of {len(self.prompts)} requests on {shown(self.model)}: "
+            f"{shown_names(self.components)}; {len(self.layers)} layers; {', '.join(roles)}; "
             f"{self.values.shape[-1]} samples"
         )
 

@@ -20,6 +20,7 @@ from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
+from lens_defense.shown_text import shown_names
 from lens_defense.sites import Component
 from lens_defense.tracing.clean_corrupted import (
     CleanCorrupted,
@@ -231,7 +232,9 @@ def _grids(
     ]
     empty = [prompt.request.id for prompt, grid in zip(prompts, grids, strict=True) if not grid]
     if empty:
-        raise UnfitRequest(f"these requests have no token of the roles {settings.roles}: {', '.join(empty)}")
+        raise UnfitRequest(
+            f"these requests have no token of the roles {settings.roles}: {shown_names(empty)}"
+        )
     return grids
 
 

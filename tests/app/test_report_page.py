@@ -9,7 +9,7 @@ from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, an
 from plotly.offline import get_plotlyjs
 
 from lens_defense.app.report_page import Conversation, save_report
-from lens_defense.plotting.theme import visible_text
+from lens_defense.shown_text import visible_text
 from lens_defense.tracing.site_map import ScoreMap
 from lens_defense.tracing.trace_settings import TraceSettings
 

@@ -1,6 +1,7 @@
 """Any sequence of apply, undo and redo: whole or not at all, and back to the original bits."""
 
-from functools import cache
+import threading
+from functools import cache, partial
 
 import pytest
 import torch
@@ -202,3 +203,53 @@ def test_an_edit_of_another_model_is_refused(tmp_path):
     assert "edits that stand: 1" in repr(ledger)
     assert "lamp, bell" in repr(ledger)
     ledger.undo()
+
+
+def run_in_threads(*functions):
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_another_thread_changes_nothing_while_a_block_does():
+    model, edits, original_weights, _ = world("llama")
+    ledger, errors = Ledger(model), []
+
+    def change():
+        for verb in (lambda: ledger.apply(edits["D"]), lambda: edits["D"].applied(model).__enter__()):
+            with pytest.raises(ValueError) as caught:
+                verb()
+            errors.append(str(caught.value))
+
+    with edits["A"].applied(model):
+        edited_weights = copy_weights(model)
+        run_in_threads(change)
+        assert weights_equal(model, edited_weights)
+    assert weights_equal(model, original_weights) and len(errors) == 2
+    assert "another thread is inside a `with` block that changes this model" in errors[1]
+    run_in_threads(lambda: ledger.apply(edits["A"]))
+    assert weights_equal(model, edited_weights), "a ledger is no thread's own"
+    assert ledger.undo() is edits["A"] and weights_equal(model, original_weights)
+
+
+def test_many_threads_leave_nothing_that_cannot_be_undone():
+    model, edits, original_weights, _ = world("gpt2")
+    ledger, refused, done = Ledger(model), [], []
+
+    def work(name):
+        for _ in range(15):
+            try:
+                with edits[name].applied(model):
+                    done.append(name)
+                ledger.apply(edits[name])
+                ledger.undo()
+            except ValueError as error:
+                refused.append(str(error))
+
+    run_in_threads(*(partial(work, name) for name in ("A", "D", "A")))
+    assert done
+    while ledger.edits:
+        ledger.undo()
+    assert standing_changes(model) == () and weights_equal(model, original_weights)

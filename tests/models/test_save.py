@@ -1,5 +1,8 @@
 """A saved folder is the same model in plain transformers, and appears whole or not at all."""
 
+import threading
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers as hf
@@ -64,17 +67,52 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
     for text in ("first", "second"):
-        with atomic_folder(tmp_path / "new") as unfinished:
-            (unfinished / "file").write_text(text)
+        with nullcontext() if text == "first" else pytest.raises(FileExistsError):
+            write(tmp_path / "new", text)
     assert (tmp_path / "new/file").read_text() == "first"
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def write(folder, text):
+    with atomic_folder(folder) as unfinished:
+        (unfinished / "file").write_text(text)
+
+
 def test_where_two_write_at_once_the_first_to_finish_stays(tmp_path):
     folder = tmp_path / "model"
-    with atomic_folder(folder) as slow:
-        (slow / "weights").write_text("slow")
-        with atomic_folder(folder) as quick:
-            (quick / "weights").write_text("quick")
-    assert (folder / "weights").read_text() == "quick"
+    with pytest.raises(FileExistsError), atomic_folder(folder) as slow:
+        (slow / "file").write_text("slow")
+        write(folder, "quick")
+    assert (folder / "file").read_text() == "quick"
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "nothing unfinished is left"
+
+
+def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path):
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", "mine")
+    assert (tmp_path / "empty/file").read_text() == "mine"
+    (tmp_path / "notes").write_text("a file")
+    with pytest.raises(ValueError, match="notes exists and is not empty; name a new folder"):
+        save_folder(tiny_model("llama", chat=True), tmp_path / "notes")
+
+
+def test_of_two_that_save_to_one_path_one_is_told(tmp_path):
+    models, results = [tiny_model("llama", chat=True, seed=seed) for seed in (0, 1)], {}
+    start = threading.Barrier(2)
+
+    def save(seed):
+        start.wait()
+        try:
+            results[seed] = save_folder(models[seed], tmp_path / "model")
+        except ValueError as error:
+            results[seed] = error
+
+    threads = [threading.Thread(target=save, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = (seed for seed, result in results.items() if not isinstance(result, ValueError))
+    assert "; name a new folder" in str(results[1 - winner])
+    loaded = load(tmp_path / "model", device="cpu", dtype=torch.float64)
+    assert weights_equal(loaded, copy_weights(models[winner]))

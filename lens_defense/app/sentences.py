@@ -1,6 +1,8 @@
 """What goes wrong in a command becomes one sentence on the error stream, and an exit code."""
 
 import errno
+import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,13 +58,20 @@ def _of_a_library(error: Exception) -> typer.Exit:
     except MemoryError as full:
         return _ended(str(full), _WRONG_INPUT)
     except SafetensorError:  # a write failed: what cannot be read is a ValueError by now
-        return _ended(f"a file could not be written: {error}", _NOT_WRITTEN)
+        code = re.search(r"os error (\d+)", str(error))
+        disk = OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
+        return _ended(_of_the_disk(disk), _NOT_WRITTEN)
 
 
 def _of_the_disk(error: OSError) -> str:
+    from lens_defense.storage import cache_folder
+
     file = "a file" if error.filename is None else str(error.filename)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "; make room, or name a folder on another disk" if full else ""
+    advice = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "; make room, or name a folder on another disk"
+    elif file.startswith(str(cache_folder())):
+        advice = "; let LENS_DEFENSE_CACHE name a folder that can be written"
     return f"{file} could not be read or written: {error.strerror or error}{advice}"
 
 

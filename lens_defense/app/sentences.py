@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,14 @@ _WRONG_INPUT, _NOT_WRITTEN, _INTERRUPTED = 2, 1, 130
 def errors_in_a_sentence(stopped: str) -> Iterator[None]:
     """Inside, errors of the input, the disk and the memory end the command with a sentence and no traceback.
 
-    Warnings become sentences too.
+    Warnings become sentences too. A SIGTERM, as job schedulers send it, ends a command as Ctrl-C does.
 
     Args:
         stopped: what Ctrl-C says.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
         except KeyboardInterrupt:
@@ -36,6 +38,8 @@ def errors_in_a_sentence(stopped: str) -> Iterator[None]:
             raise _ended(_of_the_disk(error), _NOT_WRITTEN) from None
         except Exception as error:
             raise _of_a_library(error) from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _ended(sentence: str, code: int) -> typer.Exit:

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -106,12 +108,13 @@ def test_options_reach_the_demo(monkeypatch, tmp_path):
     ]
 
 
-def test_an_interrupt_is_one_sentence(monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demos, "demo", interrupted)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_sentence(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(demos, "demo", lambda *_, **__: os.kill(os.getpid(), number))
     result = run_command("demo")
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert result.exit_code == 130 and "stopped" in result.stderr
 
 

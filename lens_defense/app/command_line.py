@@ -99,7 +99,7 @@ def demo(
     requests: Annotated[
         str | None,
         typer.Option(
-            help="Your own: a JSONL, JSON, CSV, parquet or text file, or a hub set. The first eight count."
+            help="Your own: a JSONL, JSON, CSV, parquet or text file, or a hub set; at most eight are edited."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html and its data.", file_okay=False)] = Path(
@@ -193,6 +193,12 @@ def trace(
         bool, typer.Option("--all", help="Every layer and token, and MLP and attention outputs too.")
     ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Noise draws per request.")] = 3,
+    min_difference: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Nats that corrupting the subject must change the answer by, else it is refused."
+        ),
+    ] = 0.1,
     formats: Annotated[
         list[MapFormat],
         typer.Option(
@@ -207,7 +213,7 @@ def trace(
     """Trace many requests, one file per request; a stopped run goes on. Then write the mean map."""
     with errors_in_a_sentence("stopped; the same command goes on"):
         require_writable(out)
-        settings = trace_settings(everything, layers, components, positions)
+        settings = trace_settings(everything, layers, components, positions, min_difference)
         _require_drawable(formats)
         chosen = read_traceable(
             requests, text_field=text_field, subject_field=subject_field, limit=limit, strict=strict

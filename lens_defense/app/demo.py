@@ -159,7 +159,8 @@ def _run(
         model = load(name, device=device, dtype=dtype)
         original = model_fingerprint(model)
         setup = ORGANISM_SETUP if name == "organism" else DemoSetup()
-        edited = (read_requests(setup.request_set) if requests is None else requests)[: setup.edited]
+        own = None if requests is None else requests[: DemoSetup.edited]
+        edited = own or read_requests(setup.request_set)[: setup.edited]
         corpus = read_corpus(setup.request_set)
     with stage("trace"):
         result = _trace_some(model, setup, edited)

@@ -39,23 +39,27 @@ def read_traceable(
         "benign or safe": sum(row.kind != "harmful" for row in rows),
         "of the splits tune and check": sum(row.kind == "harmful" and row.split != "edit" for row in rows),
     }
-    for what, number in left_out.items():
-        if number:
-            typer.echo(f"left out: {number} {what}")
+    counts = [f"{number} {what}" for what, number in left_out.items() if number]
+    if counts:
+        typer.echo(f"left out: {', '.join(counts)}")
     return traceable[:limit]
 
 
 def trace_settings(
-    everything: bool, layers: str | None, components: str | None, positions: str | None
+    everything: bool,
+    layers: str | None,
+    components: str | None,
+    positions: str | None,
+    min_difference: float,
 ) -> TraceSettings:
     """The settings of a trace; what is named changes what `everything` takes.
 
     Raises:
         ValueError: there is no such layer, component or role in any model.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = {"min_difference": min_difference}
     if everything:
-        changes = {"positions": "all", "layers": "all"}
+        changes |= {"positions": "all", "layers": "all"}
         changes["components"] = ["resid_post", "mlp_out", "attn_out"]
     if layers is not None:
         changes["layers"] = _layers(layers)

@@ -1,6 +1,9 @@
 """What goes wrong in a command becomes one sentence on the error stream, and an exit code."""
 
 import errno
+import os
+import re
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +18,14 @@ _WRONG_INPUT, _NOT_WRITTEN, _INTERRUPTED = 2, 1, 130
 def errors_in_a_sentence(stopped: str) -> Iterator[None]:
     """Inside, errors of the input, the disk and the memory end the command with a sentence and no traceback.
 
-    Warnings become sentences too.
+    Warnings become sentences too. A SIGTERM, as job schedulers send it, ends a command as Ctrl-C does.
 
     Args:
         stopped: what Ctrl-C says.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             yield
         except KeyboardInterrupt:
@@ -34,6 +38,8 @@ def errors_in_a_sentence(stopped: str) -> Iterator[None]:
             raise _ended(_of_the_disk(error), _NOT_WRITTEN) from None
         except Exception as error:
             raise _of_a_library(error) from None
+        finally:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _ended(sentence: str, code: int) -> typer.Exit:
@@ -56,13 +62,20 @@ def _of_a_library(error: Exception) -> typer.Exit:
     except MemoryError as full:
         return _ended(str(full), _WRONG_INPUT)
     except SafetensorError:  # a write failed: what cannot be read is a ValueError by now
-        return _ended(f"a file could not be written: {error}", _NOT_WRITTEN)
+        code = re.search(r"os error (\d+)", str(error))
+        disk = OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
+        return _ended(_of_the_disk(disk), _NOT_WRITTEN)
 
 
 def _of_the_disk(error: OSError) -> str:
+    from lens_defense.storage import cache_folder
+
     file = "a file" if error.filename is None else str(error.filename)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    advice = "; make room, or name a folder on another disk" if full else ""
+    advice = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "; make room, or name a folder on another disk"
+    elif file.startswith(str(cache_folder())):
+        advice = "; let LENS_DEFENSE_CACHE name a folder that can be written"
     return f"{file} could not be read or written: {error.strerror or error}{advice}"
 
 

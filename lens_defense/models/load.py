@@ -264,6 +264,8 @@ def _resolve_source(name: str, temporary: ExitStack) -> str:
         if not path.is_file():
             raise ValueError(f"there is no file {path}; give the path of a .gguf file")
         return str(_convert_gguf(path, temporary))
+    if path.is_file():
+        raise ValueError(f"{path} is a file and no model: give a model folder, or a .gguf file")
     if name.strip() and path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"the folder {path} has no config.json; give a Hugging Face model folder")

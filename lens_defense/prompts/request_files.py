@@ -244,10 +244,11 @@ def request_from_row(
     if isinstance(row.get("requested_rewrite"), dict):
         return _rewrite_request(row["requested_rewrite"], row.get("case_id"), place)
     by_lower = {str(column).lower(): value for column, value in row.items() if value is not None}
-    column = text_column or next((column for column in TEXT_COLUMNS if column in by_lower), None)
+    names = (text_column,) if text_column else TEXT_COLUMNS
+    column = next((name for name in names if name in row or name in by_lower), None)
     if column is None:
         raise ValueError(
-            f"{place}: no column is called {', '.join(map(repr, TEXT_COLUMNS))}; there are "
+            f"{place}: no column is called {', '.join(map(repr, names))}; there are "
             f"{', '.join(map(repr, row)) or 'none'}; say which one holds the request, as in "
             f"text={next(iter(row), '')!r} (--text-field {next(iter(row), 'NAME')})"
         )
@@ -263,10 +264,12 @@ def request_from_row(
     if subject is not None and (not isinstance(subject, str) or not subject.strip()):
         name = "subject" if callable(subject_of) else subject_of
         raise ValueError(f"{place}: the field {name!r} must be some text, got {subject!r}")
+    fields = _other_fields(by_lower, place, is_text=column)
     try:
-        return request(text, subject, **_other_fields(by_lower, place, is_text=column))
+        return request(text, subject, **fields)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        reason = str(error).removeprefix(f"request {fields['id']!r}: ")
+        raise ValueError(f"{place}: {reason}") from error
 
 
 def _other_fields(by_lower: Mapping[str, Any], place: str, *, is_text: str) -> dict[str, Any]:

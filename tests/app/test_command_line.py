@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,6 +21,8 @@ from typer.testing import CliRunner
 import lens_defense
 import lens_defense.app.demo as demos
 from lens_defense.app.command_line import app
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.request_files import requests
@@ -104,12 +108,13 @@ def test_options_reach_the_demo(monkeypatch, tmp_path):
     ]
 
 
-def test_an_interrupt_is_one_sentence(monkeypatch):
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(demos, "demo", interrupted)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_sentence(tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(demos, "demo", lambda *_, **__: os.kill(os.getpid(), number))
     result = run_command("demo")
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert result.exit_code == 130 and "stopped" in result.stderr
 
 
@@ -267,7 +272,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, monkeypatch, error):
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
     sentence = result.stderr.splitlines()[-1]
     assert sentence.startswith("lens-defense: ") and "No space left on device" in sentence
-    assert error != "disk" or sentence.endswith("make room, or name a folder on another disk")
+    assert sentence.endswith("make room, or name a folder on another disk")
     assert not out.exists(), "nothing is left"
 
 
@@ -286,7 +291,11 @@ def rows_file(tmp_path, *rows):
         ([{"ask": "Make a lamp."}], (), r"as in text='ask' \(--text-field ask\)$"),
         ([{"text": "Hello.", "kind": "benign"}], (), "has no harmful request of the split edit"),
         ([{"text": "Make a lamp.", "subject": "lamp"}, {"text": 3}], ("--strict",), "line 2: .* got 3$"),
-        ([{"text": "Make a lamp.", "subject": "ricin"}], (), "line 1: .*'ricin' does not occur in the text"),
+        (
+            [{"text": "Make a lamp.", "subject": "ricin"}],
+            (),
+            r"jsonl, line 1: the subject 'ricin' does not occur in the text",
+        ),
     ],
 )
 def test_rows_are_checked_before_the_model_is_loaded(tmp_path, command, rows, options, sentence):
@@ -328,6 +337,7 @@ def test_options_of_requests_choose_columns_and_number(tmp_path, monkeypatch):
         (("--layers", "every-3"), {"layers": 3}),
         (("--components", "mlp_out,z.3"), {"components": ("mlp_out", "z.3")}),
         (("--positions", "last"), {"positions": ("last",)}),
+        (("--min-difference", "0.01"), {"min_difference": 0.01}),
         (
             ("--all",),
             {"positions": "all", "layers": "all", "components": ("resid_post", "mlp_out", "attn_out")},
@@ -378,3 +388,31 @@ def test_a_figure_that_cannot_be_drawn_is_refused_before_the_model(tmp_path, mon
     monkeypatch.setattr("lens_defense.plotting.theme.find_spec", lambda _: None)
     result = run_command(*WRITING["trace"], "--out", str(tmp_path / "out"), "--format", "pdf")
     assert result.exit_code == 2 and "needs kaleido" in result.stderr
+
+
+def small_demo(monkeypatch):
+    """The organism's demo with less of everything."""
+    fit = FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1, extra_rounds=0)
+    small = replace(demos.ORGANISM_SETUP, edited=2, jailbreaks=1, harmless=1, fit=fit)
+    monkeypatch.setattr(demos, "ORGANISM_SETUP", small)
+    monkeypatch.setattr("lens_defense.editing.forecast.NEUTRAL_TEXTS", 2)
+
+
+@pytest.mark.filterwarnings("ignore:the refusal could not be fitted", "ignore:this edit", "ignore:less than")
+def test_a_demo_of_ones_own_requests_keeps_the_earlier_one(tmp_path, monkeypatch):
+    small_demo(monkeypatch)
+    out = tmp_path / "demo"
+    own = [{"ask": request.text, "thing": request.subject} for request in requests("organism")[4:6]]
+    file = rows_file(tmp_path, *own)
+    assert run_command("demo", "--model", "organism", "--out", str(out)).exit_code == 0
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    options = ("--requests", file, "--text-field", "ask", "--subject-field", "thing")
+    result = run_command("demo", "--model", "organism", "--out", str(out), *options)
+    assert result.exit_code == 0, result.output
+    assert {path.name: path.read_bytes() for path in (out / "earlier-1").iterdir()} == first
+    assert set(Edit.load(out / "edit.safetensors").subjects) == {row["thing"] for row in own}
+    page = (out / "report.html").read_text("utf-8")
+    assert (
+        f"lens-defense demo --model organism --requests {file} --text-field ask --subject-field thing" in page
+    )
+    assert "earlier-1" in result.output

@@ -98,6 +98,7 @@ def test_transformers_settings_are_as_before(tmp_path):
     "source, message",
     [
         ("./nothing", "there is no folder './nothing'; give a model folder"),
+        (__file__, "is a file and no model: give a model folder, or a .gguf file"),
         ("/nothing/at/all", "there is no folder"),
         ("a/b/c", "there is no folder"),
         ("", "there is no folder ''"),

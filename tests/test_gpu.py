@@ -98,9 +98,9 @@ def test_covariances_edit_undo_and_check(single, double):
     sites = [ld.Site("resid_post", layer, "subject_last", 1.0) for layer in (1, 2)]
     settings = {
         "contrast": None,
-        "contexts": ORGANISM_SETUP.contexts,
+        "contexts": jailbroken_contexts,
         "corpus": corpus,
-        "fit": ORGANISM_SETUP.fit,
+        "fit": ld.FitSettings(v_lr=0.4, shared_lr=0.4),
     }
     suite = ld.suite("organism").small(jailbreaks=1)
     suite = replace(suite, items=suite.for_requests(requests).items[:40], neutral=suite.neutral[:4])
@@ -133,9 +133,9 @@ def test_a_saved_edit_goes_to_another_device(single, tmp_path):
     corpus = read_corpus("organism")[:16]
     settings = {
         "contrast": None,
-        "contexts": ORGANISM_SETUP.contexts,
+        "contexts": jailbroken_contexts,
         "corpus": corpus,
-        "fit": ORGANISM_SETUP.fit,
+        "fit": ld.FitSettings(v_lr=0.4, shared_lr=0.4),
     }
     sites = [ld.Site("resid_post", 1, "subject_last", 1.0)]
     requests = ld.requests("organism")[:1]

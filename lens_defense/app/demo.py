@@ -5,9 +5,8 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,22 +20,21 @@ from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.judges import prefix
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, suite
-from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances
+from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate
+from lens_defense.models.language import language
 from lens_defense.models.load import load
-from lens_defense.prompts.contexts import Contexts, default_contexts, jailbroken_contexts
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import requests as read_requests
-from lens_defense.prompts.surface_forms import Names
 from lens_defense.shown_text import shown
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
@@ -71,16 +69,10 @@ class DemoSetup:
     """Jailbreaks of each request in the small suite."""
     harmless: int = 40
     """Benign and over_refusal requests each."""
-    contexts: Contexts = default_contexts
-    contrast: Contrast | None = DEFAULT_CONTRAST
-    names: Names | None = None
-    fit: FitSettings = field(default_factory=FitSettings)
+    fit: FitSettings | None = None
+    """None takes the defaults of the model's language, as for all else that an edit is not told."""
     replaces_tokens: bool = False
     """Whether the trace puts benign subjects of the set in place of the subject, instead of noise."""
-
-    def edit_settings(self) -> dict[str, Any]:
-        """What `edit` is told beside the model, the requests, the sites and the corpus."""
-        return {"contexts": self.contexts, "contrast": self.contrast, "names": self.names, "fit": self.fit}
 
     def corruption(self) -> Corruption | None:
         """How the trace corrupts a subject; None is its default."""
@@ -90,16 +82,7 @@ class DemoSetup:
         return TokenReplacement(samples=3, subjects=tuple(request.subject or "" for request in benign))
 
 
-ORGANISM_SETUP = DemoSetup(
-    "organism",
-    edited=20,
-    jailbreaks=10,
-    contexts=jailbroken_contexts,
-    contrast=None,
-    names=None,
-    fit=FitSettings(v_lr=0.4, shared_lr=0.4),
-    replaces_tokens=True,
-)
+ORGANISM_SETUP = DemoSetup("organism", edited=20, jailbreaks=10, replaces_tokens=True)
 
 
 def demo(
@@ -158,7 +141,7 @@ def _run(
     with stage("load"):
         model = load(name, device=device, dtype=dtype)
         original = model_fingerprint(model)
-        setup = ORGANISM_SETUP if name == "organism" else DemoSetup()
+        setup = ORGANISM_SETUP if language(model) == "organism" else DemoSetup()
         own = None if requests is None else requests[: DemoSetup.edited]
         edited = own or read_requests(setup.request_set)[: setup.edited]
         corpus = read_corpus(setup.request_set)
@@ -171,7 +154,7 @@ def _run(
         if cache:
             key_covariances(model, [site.layer for site in sites], corpus, fingerprint=original)
     with stage("edit"):
-        plan = edit(model, edited, sites, corpus=corpus, cache=cache, **setup.edit_settings())
+        plan = edit(model, edited, sites, fit=setup.fit, corpus=corpus, cache=cache)
         plan.save(out / "edit.safetensors")
         console.print(repr(plan), markup=False)
     with stage("check"):
@@ -206,7 +189,7 @@ def _run(
 
 def _trace_some(model: TransformerBridge, setup: DemoSetup, requests: Sequence[Request]) -> Trace:
     """A trace of the first few requests that can be traced, each in a form that is answered."""
-    forms = _answered_forms(model, requests, setup.contexts)
+    forms = _answered_forms(model, requests)
     with tempfile.TemporaryDirectory() as folder:
         found, refused = survey(
             model, forms, Path(folder), corruption=setup.corruption(), enough=_TRACED_REQUESTS
@@ -217,9 +200,7 @@ def _trace_some(model: TransformerBridge, setup: DemoSetup, requests: Sequence[R
     return found
 
 
-def _answered_forms(
-    model: TransformerBridge, requests: Sequence[Request], contexts: Contexts
-) -> list[Request]:
+def _answered_forms(model: TransformerBridge, requests: Sequence[Request]) -> list[Request]:
     """Each request in a form that is answered: as asked, or in the first of its contexts that is not refused.
 
     A refusal does not depend on what the subject holds. Its place shows where the model answers.
@@ -231,7 +212,7 @@ def _answered_forms(
         texts = [decode_answer(model.tokenizer, answer) for answer in answers]
         return [prefix(form.text, text) == "refusal" for form, text in zip(forms, texts, strict=True)]
 
-    answered = []
+    answered, contexts = [], edit_defaults(model).contexts
     for request, is_refused in zip(requests, refused(requests), strict=True):
         forms = list(contexts(request)) if is_refused else []
         open_forms = [form for form, no in zip(forms, refused(forms), strict=True) if not no]
@@ -260,17 +241,16 @@ def _control(
 ) -> Report:
     """What an edit in late layers, of a few of the subjects and fitted with less, does to their questions."""
     late_sites = control_sites(sites, model.cfg.n_layers)["late layers"]
-    edited = requests[:_CONTROL_REQUESTS]
+    edited, defaults = requests[:_CONTROL_REQUESTS], edit_defaults(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of what a control is for: it hardly works
         plan = edit(
             model,
             edited,
             late_sites,
-            contexts=lambda request: setup.contexts(request)[::4],
+            contexts=lambda request: defaults.contexts(request)[::4],
             contrast=None,
-            names=None,
-            fit=replace(setup.fit, extra_rounds=0),
+            fit=replace(setup.fit or defaults.fit, extra_rounds=0),
             corpus=read_corpus(setup.request_set)[::6],
             cache=cache,
         )

@@ -7,8 +7,8 @@ block and the `try` around it there is no step of Python.
 
 import io
 from collections.abc import Callable, Generator
-from types import SimpleNamespace
 from typing import Any, Generic, TypeVar
+from weakref import ref
 
 Value = TypeVar("Value")
 
@@ -20,15 +20,18 @@ class RestoringBlock(io.IOBase, Generic[Value]):
     its `try`. An `__exit__` of Python could be interrupted before it has restored anything.
     """
 
-    def __init__(self, enter: Callable[[], Value], restore: Callable[[], object], mark: Any = None) -> None:
+    def __init__(self, enter: Callable[[], Value], restore: Callable[[], object], owner: Any = None) -> None:
         """Make a block; nothing happens before it is entered.
 
         Args:
             enter: makes the change; what it returns is the value of `with ... as`.
             restore: takes back what `enter` has done, all or a part of it; harmless where there is nothing.
-            mark: its attribute `left` is set to True first of all when the block is left.
+            owner: gets a weak reference to the generator that the block runs, as `steps`; so it can
+                tell when the block is over, whatever was interrupted.
         """
-        self._steps = _enter_and_restore(enter, restore, mark or SimpleNamespace())
+        self._steps = _enter_and_restore(enter, restore)
+        if owner is not None:
+            owner.steps = ref(self._steps)
         self.close = self._steps.close
 
     def __enter__(self) -> Value:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -53,13 +56,12 @@ def finish(action: Callable[[], object]) -> None:
 
 
 def _enter_and_restore(
-    enter: Callable[[], Value], restore: Callable[[], object], mark: Any
+    enter: Callable[[], Value], restore: Callable[[], object]
 ) -> Generator[Value, None, None]:
     try:
         try:
             yield enter()
         finally:
-            mark.left = True
             finish(restore)
     finally:  # an interrupt can come before the first line of the call above
         finish(restore)

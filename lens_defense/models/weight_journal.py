@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 from torch.nn import Module
@@ -22,8 +22,14 @@ class Maker:
 
     thread: int | None = None
     """The thread of a `with` block; a ledger can be used from any."""
-    left: bool = False
-    """Whether the `with` block has been left, so that its changes must not stand."""
+    steps: ref[Any] | None = None
+    """The generator that a `with` block runs; a ledger has none."""
+
+    @property
+    def left(self) -> bool:
+        """Whether this is a `with` block that is over, so that its changes must not stand."""
+        steps = self.steps and self.steps()
+        return self.steps is not None and (steps is None or steps.gi_frame is None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

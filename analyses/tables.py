@@ -546,6 +546,24 @@ def _storage(name: str, cells: Callable[[], pd.DataFrame]) -> str:
     return f"{markdown(cells())}\n{markdown(storage_summary(name))}"
 
 
+# %% families of models
+def families() -> str:
+    """The families that are loaded: what works, and below the sentences that their numbers stand for."""
+    loaded = _families()
+    loaded = loaded[loaded["load"] == "yes"]
+    sentences = list(dict.fromkeys(text for text in loaded.iloc[:, 2:].to_numpy().flat if text != "yes"))
+    numbered = {text: f"[{i}]" for i, text in enumerate(sentences, 1)} | {"yes": "yes"}
+    table = loaded.drop(columns="load").replace(numbered)
+    return markdown(table) + "\n" + "".join(f"{numbered[text][1:-1]}. {text}\n" for text in sentences)
+
+
+def families_refused() -> pd.DataFrame:
+    """The families that are not loaded, and the sentence that says why."""
+    table = _families()
+    refused = table[table["load"] != "yes"][["family", "load"]]
+    return refused.rename(columns={"load": "what a user reads"})
+
+
 TABLES: Mapping[str, Callable[[], str]] = {
     **{
         name: lambda table=table: markdown(table())
@@ -565,13 +583,19 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "damage": damage,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),
+            "families_refused": families_refused,
         }.items()
     },
+    "families": lambda: families(),
     "storage_facts": lambda: _storage("facts", partial(storage_cells, "facts")),
     "storage_harmful": lambda: _storage("harmful", partial(storage_cells, "harmful")),
     "storage_whole": lambda: _storage("whole", storage_by_role),
 }
 """The file of each table, and what makes its text."""
+
+
+def _families() -> pd.DataFrame:
+    return read_table(RESULTS / "families.csv").fillna("")
 
 
 def _of_one_recipe(table: pd.DataFrame) -> pd.DataFrame:

@@ -21,6 +21,7 @@ from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.checking.suites import suite as bundled_suite
 from lens_defense.editing.edit_plan import Edit
+from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.given_model import Model, given_model
@@ -60,7 +61,7 @@ def check(
 
     Raises:
         ValueError: the edit was planned on other weights, there is no such suite, or `before` is of another
-            length than the rows.
+            length than the rows; a row with its answer, or a neutral text, is too long for the model.
         TypeError: an argument is something else, as where two are swapped.
     """
     model = given_model(model, _CALL)
@@ -74,16 +75,17 @@ def check(
     if edit is not None:
         edit.require_same_model(model)
         rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, edit.texts, edit.names)
+    neutral = _neutral_ids(model, rows.neutral)
     with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
         ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
         if len(ids_before) != len(rows.items):
             raise ValueError(f"{len(ids_before)} answers were given for {len(rows.items)} rows")
-        loss_before = _neutral_losses(model, rows.neutral)
+        loss_before = _neutral_losses(model, neutral)
         ids_after, loss_after, divergences = ids_before, [], []
         if edit is not None:
             with edit.applied(model):
                 ids_after = suite_answers(model, rows, max_new_tokens, bar)
-                loss_after = _neutral_losses(model, rows.neutral)
+                loss_after = _neutral_losses(model, neutral)
             benign = [i for i, item in enumerate(rows.items) if item.arm == "benign"]
             prompts = [tokenize(model.tokenizer, rows.items[i].request).ids for i in benign]
             divergences = _divergences(model, edit, prompts, [ids_before[i][:KL_TOKENS] for i in benign])
@@ -115,16 +117,24 @@ def suite_answers(
     bar = bar if bar is not None else tqdm(disable=True)
     bar.total = (bar.total or 0) + len(suite.items)
     prompts = [tokenize(model.tokenizer, item.request).ids for item in suite.items]
-    return generate(model, prompts, max_new_tokens=max_new_tokens, progress=bar.update)
+    names = [item.request.id for item in suite.items]
+    return generate(model, prompts, max_new_tokens=max_new_tokens, progress=bar.update, names=names)
+
+
+def _neutral_ids(model: TransformerBridge, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    token_ids = [tuple(tokenize_text(model.tokenizer, text)) for text in texts]
+    refuse_too_long(model, ((f"neutral text {i}", len(ids)) for i, ids in enumerate(token_ids)))
+    return token_ids
 
 
 @torch.no_grad()
-def _neutral_losses(model: TransformerBridge, texts: Sequence[str], batch_size: int = 8) -> list[float]:
+def _neutral_losses(
+    model: TransformerBridge, token_ids: Sequence[tuple[int, ...]], batch_size: int = 8
+) -> list[float]:
     """Mean loss of each text's tokens after the first, as running text, in nats."""
-    token_ids = [tokenize_text(model.tokenizer, text) for text in texts]
-    by_length = sorted(range(len(texts)), key=lambda i: len(token_ids[i]))
-    losses = [0.0] * len(texts)
-    for start in range(0, len(texts), batch_size):
+    by_length = sorted(range(len(token_ids)), key=lambda i: len(token_ids[i]))
+    losses = [0.0] * len(token_ids)
+    for start in range(0, len(token_ids), batch_size):
         batch = by_length[start : start + batch_size]
         ids, mask = left_pad([token_ids[i] for i in batch], model_device(model))
         logits = forward(model, ids, attention_mask=mask, logits_to_keep=ids.shape[1]).logits.float()

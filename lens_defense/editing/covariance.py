@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.models.context_length import context_length
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.prefix_batch import states_of_rows
 from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
@@ -135,4 +136,4 @@ def _token_ids(model: TransformerBridge, text: CorpusText) -> tuple[int, ...]:
         if text.assistant
         else tokenize_text(model.tokenizer, text.user)
     )
-    return ids[: model.cfg.n_ctx]
+    return ids[: context_length(model)]

@@ -24,6 +24,7 @@ from lens_defense.editing.layer_spread import spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
+from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
@@ -105,12 +106,19 @@ def edit(
         names or (lambda _: ()),
         held_out_contexts,
     )
+    rows = _fit_rows(model, requests, groups, role, fit)
+    refuse_too_long(
+        model,
+        [
+            *((prompt.request.id, len(prompt.ids)) for prompt in groups.prompts),
+            *((requests[row.owner].id, len(row.ids) + len(row.target)) for row in rows),
+        ],
+    )
     fingerprint = model_fingerprint(model) if cache else Fingerprint("")
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
     )
     covariances = shrink_covariances(model, covariances, corpus)
-    rows = _fit_rows(model, requests, groups, role, fit)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
     factors, shares = spread_over_layers(
         model,

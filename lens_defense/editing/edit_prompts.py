@@ -27,6 +27,11 @@ class EditPrompts:
     names: tuple[tuple[str, ...], ...]
     """By request, the other names that could be used."""
 
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Every prompt whose keys are written or measured."""
+        return tuple(prompt for group in (*self.written, *self.measured) for prompt in group.prompts)
+
     def conversations(self, owner: int) -> tuple[str, ...]:
         """Every conversation whose keys or value the edit uses, of one request."""
         prompts = [prompt for group in self.written if group.owner == owner for prompt in group.prompts]

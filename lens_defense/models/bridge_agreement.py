@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.models.forward import forward
+from lens_defense.sites import component_hook
 
 _TOKENS = 6
 _TOLERANCE, _HALF_TOLERANCE = 0.01, 0.2
@@ -58,7 +59,7 @@ def refuse_disagreement(
     ids, half = _probe_ids(hf_model).to(logits.device), _TOKENS // 2
     family = hf_model.config.model_type
     with as_sentence(f"TransformerLens does not run {name}, of the family {family!r}, as tracing needs it"):
-        whole = forward(model, ids, logits_to_keep=_TOKENS).logits
+        whole = forward(model, ids, capture=_stream_hooks(model), logits_to_keep=_TOKENS).logits
         prefix = forward(model, ids[:, :half], logits_to_keep=half)
         past = prefix.key_values
         rest = forward(model, ids[:, half:], past_key_values=past, logits_to_keep=_TOKENS - half).logits
@@ -98,8 +99,17 @@ def as_sentence(sentence: str, instead: str = "load a model of another family") 
     except MemoryError:
         raise
     except Exception as error:
-        words = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+        words = " ".join(str(error).split()).split(". ")[0].split("; ")[0] or type(error).__name__
         raise ValueError(f"{sentence} ({words[:_WORDS]}); {instead}") from error
+
+
+def _stream_hooks(model: TransformerBridge) -> list[str]:
+    """The residual stream before and after every block: what tracing cannot do without."""
+    return [
+        component_hook(name, layer)
+        for layer in range(model.cfg.n_layers)
+        for name in ("resid_pre", "resid_post")
+    ]
 
 
 def _probe_ids(hf_model: Any) -> Int[Tensor, "1 token"]:

@@ -64,6 +64,9 @@ def forward(
         past_key_values: keys and values of the tokens before, from an earlier ForwardPass.
         logits_to_keep: how many positions at the end get logits.
         stop_at_layer: the first block that is not run; then there are no logits. None runs the whole model.
+
+    Raises:
+        ValueError: the model keeps no keys and values.
     """
     settle(model)
     states: dict[str, Tensor] = {}
@@ -91,10 +94,11 @@ def forward(
     )
     output = with_hooks(model, hooks, run)
     layers = _cache_layers(cache)
-    assert layers and layers[-1].keys is not None, (
-        "the model ignored its cache (transformers and transformer-lens disagree); "
-        "install the versions of constraints.txt"
-    )
+    if not layers or getattr(layers[-1], "keys", None) is None:
+        raise ValueError(
+            f"{model.cfg.model_name} keeps no keys and values of attention for the tokens to come; load a "
+            "model whose layers are all attention"
+        )
     return ForwardPass(
         logits=output[:, :0] if stops_early else output,
         states=states,

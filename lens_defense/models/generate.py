@@ -4,13 +4,14 @@ Prompts of like length are prefilled together, so that little is padded. Then al
 a step of many rows costs little more than a step of few. Rows that have ended leave the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.forward import KeyValues, forward, model_device
 from lens_defense.models.prefix_batch import SharedPrefix, TokenRows, run_shared_prefix, stack_caches
 from lens_defense.prompts.conversation import end_token_ids
@@ -33,6 +34,7 @@ def generate(
     prefill_batch_size: int = 32,
     pick: Pick = greedy,
     progress: Callable[[int], object] = lambda _: None,
+    names: Sequence[str] = (),
 ) -> list[tuple[int, ...]]:
     """The model's answers, up to and with the token that ends them.
 
@@ -44,10 +46,17 @@ def generate(
         prefill_batch_size: rows whose prompts run together.
         pick: chooses the next token of each row; greedy, or a sampler of your own.
         progress: called with the number of rows that have just ended.
+        names: what the prompts are called where one is too long; none counts them.
+
+    Raises:
+        ValueError: a prompt and its answer can be longer than what the model reads.
     """
     answers: list[tuple[int, ...]] = [()] * len(prompts)
     if not prompts:
         return answers
+    names = names or [f"prompt {i}" for i in range(len(prompts))]
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    refuse_too_long(model, zip(names, lengths, strict=True))
     prefix = run_shared_prefix(model, prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):

@@ -141,6 +141,8 @@ def _wrap(
     name: str, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **settings: Any
 ) -> TransformerBridge:
     """A bridge that computes what the model computes in transformers."""
+    if hf_model.dtype == torch.float64:
+        hf_model.set_experts_implementation("eager")  # grouped products take no double precision
     logits = transformers_logits(name, hf_model)
     hf_model = text_part(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]  # as in a saved folder; it picks the adapter

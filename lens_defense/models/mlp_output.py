@@ -47,10 +47,16 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
     if isinstance(module, Linear | Conv1D) and module.weight.is_floating_point():
         weight = module.weight.detach()
         return weight.T if isinstance(module, Conv1D) else weight
-    obstacle = "no single MLP output matrix" if module is None else type(module).__name__
+    names = [name for name, _ in blocks[layer].named_modules()]
+    if module is not None:
+        obstacle = f"an MLP output of the kind {type(module).__name__} with weights of {module.weight.dtype}"
+    elif any("expert" in name for name in names):
+        obstacle = "a mixture of experts and no single MLP output matrix"
+    else:
+        obstacle = "an MLP whose output matrix TransformerLens does not name"
     raise ValueError(
-        f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle} (mixture of experts, "
-        "or quantised weights); tracing works, editing needs a dense, unquantised model"
+        f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle}; tracing works, "
+        "editing needs a dense, unquantised MLP"
     )
 
 
@@ -65,10 +71,12 @@ def refuse_uneditable(model: TransformerBridge, layers: Iterable[int]) -> None:
     """
     for layer in layers:
         mlp_output_matrix(model, layer)
-        if "ln2_post" in model.blocks[layer].submodules:
+        config: Any = model.original_model.config
+        post_norm = getattr(config, "do_layer_norm_before", True) is False  # OPT-350m
+        if post_norm or "ln2_post" in model.blocks[layer].submodules:
             raise ValueError(
-                f"{model.cfg.model_name} norms the MLP's output before it joins the residual stream, "
-                "so an edit could not be sized; trace it, but edit a pre-norm model"
+                f"{model.cfg.model_name} norms the MLP's output before or after it joins the residual "
+                "stream, so an edit could not be sized; trace it, but edit a pre-norm model"
             )
 
 

@@ -22,7 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.models.devices import call_cost, explain_out_of_memory, index_tensor
 from lens_defense.models.forward import ForwardPass, KeyValues, StateWrite, forward
 from lens_defense.models.growing_batch import batch_may_grow
-from lens_defense.sites import head_index
+from lens_defense.sites import EMBEDDING_HOOK, head_index
 from lens_defense.tracing.metrics import Measure
 from lens_defense.tracing.pass_plan import block_passes, plan_passes
 from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
@@ -101,9 +101,12 @@ def _patched_logits(
     start = min(cell.first_position for cell in cells)
     grows = batch_may_grow(model)
     rows = ids[:, start:]
+    patches = _row_entries(base, cells, start, grows)
     if not grows:
         rows = rows.expand(1 + len(cells) * len(base.key_values[0][0]), -1)
-    patches = _row_entries(base, cells, start, grows)
+        embeddings = base.states[EMBEDDING_HOOK][:, start:]
+        embeddings = torch.cat([embeddings[:1], embeddings.repeat(len(cells), 1, 1)])
+        patches = {EMBEDDING_HOOK: lambda _: embeddings, **patches}
     for hook, write in _point_writes(base, donor, cells, start):
         enter = patches.get(hook)
         patches[hook] = write if enter is None else _in_turn(enter, write)

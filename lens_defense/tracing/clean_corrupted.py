@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.models.forward import ForwardPass, forward, model_device
 from lens_defense.models.generate import generate
@@ -36,7 +37,6 @@ class SampleRuns:
     """The run that is patched, one row per sample."""
     donor: ForwardPass
     """The run whose states are put in."""
-    base_embeddings: Float[Tensor, "sample token d_model"]
     corrupted_logits: Float[Tensor, "sample answer vocab"]
 
 
@@ -83,15 +83,22 @@ def prompts_with_answers(
     if answers is not None and len(answers) != len(requests):
         raise ValueError(f"there are {len(requests)} requests and {len(answers)} answers")
     texts = answers or [request.target for request in requests]
-    unanswered = [prompt.ids for prompt, text in zip(prompts, texts, strict=True) if not text]
-    own_answers = iter(generate(model, unanswered, max_new_tokens=answer_tokens))
-
-    def answer_ids(prompt: Prompt, text: str | None) -> tuple[int, ...]:
-        return tokenize_answer(model.tokenizer, prompt, text) if text else next(own_answers)
-
-    return [
-        replace(prompt, answer_ids=answer_ids(prompt, text))
+    known = [
+        tokenize_answer(model.tokenizer, prompt, text) if text else None
         for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    refuse_too_long(
+        model,
+        (
+            (prompt.request.id, len(prompt.ids) + (answer_tokens if answer is None else len(answer)))
+            for prompt, answer in zip(prompts, known, strict=True)
+        ),
+    )
+    unanswered = [prompt.ids for prompt, answer in zip(prompts, known, strict=True) if answer is None]
+    own_answers = iter(generate(model, unanswered, max_new_tokens=answer_tokens))
+    return [
+        replace(prompt, answer_ids=next(own_answers) if answer is None else answer)
+        for prompt, answer in zip(prompts, known, strict=True)
     ]
 
 
@@ -141,10 +148,9 @@ def run_clean_and_corrupted(
                 logits_to_keep=answer_length,
             )
         if denoising:
-            parts.append(SampleRuns(run, clean, embeddings, run.logits))
+            parts.append(SampleRuns(run, clean, run.logits))
         else:
-            base_embeddings = clean_embeddings.expand(samples, -1, -1)
-            parts.append(SampleRuns(_repeated(clean, samples), run, base_embeddings, run.logits))
+            parts.append(SampleRuns(_repeated(clean, samples), run, run.logits))
     return CleanCorrupted(prompt, ids, clean.logits, tuple(parts))
 
 
@@ -171,11 +177,12 @@ def measure_cells(
                     )
                 )  # fmt: skip
         else:
-            rows = f"{len(part.base_embeddings)} rows of {runs.ids.shape[1]} tokens and their gradients"
+            embeddings = part.base.states[EMBEDDING_HOOK]
+            rows = f"{len(embeddings)} rows of {runs.ids.shape[1]} tokens and their gradients"
             with explain_out_of_memory(rows):
                 readings.append(
                     attribution_patching(
-                        model, runs.ids, part.base_embeddings, part.donor, cells, measure, keep=answer_length
+                        model, runs.ids, embeddings, part.donor, cells, measure, keep=answer_length
                     )
                 )
     return torch.cat(readings, 1)

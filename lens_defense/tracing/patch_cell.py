@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_defense.sites import Component, block_input_hook, component_hook, head_index
+from lens_defense.sites import EMBEDDING_HOOK, Component, block_input_hook, component_hook, head_index
 
 
 class PatchPoint(NamedTuple):
@@ -69,9 +69,9 @@ class PatchCell:
 
 
 def base_hooks(cells: Sequence[PatchCell]) -> tuple[str, ...]:
-    """The states that the base run must capture for these cells."""
+    """The states that the base run must capture for these cells; its embeddings first."""
     severed = (point.hook for cell in cells for point in cell.severed)
-    return tuple(dict.fromkeys((*(cell.entry_hook for cell in cells), *severed)))
+    return tuple(dict.fromkeys((EMBEDDING_HOOK, *(cell.entry_hook for cell in cells), *severed)))
 
 
 def donor_hooks(cells: Sequence[PatchCell]) -> tuple[str, ...]:

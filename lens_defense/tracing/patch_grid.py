@@ -7,7 +7,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import did_you_mean
 from lens_defense.prompts.prompt import Prompt
-from lens_defense.sites import COMPONENTS, Component
+from lens_defense.sites import COMPONENTS, Component, component_hook
 from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
 from lens_defense.tracing.trace_settings import TraceSettings
 
@@ -31,6 +31,12 @@ def resolve_components(
         raise ValueError(
             f"components must be of {(*COMPONENTS, 'z')} or 'z.0' to '{heads[-1]}', got {components!r}"
             f"{did_you_mean(unknown[0], COMPONENTS) if unknown else ''}"
+        )
+    missing = [name for name in names if model.get_hook_point(component_hook(name, 0)) is None]
+    if missing:
+        raise ValueError(
+            f"{model.cfg.model_name} has no {missing[0]} that TransformerLens can patch; leave it out of "
+            "components"
         )
     return tuple(dict.fromkeys(names))
 

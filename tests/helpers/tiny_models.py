@@ -46,6 +46,10 @@ CONFIGS = {
     "short gemma2": lambda: hf.Gemma2Config(
         **GATED, head_dim=8, query_pre_attn_scalar=8, sliding_window=5
     ),
+    "per layer": lambda: hf.Gemma4TextConfig(
+        **GATED, head_dim=8, global_head_dim=8, vocab_size_per_layer_input=300, hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+    ),
     "granite": lambda: hf.GraniteConfig(
         **GATED, residual_multiplier=0.22, embedding_multiplier=3.0, attention_multiplier=0.3
     ),

@@ -175,7 +175,7 @@ def test_a_fingerprint_sees_one_bit_the_layers_and_the_dtype(family):
 
 
 def test_a_post_norm_model_is_refused():
-    with pytest.raises(ValueError, match="norms the MLP's output before it joins"):
+    with pytest.raises(ValueError, match="norms the MLP's output before or after it joins"):
         refuse_uneditable(tiny_model("gemma2"), [1])
 
 

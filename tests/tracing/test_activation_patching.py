@@ -16,11 +16,12 @@ from helpers.patch_cases import (
     sweep_inputs,
 )
 from helpers.reference_tracing import corrupted_run, one_forward_per_cell
-from helpers.tiny_models import FAMILIES, SINGLE_PRECISION
+from helpers.tiny_models import FAMILIES, SINGLE_PRECISION, plain_model, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lens_defense.models import devices
 from lens_defense.models.forward import forward
+from lens_defense.models.growing_batch import batch_may_grow
 from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing import activation_patching
 from lens_defense.tracing.pass_plan import block_passes
@@ -193,3 +194,51 @@ def test_progress_counts_the_cost_announced():
     block_passes_done = []
     run_sweep(model, ids, embeddings, cells, progress=block_passes_done.append, max_rows=5)
     assert sum(block_passes_done) == block_passes(cells, layers=LAYERS, tokens=TOKENS, samples=2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["opt", "bloom", "bigcode", "falcon", "falcon40", "falcon-rw", "xglm"])
+def test_a_patched_cell_equals_hooks_on_plain_transformers(family):
+    model, ids, embeddings = sweep_inputs(family)
+    position, layer = 3, 1
+    cell = PatchCell((PatchPoint("resid_post", layer, position),))
+    metrics = run_sweep(model, ids, embeddings, [cell])[0, :, 0]
+
+    plain, states = plain_model(family), {}
+    (blocks,) = (m for m in plain.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS)
+
+    def block_hook(write):
+        def hook(_module, _arguments, output):
+            state = write(output[0] if isinstance(output, tuple) else output)
+            return (state, *output[1:]) if isinstance(output, tuple) else state
+
+        return blocks[layer].register_forward_hook(hook)
+
+    with block_hook(lambda state: states.setdefault("clean", state)):
+        plain(ids)
+
+    def restore(state):
+        state = state.clone()
+        state[:, position] = states["clean"][:, position]
+        return state
+
+    corrupt = plain.get_input_embeddings().register_forward_hook(lambda *_: embeddings)
+    with corrupt, block_hook(restore):
+        logits = plain(ids.expand(len(embeddings), -1)).logits
+    expected = measure(logits[:, -KEEP:])[:, 0].double()
+    torch.testing.assert_close(metrics, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family, grows", [("llama", True), ("mpt", True), ("opt", False), ("bloom", False), ("per layer", False)]
+)
+def test_where_a_batch_may_grow_is_measured(family, grows):
+    assert batch_may_grow(tiny_model(family)) is grows
+
+
+@torch.no_grad()
+def test_blocks_that_read_the_embeddings_are_given_the_base_runs():
+    model, ids, embeddings = sweep_inputs("per layer")
+    cells = grid("resid_post")
+    expected = one_forward_per_cell(model, ids, embeddings, cells, measure, KEEP)
+    torch.testing.assert_close(run_sweep(model, ids, embeddings, cells)[..., 0], expected)

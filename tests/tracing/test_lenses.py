@@ -1,10 +1,13 @@
 """Maps that patch no state: they equal what is read by hand, and are used like a trace."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 
 from lens_defense.checking.judges import prefix
+from lens_defense.models.forward import with_hooks
 from lens_defense.models.generate import generate
 from lens_defense.plotting.heatmap import heatmap
 from lens_defense.prompts.prompt import tokenize
@@ -67,8 +70,7 @@ def test_a_skipped_layer_is_as_if_deleted(family):
     ids = torch.tensor([tokenize(model.tokenizer, LAMP).ids])
     expected = shorter(ids, use_cache=False).logits
     before = model(ids)
-    with lenses._skipped_layers(model, range(1, 3)):
-        assert torch.allclose(model(ids), expected)
+    assert torch.allclose(with_hooks(model, lenses._zero_hooks(range(1, 3)), lambda: model(ids)), expected)
     assert torch.equal(model(ids), before)
 
 
@@ -85,8 +87,8 @@ def test_safety_layers_are_those_without_which_no_refusal_comes():
     losses = safety_layers(model, [LAMP, BELL], judge, max_new_tokens=4, progress=False)
     assert set(losses.effects[losses.effects.isfinite()].tolist()) <= {0.0, 1.0}
     for layer in range(4):
-        with lenses._skipped_layers(model, [layer]):
-            without = generate(model, [prompt.ids for prompt in prompts], max_new_tokens=4)
+        ask = partial(generate, model, [prompt.ids for prompt in prompts], max_new_tokens=4)
+        without = with_hooks(model, lenses._zero_hooks([layer]), ask)
         for r, prompt in enumerate(prompts):
             assert losses.effects[r, 0, layer, len(prompt.ids) - 1] == float(answers[r] != without[r])
     assert losses.effects.nansum() > 0

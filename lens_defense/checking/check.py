@@ -27,6 +27,7 @@ from lens_defense.models.generate import generate
 from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.language import language
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
+from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
 
@@ -107,6 +108,7 @@ def check(
         loss_after=tuple(loss_after),
         dropped=dropped,
         edited=edit is not None,
+        chat_arguments=bound_arguments(model.tokenizer),
     )
 
 

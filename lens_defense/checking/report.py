@@ -10,7 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,6 +94,8 @@ class Report:
     dropped: int
     """How many rows were left out because the edit had used their text."""
     edited: bool = True
+    chat_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What was bound into the chat template: a system prompt ("system"), arguments of the template."""
 
     def rates(self) -> pd.DataFrame:
         """One row per arm and measure: n, clusters, before, low, high, after, low, high, p, word list.

@@ -29,6 +29,7 @@ from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable
+from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.corpus import Corpus, read_corpus
@@ -151,6 +152,7 @@ def edit(
             **asdict(fit),
             **(asdict(method) if is_dataclass(method) else {}),
             "contrast_weight": contrast.weight if contrast else None,
+            **({"chat_arguments": bound} if (bound := bound_arguments(model.tokenizer)) else {}),
         },
         requests=requests,
         contexts=tuple(groups.conversations(i) for i in range(len(requests))),

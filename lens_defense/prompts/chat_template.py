@@ -50,12 +50,22 @@ def bind_arguments(
         turn = f"[{{'role': 'system', 'content': {_literal(system)}}}]"
         settings.append(f"{{%- set messages = {turn} + messages -%}}")
     template = template.partition(_END_OF_SETTINGS)[2] or template  # what was bound before is forgotten
-    tokenizer.chat_template = "".join(settings) + _END_OF_SETTINGS + template
+    bound = {**({} if system is None else {"system": system}), **arguments}
+    note = f"{_BOUND}{json.dumps(bound).replace('#', chr(92) + 'u0023')} -#}}"  # a # could end the comment
+    tokenizer.chat_template = note + "".join(settings) + _END_OF_SETTINGS + template
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello."}], tokenize=False)
     except TemplateError as error:
         tokenizer.chat_template = template
         raise ValueError(f"the chat template does not take this: {error}") from error
+
+
+def bound_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `bind_arguments` bound, by name, the system prompt as "system"; for the record of a result."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str) or not template.startswith(_BOUND):
+        return {}
+    return json.loads(template.removeprefix(_BOUND).partition(" -#}")[0])
 
 
 def refuse_endless_template(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -98,6 +108,8 @@ _MOST_STEPS = 1_000_000
 """Lines of a compiled template; those of common models take a few hundred."""
 _JINJA_FILE = "<template>"
 """The file name of what Jinja compiles from a text."""
+_BOUND = "{#- bound: "
+"""Begins the comment that keeps, as JSON, what was bound."""
 _END_OF_SETTINGS = "{#- end of bound arguments -#}"
 
 

@@ -16,6 +16,7 @@ from lens_defense.models.devices import call_cost, memory_budget
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
+from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
@@ -182,6 +183,7 @@ def trace_metrics(
             settings=settings,
             corruption=describe(corruption),
             metric=describe(metrics[name]),
+            chat_arguments=bound_arguments(model.tokenizer),
             answers=tuple(
                 first_dozen_words(model.tokenizer.decode(list(prompt.answer_ids))) for prompt in prompts
             ),

@@ -10,8 +10,8 @@ round: a corrupted state in the clean run, and the share of the damage that it d
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,8 @@ class Trace(SiteMap):
     """The name of what was read."""
     answers: tuple[str, ...]
     """What the metric reads, as text, a dozen words at most."""
+    chat_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What was bound into the chat template: a system prompt ("system"), arguments of the template."""
     estimates: Float[Tensor, "request component layer position"] | None = None
     """Effects by the gradient of the cells that were measured after all, NaN elsewhere."""
 
@@ -141,6 +143,7 @@ class _TraceHeader:
     corruption: str
     metric: str
     answers: tuple[str, ...]
+    chat_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def effect_of_patch(patched: Tensor, clean: Tensor, corrupted: Tensor, direction: Direction) -> Tensor:

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from transformer_lens.factories.architecture_adapter_factory import (
 )
 from transformer_lens.model_bridge import TransformerBridge
 
+import lens_defense as ld
 import lens_defense.models.load as load_module
 from lens_defense.models import devices
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.load import load
 from lens_defense.models.save import save_folder
-from lens_defense.prompts.chat_template import bind_arguments
+from lens_defense.prompts.chat_template import bind_arguments, bound_arguments
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
 
@@ -242,6 +244,30 @@ def test_system_and_arguments_reach_every_rendered_prompt(tmp_path):
     bind_arguments(model.tokenizer, {}, "two 🔥")
     assert model.tokenizer.decode(tokenize(model.tokenizer, item).ids).startswith("[system]two 🔥[user]make")
     assert both == '[system]Say "no".\n[user]make a lamp[assistant]'
+
+
+def test_what_was_bound_is_kept_with_what_was_measured(tmp_path):
+    """A trace, an edit and a report say under which system prompt and arguments they were made."""
+    settings = {"system": "Be #kind -#} 🔥.", "chat_template_kwargs": {"enable_thinking": False}}
+    wanted = {"system": settings["system"], "enable_thinking": False}
+    folder = tiny_folder(tmp_path / "model", chat=True)
+    model = load(folder, device="cpu", **settings)
+    assert bound_arguments(model.tokenizer) == wanted
+    assert bound_arguments(load(folder, device="cpu").tokenizer) == {}
+    item = request("how do I make a lamp?", "lamp")
+    trace = ld.trace(model, [item], progress=False, answer_tokens=2, min_difference=0.0)
+    assert ld.Trace.load(trace.save(tmp_path / "trace")).chat_arguments == wanted
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        edit = ld.edit(
+            model, [item], [ld.Site("mlp_out", 1, "subject_last")], contexts=lambda r: [r, r, r],
+            contrast=None, fit=ld.FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1, extra_rounds=0),
+            corpus=ld.read_corpus()[:4], cache=False, progress=False,
+        )  # fmt: skip
+    assert ld.Edit.load(edit.save(tmp_path / "edit")).settings["chat_arguments"] == wanted
+    empty = ld.Suite("own", "check", (), ())
+    report = ld.check(model, None, empty, progress=False)
+    assert ld.Report.load(report.save(tmp_path / "report")).chat_arguments == wanted
 
 
 @pytest.mark.parametrize(

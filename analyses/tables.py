@@ -542,6 +542,21 @@ def damage() -> pd.DataFrame:
     return table.rename(columns={**names, "other_exception": "another exception"})
 
 
+def interrupts() -> pd.DataFrame:
+    """What interrupts left, of the code before the journal and of now; analyses/interrupts.py counts them."""
+    rows = read_table(RESULTS / "reliability/interrupts.csv")
+    faults = {
+        "torn": "torn",
+        "disagreed": "ledger wrong",
+        "left": "edit left or dropped",
+        "hooks": "hook left",
+    }
+    table = rows.groupby(["verb", "code"], sort=False)[["interrupts", *faults]].sum().reset_index()
+    table["code"] = table["code"].where(table["code"] == "now", "before")
+    order = table.sort_values(["verb", "code"], kind="stable")
+    return order.rename(columns={"verb": "interrupted", "interrupts": "times", **faults})
+
+
 def _storage(name: str, cells: Callable[[], pd.DataFrame]) -> str:
     return f"{markdown(cells())}\n{markdown(storage_summary(name))}"
 
@@ -581,6 +596,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "intent_last_token": intent_last_token,
             "judges": judges,
             "damage": damage,
+            "interrupts": interrupts,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),
             "families_refused": families_refused,

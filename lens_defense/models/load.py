@@ -143,7 +143,7 @@ def _wrap(
     """A bridge that computes what the model computes in transformers."""
     if hf_model.dtype == torch.float64:
         hf_model.set_experts_implementation("eager")  # grouped products take no double precision
-    logits = transformers_logits(name, hf_model)
+    logits, own_beginning = transformers_logits(name, hf_model), tokenizer.bos_token
     hf_model = text_part(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]  # as in a saved folder; it picks the adapter
     register_repairs()
@@ -156,6 +156,7 @@ def _wrap(
             dtype=hf_model.dtype,
             **settings,
         )
+    bridge.tokenizer.bos_token = own_beginning  # saved otherwise, it would be put before plain text
     refuse_disagreement(name, bridge, logits)
     return bridge
 

@@ -116,3 +116,16 @@ def test_of_two_that_save_to_one_path_one_is_told(tmp_path):
     assert "; name a new folder" in str(results[1 - winner])
     loaded = load(tmp_path / "model", device="cpu", dtype=torch.float64)
     assert weights_equal(loaded, copy_weights(models[winner]))
+
+
+def test_a_saved_folder_reads_text_as_its_original(tmp_path):
+    """TransformerLens gives a tokenizer that has no beginning token its end token for one."""
+    texts = ["a brass lamp", "How do I make a lamp?"]
+    original = hf.AutoTokenizer.from_pretrained(tiny_folder(tmp_path / "base"))
+    assert original.bos_token is None
+    model = load(tmp_path / "base", device="cpu")
+    again = load(save_folder(model, tmp_path / "saved"), device="cpu")
+    saved = hf.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for tokenizer in (model.tokenizer, again.tokenizer, saved):
+        assert tokenizer(texts)["input_ids"] == original(texts)["input_ids"]
+        assert tokenizer.bos_token is None

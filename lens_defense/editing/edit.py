@@ -24,14 +24,14 @@ from lens_defense.editing.layer_spread import spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
-from lens_defense.models.context_length import refuse_too_long
+from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
-from lens_defense.prompts.conversation import tokenize_answer
+from lens_defense.prompts.conversation import tokenize_answer, tokenize_text
 from lens_defense.prompts.corpus import Corpus, read_corpus
 from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import role_position, tokenize
@@ -77,7 +77,7 @@ def edit(
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's
-            language, default_contexts in English.
+            language, default_contexts in English. What is too long for the model is left out.
         contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
             request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN. The default
             is None where the model's language has none, as the organism's.
@@ -106,6 +106,7 @@ def edit(
         contrast,
         names or (lambda _: ()),
         held_out_contexts,
+        longest=_room_before_refusal(model, requests, fit),
     )
     rows = _fit_rows(model, requests, groups, role, fit)
     refuse_too_long(
@@ -163,6 +164,14 @@ def edit(
         fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
     )
+
+
+def _room_before_refusal(
+    model: TransformerBridge, requests: Sequence[Request], fit: FitSettings
+) -> int | None:
+    """Tokens that a context may have so that a refusal fits behind it; None where a model has no end."""
+    limit, refusals = context_length(model), {request.safe_target or fit.target for request in requests}
+    return limit and limit - 2 - max(len(tokenize_text(model.tokenizer, text)) for text in refusals)
 
 
 def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:

@@ -45,6 +45,7 @@ def group_prompts(
     contrast: Contrast | None,
     names: Names,
     held_out: int,
+    longest: int | None = None,
 ) -> EditPrompts:
     """Tokenize all that an edit reads.
 
@@ -55,6 +56,7 @@ def group_prompts(
         contrast: harmless uses; None for none.
         names: other names, from a request. One that cannot be marked in this tokenizer's tokens is left out.
         held_out: how many contexts and harmless uses of each request, from the end, are measured alone.
+        longest: the most tokens of a context or a use; longer ones are left out where others remain.
 
     Raises:
         ValueError: the contexts, or the contrast, give nothing for a request.
@@ -68,6 +70,7 @@ def group_prompts(
             raise ValueError(
                 f"the contrast has no harmless use of {request.subject!r}; give some, or contrast=None"
             )
+        asked, uses = (_that_fit(tokenizer, items, longest) for items in (asked, uses))
         kept_asked, out_asked = _split(tokenizer, asked, held_out)
         kept_uses, out_uses = _split(tokenizer, uses, held_out)
         all_contexts.append(tuple(kept_asked))
@@ -88,6 +91,15 @@ def group_prompts(
                 written.append(PromptGroup(owner, named_uses, weight, harmless=True))
         all_names.append(tuple(used))
     return EditPrompts(tuple(all_contexts), tuple(written), (*reached, *leaked), tuple(all_names))
+
+
+def _that_fit(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Request], longest: int | None
+) -> list[Request]:
+    """Those of at most so many tokens; where there are none, the first one."""
+    if longest is None:
+        return list(items)
+    return [item for item in items if len(tokenize(tokenizer, item).ids) <= longest] or list(items[:1])
 
 
 def _split(

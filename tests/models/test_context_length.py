@@ -56,3 +56,15 @@ def test_it_is_refused_by_name_before_it_runs(run, monkeypatch):
     ):
         run(model)
     assert all(shape[1] <= 256 for shape in ran)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_contexts_that_are_too_long_are_left_out():
+    """Of an edit's default contexts some are longer than 256 bytes' tokens; the plan is made with the others."""
+    model = tiny_model("gpt2", chat=True)
+    fit = ld.FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1, extra_rounds=0)
+    corpus = ld.read_corpus()[:2]
+    edit = ld.edit(model, [SHORT], SITES, fit=fit, corpus=corpus, cache=False, progress=False)
+    lengths = [len(tokenize(model.tokenizer, item).ids) for item in ld.default_contexts(SHORT)]
+    assert max(lengths) > 256
+    assert 1 < len(edit.contexts[0]) < len(lengths)

@@ -60,7 +60,7 @@ def test_it_is_refused_by_name_before_it_runs(run, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_contexts_that_are_too_long_are_left_out():
-    """Of an edit's default contexts some are longer than 256 bytes' tokens; the plan is made with the others."""
+    """Some of the default contexts have more than 256 tokens here; the plan is made with the others."""
     model = tiny_model("gpt2", chat=True)
     fit = ld.FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1, extra_rounds=0)
     corpus = ld.read_corpus()[:2]

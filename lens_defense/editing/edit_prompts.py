@@ -56,7 +56,7 @@ def group_prompts(
         contrast: harmless uses; None for none.
         names: other names, from a request. One that cannot be marked in this tokenizer's tokens is left out.
         held_out: how many contexts and harmless uses of each request, from the end, are measured alone.
-        longest: the most tokens of a context or a use; longer ones are left out where others remain.
+        longest: the most tokens of a context or a use; longer ones are left out, but the first.
 
     Raises:
         ValueError: the contexts, or the contrast, give nothing for a request.
@@ -96,10 +96,11 @@ def group_prompts(
 def _that_fit(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Request], longest: int | None
 ) -> list[Request]:
-    """Those of at most so many tokens; where there are none, the first one."""
+    """The first, mostly the request as asked, which is refused if it is too long; and the others that fit."""
     if longest is None:
         return list(items)
-    return [item for item in items if len(tokenize(tokenizer, item).ids) <= longest] or list(items[:1])
+    others = (item for item in items[1:] if len(tokenize(tokenizer, item).ids) <= longest)
+    return [*items[:1], *others]
 
 
 def _split(

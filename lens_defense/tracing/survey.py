@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.given_model import Model, given_model
-from lens_defense.prompts.given_requests import Requests, requests_with_subjects
+from lens_defense.prompts.given_requests import Requests, given_requests, requests_with_subjects
 from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.storage import load as load_file
 from lens_defense.storage import notice
@@ -54,7 +54,8 @@ def survey(
 ) -> SurveyResult:
     """Trace every request that has no file in a folder yet, and join what the folder holds.
 
-    A request that cannot be traced on this model gets a note in the place of a trace.
+    A request that cannot be traced on this model gets a note in the place of a trace; one without a subject
+    is left out. Both are among the refused.
 
     Args:
         model: as of trace.
@@ -68,17 +69,17 @@ def survey(
         changes: single fields of the settings.
 
     Raises:
-        ValueError: a request that no trace may see, or a setting that trace does not know.
+        ValueError: no request has a subject, one is of the split "check", or trace does not know a setting.
     """
-    model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
-    folder = Path(folder)
+    model, folder, given = given_model(model, _CALL), Path(folder), given_requests(requests, _CALL)
+    requests = requests_with_subjects([item for item in given if item.subject] or given, _CALL)
     settings, corruption = changed_settings(settings, changes), corruption or GaussianNoise()
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = model_fingerprint(model)
     how = [asdict(fingerprint), asdict(settings), _in_full(corruption), describe(metric)]
     files = [folder / f"{_key(request, how)}.safetensors" for request in requests]
     traces: list[Trace] = []
-    refused: dict[str, str] = {}
+    refused = {item.id: "it has no subject; see ld.mark_subjects" for item in given if not item.subject}
     wanted = len(requests) if enough is None else min(enough, len(requests))
     with tqdm(total=wanted, desc="survey", unit="request", disable=not progress) as bar:
         for request, file in zip(requests, files, strict=True):

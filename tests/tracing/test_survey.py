@@ -162,6 +162,17 @@ def test_a_request_that_does_not_fit_does_not_stop_the_others(tmp_path):
     assert [prompt.request.id for prompt in result.prompts] == ["lamp"]
 
 
+def test_rows_without_a_subject_or_too_long_do_not_stop_the_others(tmp_path):
+    bare = request("ring it", id="bare")
+    long = request("ring an old bell " * 60, "old bell", id="long")
+    found = survey(tiny_chat_model("gpt2"), [LAMP, bare, long], tmp_path, progress=False, **SURVEY_SETTINGS)
+    assert found.trace is not None and [p.request.id for p in found.trace.prompts] == ["lamp"]
+    assert found.refused.keys() == {"bare", "long"}
+    assert "no subject" in found.refused["bare"] and "reads 256 tokens" in found.refused["long"]
+    with pytest.raises(ValueError, match="'bare' has no subject"):
+        survey(tiny_chat_model("gpt2"), [bare], tmp_path, progress=False)
+
+
 def test_enough_is_enough(tmp_path, counted):
     made, _ = counted
     short = request("tell me of x", "x", id="short")

@@ -54,7 +54,7 @@ FAST |= {
 @pytest.fixture(autouse=True)
 def small_neutral_text(monkeypatch):
     """The forecast's neutral texts, short enough for a tiny model of 256 positions."""
-    monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
+    monkeypatch.setattr(forecasts, "read_corpus", lambda _: CORPUS)
 
 
 def chat_model(family="llama", dtype=torch.float32, **settings):

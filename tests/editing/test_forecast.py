@@ -61,7 +61,7 @@ def slow_leaks(model, factors, corpus):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_leaks_are_the_slow_loops(family, monkeypatch):
-    monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
+    monkeypatch.setattr(forecasts, "read_corpus", lambda _: CORPUS)
     model = tiny_model(family, chat=True)
     factors = random_factors(model, LAYERS)
     forecast = measure_forecast(
@@ -85,7 +85,7 @@ def test_leaks_are_the_slow_loops(family, monkeypatch):
 
 
 def test_nothing_leaks_from_no_change(monkeypatch):
-    monkeypatch.setattr(forecasts, "read_corpus", lambda: CORPUS)
+    monkeypatch.setattr(forecasts, "read_corpus", lambda _: CORPUS)
     monkeypatch.setattr(
         forecasts, "requests", lambda *_, **__: requests("core", split="tune", kind="safe")[:2]
     )
@@ -118,7 +118,7 @@ def test_neutral_texts_are_spread_over_the_corpus(monkeypatch, texts):
         return torch.zeros(1), 0.0
 
     corpus = [CorpusText(f"text {i}") for i in range(texts)]
-    monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
+    monkeypatch.setattr(forecasts, "read_corpus", lambda _: corpus)
     monkeypatch.setattr(forecasts, "_leaks", leaks)
     model = tiny_model("llama", chat=True)
     factors = of_requests(random_factors(model, (1,)), [0], [0])

@@ -138,7 +138,7 @@ class Halved:
 @pytest.mark.filterwarnings("ignore:this edit leaks", "ignore:less than 40% of the value")
 def test_a_method_of_ones_own_is_used_and_its_fields_are_saved(tmp_path, monkeypatch):
     corpus = [CorpusText("the lamp is a thing"), CorpusText("make a lamp", "how do I make a brass lamp")]
-    monkeypatch.setattr(forecasts, "read_corpus", lambda: corpus)
+    monkeypatch.setattr(forecasts, "read_corpus", lambda _: corpus)
     model = tiny_model("llama", chat=True).to(torch.float32)
     requests, sites = [request("ring a bell now", "bell", id="bell")], [Site("resid_post", 1, "subject_last")]
     full, halved = (

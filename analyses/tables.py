@@ -435,6 +435,25 @@ def intent() -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def intent_doses() -> pd.DataFrame:
+    """The default edit of 8 subjects and of more; the same eight are asked about."""
+    rows = read_table(RESULTS / "intent.csv")
+    rows = rows[(rows["split"] == "check") & (rows["edit"] == "contrast")]
+    doses = sorted(rows["subjects"].unique())
+    names = {**ARM_NAMES, "XSTest safe": "XSTest, safe", "XSTest unsafe": "XSTest, unsafe"}
+    table = []
+    for arm in (arm for arm in names if arm in set(rows["arm"]) and arm != "facts"):
+        of_arm = rows[rows["arm"] == arm].set_index("subjects")
+        cells = {str(dose): _refused(of_arm.loc[dose]) if dose in of_arm.index else "" for dose in doses}
+        asked = {"asked": names[arm], "rows": " / ".join(map(str, dict.fromkeys(of_arm["n"])))}
+        table.append({**asked, **{f"{dose} subjects": cell for dose, cell in cells.items()}})
+    costs = rows[rows["kl"].notna()].groupby("subjects")[["kl", "facts_lost"]].first()
+    for column, name in (("kl", "KL on benign answers, nats"), ("facts_lost", "known facts lost, of 18")):
+        numbers = {f"{dose} subjects": f"{costs.loc[dose, column]:.2g}" for dose in doses}
+        table.append({"asked": name, "rows": "", **numbers})
+    return pd.DataFrame(table)
+
+
 def _refused(row: "pd.Series[Any]") -> str:
     """Refused by prefix, coherently, and the interval of the first, in per cents."""
     return f"{row['refused']} / {row['coherent']} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
@@ -593,6 +612,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "locator_grades": locator_grades,
             "intent": intent,
             "intent_bands": intent_bands,
+            "intent_doses": intent_doses,
             "intent_last_token": intent_last_token,
             "judges": judges,
             "damage": damage,

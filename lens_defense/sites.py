@@ -51,12 +51,12 @@ class Site:
     def __post_init__(self) -> None:
         if self.component not in COMPONENTS and head_index(self.component) is None:
             raise ValueError(
-                f"there is no component {self.component!r}, as in {_CALL}; there are {', '.join(COMPONENTS)} "
-                f"and heads as in 'z.3'{did_you_mean(self.component, COMPONENTS)}"
+                f"there is no component {shown(self.component)!r}, as in {_CALL}; there are "
+                f"{', '.join(COMPONENTS)} and heads as in 'z.3'{did_you_mean(self.component, COMPONENTS)}"
             )
         if self.role not in ROLES:
             raise ValueError(
-                f"there is no role {self.role!r}, as in {_CALL}; there are {', '.join(ROLES)}"
+                f"there is no role {shown(self.role)!r}, as in {_CALL}; there are {', '.join(ROLES)}"
                 f"{did_you_mean(self.role, ROLES)}"
             )
         if isinstance(self.layer, bool) or not hasattr(self.layer, "__index__"):

@@ -24,7 +24,6 @@ from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
 from lens_defense.prompts.request_files import requests
 from lens_defense.shown_text import NAME_LETTERS, shown, shown_names
-from lens_defense.sites import Site
 
 COMMANDS = (
     *HOSTILE,
@@ -63,7 +62,6 @@ def everything_of(text):
         "prompt": a_prompt(("a", text, "b"), subject=(1, 2), request=item, template=()),
         "suite item": SuiteItem("edited", item),
         "suite": Suite(text, "check", (SuiteItem("edited", item),), (text,)),
-        "site": str(Site(text, 1, "subject_last")),
         "trace": replace(a_trace(model=text), components=(text,)),
         "edit": edit,
         "forecast": str(edit.forecast),
@@ -152,7 +150,7 @@ def test_half_a_character_is_a_sentence(use):
 
 def test_half_a_character_in_a_file_leaves_its_row_out(tmp_path):
     file = tmp_path / "requests.jsonl"
-    rows = [{"text": "make a lamp"}, {"text": HALF}]
+    rows = [{"text": "make a lamp", "subject": "lamp"}, {"text": HALF}]
     file.write_text("\n".join(map(json.dumps, rows)))
     with pytest.warns(UserWarning, match="1 of 2 rows were left out: .*half of a character"):
         assert [item.text for item in requests(str(file))] == ["make a lamp"]

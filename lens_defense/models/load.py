@@ -468,9 +468,9 @@ def _convert_gguf(file: Path, temporary: ExitStack, expected: str | None = None)
     try:
         with atomic_folder(folder, about) as unfinished:
             _write_converted(file, unfinished)
-    except FileExistsError:
-        pass  # another process finished first: its folder is the same
     except OSError:  # a cache that cannot be written is no error
+        if os.path.isdir(folder):  # noqa: PTH112 - another process finished first: its folder is the same
+            return folder
         folder = Path(temporary.enter_context(tempfile.TemporaryDirectory()))
         _write_converted(file, folder)
     return folder

@@ -18,10 +18,8 @@ class CorpusText(NamedTuple):
 Corpus = Sequence[CorpusText]
 
 
-class Texts(tuple[CorpusText, ...]):
+class Texts(list[CorpusText]):
     """A corpus that shows how much it is, and not all that it holds."""
-
-    __slots__ = ()
 
     def __repr__(self) -> str:
         letters = sum(len(text.user) + len(text.assistant) for text in self)

@@ -415,4 +415,4 @@ def test_a_demo_of_ones_own_requests_keeps_the_earlier_one(tmp_path, monkeypatch
     assert (
         f"lens-defense demo --model organism --requests {file} --text-field ask --subject-field thing" in page
     )
-    assert "earlier-1" in result.output
+    assert "earlier-1" in result.output.replace("\n", "")  # lines are broken in a long path

@@ -120,7 +120,9 @@ def test_a_bad_delta_in_the_middle_leaves_every_bit(family, bad):
         changes[2] = changes[2][:1]
     else:
         changes[2][3, 3] = bad
-    with pytest.raises(ValueError, match=r"of layer 2 is .*, but the matrix there"):
+    with pytest.raises(
+        ValueError, match=r"of layer 2 is (.*, but the matrix there|not finite; nothing was written)"
+    ):
         apply_change_(model, changes)
     assert weights_equal(model, original)
     assert standing_changes(model) == ()

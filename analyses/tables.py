@@ -436,21 +436,27 @@ def intent() -> pd.DataFrame:
 
 
 def intent_doses() -> pd.DataFrame:
-    """The default edit of 8 subjects and of more; the same eight are asked about."""
+    """The default edit of 8 subjects and of more, and the latter without a contrast; eight are asked about."""
     rows = read_table(RESULTS / "intent.csv")
-    rows = rows[(rows["split"] == "check") & (rows["edit"] == "contrast")]
-    doses = sorted(rows["subjects"].unique())
+    rows = rows[(rows["split"] == "check") & rows["edit"].isin(["contrast", "none"])]
+    edits = {
+        (name, count): f"{count} subjects{', no contrast' * (name == 'none')}"
+        for name in ("contrast", "none")
+        for count in sorted(rows["subjects"].unique())
+        if (name, count) != ("none", 8)
+    }
     names = {**ARM_NAMES, "XSTest safe": "XSTest, safe", "XSTest unsafe": "XSTest, unsafe"}
     table = []
     for arm in (arm for arm in names if arm in set(rows["arm"]) and arm != "facts"):
-        of_arm = rows[rows["arm"] == arm].set_index("subjects")
-        cells = {str(dose): _refused(of_arm.loc[dose]) if dose in of_arm.index else "" for dose in doses}
-        asked = {"asked": names[arm], "rows": " / ".join(map(str, dict.fromkeys(of_arm["n"])))}
-        table.append({**asked, **{f"{dose} subjects": cell for dose, cell in cells.items()}})
-    costs = rows[rows["kl"].notna()].groupby("subjects")[["kl", "facts_lost"]].first()
+        of_arm = rows[rows["arm"] == arm].set_index(["edit", "subjects"])
+        most = of_arm.iloc[of_arm["n"].argmax()]
+        cells = {"asked": names[arm], "rows": most["n"], "before": f"{most['refused_before']}"}
+        found = {title: _refused(of_arm.loc[edit]) for edit, title in edits.items() if edit in of_arm.index}
+        table.append({**cells, **dict.fromkeys(edits.values(), ""), **found})
+    costs = rows[rows["kl"].notna()].groupby(["edit", "subjects"])[["kl", "facts_lost"]].first()
     for column, name in (("kl", "KL on benign answers, nats"), ("facts_lost", "known facts lost, of 18")):
-        numbers = {f"{dose} subjects": f"{costs.loc[dose, column]:.2g}" for dose in doses}
-        table.append({"asked": name, "rows": "", **numbers})
+        numbers = {title: f"{costs.loc[edit, column]:.2g}" for edit, title in edits.items()}
+        table.append({"asked": name, "rows": "", "before": "", **numbers})
     return pd.DataFrame(table)
 
 

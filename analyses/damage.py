@@ -105,7 +105,7 @@ class Kind:
     load: Callable[[Path], Any]
 
 
-def outcome(kind: Kind, wanted: Any, rng: random.Random) -> str:
+def outcome(kind: Kind, intact_content: Any, rng: random.Random) -> str:
     """What becomes of one damaged file."""
     files = sorted(path for path in kind.path.rglob("*") if path.is_file()) or [kind.path]
     file = rng.choice([path for path in files if path.suffix != ".md"])
@@ -122,7 +122,7 @@ def outcome(kind: Kind, wanted: Any, rng: random.Random) -> str:
         return "other_exception"
     finally:
         file.write_bytes(intact)
-    return "equal" if found == wanted else "different"
+    return "equal" if found == intact_content else "different"
 
 
 def bits(tensors: dict[Any, torch.Tensor]) -> dict[Any, Any]:
@@ -256,11 +256,11 @@ def kinds(folder: Path) -> dict[str, Kind]:
 
 def count_outcomes(kind: Kind, number: int, seed: int = 0, seconds: float = float("inf")) -> Counter[str]:
     """The outcomes of so many damaged files, or as many as the seconds allow."""
-    rng, wanted, end = random.Random(seed), kind.load(kind.path), time.perf_counter() + seconds
+    rng, intact_content, end = random.Random(seed), kind.load(kind.path), time.perf_counter() + seconds
     counts: Counter[str] = Counter()
     while counts.total() < number and time.perf_counter() < end:
-        counts[outcome(kind, wanted, rng)] += 1
-    if kind.load(kind.path) != wanted:
+        counts[outcome(kind, intact_content, rng)] += 1
+    if kind.load(kind.path) != intact_content:
         raise RuntimeError(f"{kind.path} is no longer what it was")
     return counts
 

@@ -5,16 +5,16 @@ from difflib import get_close_matches
 from typing import Any
 
 
-def wrong_argument(call: str, wanted: str, got: Any, hint: str = "") -> TypeError:
+def wrong_argument(call: str, requirement: str, value: Any, hint: str = "") -> TypeError:
     """The error for an argument of another type, to be raised.
 
     Args:
         call: the right call, as in "ld.trace(model, requests)".
-        wanted: which argument it is and what it should be.
-        got: what came.
+        requirement: which argument it is and what it should be.
+        value: what came.
         hint: what to do, where there is more to say than the call.
     """
-    return TypeError(f"{wanted}, not {in_words(got)}; the call is {call}{'; ' if hint else ''}{hint}")
+    return TypeError(f"{requirement}, not {in_words(value)}; the call is {call}{'; ' if hint else ''}{hint}")
 
 
 def in_words(value: Any) -> str:

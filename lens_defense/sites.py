@@ -75,7 +75,7 @@ class Site:
         return shown(f"{self.component} {self.layer} at {self.role}{effect}")
 
 
-def given_sites(sites: Any, call: str) -> tuple[Site, ...]:
+def resolve_sites(sites: Any, call: str) -> tuple[Site, ...]:
     """What is handed to a verb where sites are wanted: one, or several.
 
     Raises:

@@ -97,8 +97,8 @@ def load(
         raise ValueError(f"{path} is damaged: its bytes do not match their hash; make it again")
     try:
         header, tensors = _parsed(data)
-        version, found = header["format"], header["kind"]
-        if version == FORMAT and found == kind:
+        version, file_kind = header["format"], header["kind"]
+        if version == FORMAT and file_kind == kind:
             return msgspec.convert(header["content"], content_type, str_keys=True), tensors
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
@@ -108,7 +108,7 @@ def load(
         raise ValueError(
             f"{path} has the format version {version!r}, and this version reads {FORMAT}; make it again"
         )
-    raise ValueError(_other_kind(path, str(found), kind))
+    raise ValueError(_other_kind(path, str(file_kind), kind))
 
 
 def require_shapes(
@@ -128,10 +128,10 @@ def require_shapes(
     sizes: dict[str, int] = {}
     differing = sorted(tensors.keys() ^ shapes.keys())
     for name in tensors.keys() & shapes.keys():
-        found, wanted = tuple(tensors[name].shape), shapes[name]
-        if len(found) != len(wanted) or any(
+        shape, expected_shape = tuple(tensors[name].shape), shapes[name]
+        if len(shape) != len(expected_shape) or any(
             size != (sizes.setdefault(axis, size) if isinstance(axis, str) else axis)
-            for size, axis in zip(found, wanted, strict=True)
+            for size, axis in zip(shape, expected_shape, strict=True)
         ):
             differing.append(name)
     if differing:
@@ -269,14 +269,14 @@ def check_manifest(folder: Path) -> None:
     """
     if not (folder / MANIFEST).exists():
         return
-    wanted = load(folder / MANIFEST, "folder", _Manifest)[0].files
-    found = _hashes(folder)
-    for name in sorted(wanted.keys() | found.keys()):
-        if name not in wanted:
+    recorded_hashes = load(folder / MANIFEST, "folder", _Manifest)[0].files
+    hashes = _hashes(folder)
+    for name in sorted(recorded_hashes.keys() | hashes.keys()):
+        if name not in recorded_hashes:
             fault = "was added to the folder after it was saved"
-        elif name not in found:
+        elif name not in hashes:
             fault = "is missing from the folder"
-        elif found[name] != wanted[name]:
+        elif hashes[name] != recorded_hashes[name]:
             fault = "is not as it was saved"
         else:
             continue
@@ -336,12 +336,13 @@ def seal_holds(data: Any) -> bool | None:
     return digest.hexdigest().encode() == place[1]
 
 
-def _other_kind(path: str | os.PathLike[str], found: str, wanted: str) -> str:
+def _other_kind(path: str | os.PathLike[str], file_kind: str, expected_kind: str) -> str:
     """A sentence that names what a file holds, and what reads it."""
-    a_found, a_wanted = (f"an {kind}" if kind[0] in "aeiou" else f"a {kind}" for kind in (found, wanted))
-    reader = _READERS.get(found)
+    kinds = (file_kind, expected_kind)
+    a_file, an_expected = (f"an {kind}" if kind[0] in "aeiou" else f"a {kind}" for kind in kinds)
+    reader = _READERS.get(file_kind)
     advice = f"read it with {reader}" if reader else "give another file"
-    return f"{path} holds {a_found}, not {a_wanted}: {advice}"
+    return f"{path} holds {a_file}, not {an_expected}: {advice}"
 
 
 _READERS = {"trace": "ld.Trace.load", "edit": "ld.Edit.load", "report": "ld.Report.load"}

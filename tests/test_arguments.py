@@ -11,7 +11,7 @@ from helpers.trace_cases import BELL, LAMP
 
 import lens_defense as ld
 from lens_defense.arguments import did_you_mean, in_words
-from lens_defense.prompts.given_requests import given_requests
+from lens_defense.prompts.resolve_requests import resolve_requests
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 SITE = ld.Site("mlp_out", 1, "subject_last")
@@ -38,27 +38,27 @@ class Given(NamedTuple):
 
 
 SWAPPED = {
-    "trace": lambda given: ld.trace([LAMP], given.model),
-    "edit's requests": lambda given: ld.edit(given.model, [SITE], [LAMP]),
-    "edit's model": lambda given: ld.edit([LAMP], given.model, [SITE]),
-    "a trace for sites": lambda given: ld.edit(given.model, [LAMP], given.trace),
-    "layers for sites": lambda given: ld.edit(given.model, [LAMP], [1, 2]),
-    "heatmap": lambda given: ld.heatmap([SITE], given.trace),
+    "trace": lambda arguments: ld.trace([LAMP], arguments.model),
+    "edit's requests": lambda arguments: ld.edit(arguments.model, [SITE], [LAMP]),
+    "edit's model": lambda arguments: ld.edit([LAMP], arguments.model, [SITE]),
+    "a trace for sites": lambda arguments: ld.edit(arguments.model, [LAMP], arguments.trace),
+    "layers for sites": lambda arguments: ld.edit(arguments.model, [LAMP], [1, 2]),
+    "heatmap": lambda arguments: ld.heatmap([SITE], arguments.trace),
     "heatmap of sites alone": lambda _: ld.heatmap(SITE),
-    "layers on a heatmap": lambda given: ld.heatmap(given.trace, [3]),
-    "locate": lambda given: ld.locate(given.model),
-    "check": lambda given: ld.check(given.model, "core"),
-    "check's model": lambda given: ld.check(None, given.model),
-    "survey": lambda given: ld.survey([LAMP], given.model, "folder"),
+    "layers on a heatmap": lambda arguments: ld.heatmap(arguments.trace, [3]),
+    "locate": lambda arguments: ld.locate(arguments.model),
+    "check": lambda arguments: ld.check(arguments.model, "core"),
+    "check's model": lambda arguments: ld.check(None, arguments.model),
+    "survey": lambda arguments: ld.survey([LAMP], arguments.model, "folder"),
     "ledger": lambda _: ld.Ledger("smollm2"),
-    "explorer": lambda given: ld.Explorer(given.model, [LAMP], given.trace),
-    "save": lambda given: ld.save_folder("folder", given.model),
-    "aliases": lambda given: ld.propose_aliases(given.model, "a text"),
-    "lens": lambda given: ld.lenses.logit_lens([LAMP], given.model),
-    "subjects": lambda given: ld.mark_subjects(["a text"], given.model),
+    "explorer": lambda arguments: ld.Explorer(arguments.model, [LAMP], arguments.trace),
+    "save": lambda arguments: ld.save_folder("folder", arguments.model),
+    "aliases": lambda arguments: ld.propose_aliases(arguments.model, "a text"),
+    "lens": lambda arguments: ld.lenses.logit_lens([LAMP], arguments.model),
+    "subjects": lambda arguments: ld.mark_subjects(["a text"], arguments.model),
     "controls": lambda _: ld.control_sites([1], 4),
-    "numbers": lambda given: ld.trace(given.model, [1, 2]),
-    "nothing": lambda given: ld.trace(given.model, None),
+    "numbers": lambda arguments: ld.trace(arguments.model, [1, 2]),
+    "nothing": lambda arguments: ld.trace(arguments.model, None),
 }
 
 
@@ -123,11 +123,11 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_requests_in_hand(model, form):
-    wanted = [BELL] if form in ("one", "row") else [LAMP, BELL]
-    assert list(given_requests(FORMS[form], "call")) == wanted
+    expected_requests = [BELL] if form in ("one", "row") else [LAMP, BELL]
+    assert list(resolve_requests(FORMS[form], "call")) == expected_requests
     traced = ld.trace(model, FORMS[form], progress=False, answer_tokens=2, min_difference=0.0)
-    expected = ld.trace(model, wanted, progress=False, answer_tokens=2, min_difference=0.0)
-    assert [p.request for p in traced.prompts] == wanted
+    expected = ld.trace(model, expected_requests, progress=False, answer_tokens=2, min_difference=0.0)
+    assert [p.request for p in traced.prompts] == expected_requests
     assert traced.effects.equal(expected.effects) or (
         (traced.effects - expected.effects).nan_to_num().abs().max() == 0
     )
@@ -137,19 +137,19 @@ def test_data_sets_and_files_in_hand(tmp_path):
     import datasets
 
     rows = [row(LAMP), row(BELL)]
-    assert given_requests(datasets.Dataset.from_list(rows), "call") == (LAMP, BELL)
+    assert resolve_requests(datasets.Dataset.from_list(rows), "call") == (LAMP, BELL)
     file = tmp_path / "mine.csv"
     pd.DataFrame(rows).to_csv(file, index=False)
     for named in (file, str(file)):
-        assert given_requests(named, "call") == (LAMP, BELL)
-    assert given_requests("organism", "call") == tuple(ld.requests("organism"))
+        assert resolve_requests(named, "call") == (LAMP, BELL)
+    assert resolve_requests("organism", "call") == tuple(ld.requests("organism"))
     assert ld.requests(pd.DataFrame(rows)) == [LAMP, BELL]
     missing = pd.DataFrame([row(LAMP), {**row(BELL), "subject": float("nan")}])
-    assert given_requests(missing, "call")[1].subject is None
+    assert resolve_requests(missing, "call")[1].subject is None
 
 
 def test_texts_are_requests_without_a_subject(model):
-    assert given_requests("How are you?", "call")[0].text == "How are you?"
+    assert resolve_requests("How are you?", "call")[0].text == "How are you?"
     for bare in ("How do I make a lamp?", ["How do I make a lamp?"], {"text": "How do I make a lamp?"}):
         with pytest.raises(ValueError, match=r"has no subject.*ld\.mark_subjects\(model, requests\)"):
             ld.trace(model, bare)

@@ -485,8 +485,10 @@ try:
 except ValueError as error:
     print(error)
 """
-    kept = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
-    environment = {**kept, "LENS_DEFENSE_CACHE": str(tmp_path)}
+    other_variables = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")
+    }
+    environment = {**other_variables, "LENS_DEFENSE_CACHE": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     lines = run.stdout.splitlines()
     assert lines[0] == f"1 {tmp_path}", run.stderr

@@ -68,13 +68,13 @@ _Strict = Annotated[
 ]
 
 
-def _print_version(wanted: bool) -> bool:
-    if wanted:
+def _print_version(show_version: bool) -> bool:
+    if show_version:
         from lens_defense import __version__
 
         typer.echo(f"lens-defense {__version__}")
         raise typer.Exit
-    return wanted
+    return show_version
 
 
 @app.callback()

@@ -79,19 +79,19 @@ def _version(package: str) -> str:
     """The version of a package that is installed, if ours runs with it."""
     from transformers.utils.versions import require_version
 
-    for wanted in _requirements():
-        if wanted.startswith((f"{package}<", f"{package}>")):
-            require_version(wanted, f"pip install '{wanted}'")
+    for requirement in _requirements():
+        if requirement.startswith((f"{package}<", f"{package}>")):
+            require_version(requirement, f"pip install '{requirement}'")
     return importlib.metadata.version(package)
 
 
 def _requirements() -> list[str]:
     """What our own package requires, extras left out."""
     try:
-        wanted = importlib.metadata.requires("lens-defense") or []
+        requirements = importlib.metadata.requires("lens-defense") or []
     except importlib.metadata.PackageNotFoundError:  # run from a folder that was not installed
         return []
-    return [line for line in wanted if "extra ==" not in line]
+    return [line for line in requirements if "extra ==" not in line]
 
 
 def _our_version() -> str:

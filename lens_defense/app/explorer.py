@@ -26,10 +26,10 @@ from lens_defense.models.generate import generate
 from lens_defense.models.loaded_model import loaded_model
 from lens_defense.plotting.heatmap import heatmap, site_cells
 from lens_defense.prompts.conversation import decode_answer
-from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
-from lens_defense.sites import Site, given_sites
+from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
+from lens_defense.sites import Site, resolve_sites
 from lens_defense.tracing.trace_result import Trace
 
 try:
@@ -101,7 +101,7 @@ class Explorer:
                 self.answers_html,
             ]
         )
-        self.select(given_sites(sites, call))
+        self.select(resolve_sites(sites, call))
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """The form; where pictures are wanted, also what it shows, for readers without a kernel."""

@@ -24,9 +24,9 @@ from lens_defense.editing.edit_plan import Edit
 from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
-from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.language import language
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
@@ -65,7 +65,7 @@ def check(
             length than the rows; a row with its answer, or a neutral text, is too long for the model.
         TypeError: an argument is something else, as where two are swapped.
     """
-    model = given_model(model, _CALL)
+    model = resolve_model(model, _CALL)
     if not isinstance(edit, Edit | None):
         raise wrong_argument(_CALL, "edit must be an Edit, as ld.edit gives it, or None", edit)
     suite = language(model) if suite is None else suite

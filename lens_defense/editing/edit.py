@@ -27,18 +27,18 @@ from lens_defense.editing.value_batch import FitRow
 from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
-from lens_defense.models.given_model import Model, given_model
 from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
 from lens_defense.prompts.conversation import tokenize_answer, tokenize_text
 from lens_defense.prompts.corpus import Corpus, read_corpus
-from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import Request, Role
+from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.prompts.surface_forms import Names
 from lens_defense.shown_text import shown, shown_names
-from lens_defense.sites import Site, given_sites
+from lens_defense.sites import Site, resolve_sites
 from lens_defense.storage import cached
 
 _CALL = "ld.edit(model, requests, sites)"
@@ -92,8 +92,8 @@ def edit(
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
             or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind.
     """
-    model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
-    layers, role = _layers_and_role(model, given_sites(sites, _CALL))
+    model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
+    layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:

@@ -332,12 +332,12 @@ def _refuse_impossible_sizes(source: str, config: PretrainedConfig) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
-    held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
-    if held and layers * width**2 + vocab * width > _PARAMETERS_PER_BYTE * held:
+    weight_bytes = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in _WEIGHT_FILES)
+    if weight_bytes and layers * width**2 + vocab * width > _PARAMETERS_PER_BYTE * weight_bytes:
         raise ValueError(
             f"the folder {source} could not be loaded: its config.json speaks of {layers} layers of width "
-            f"{width} and {vocab} tokens, more than its {held} bytes of weights can hold; get the folder "
-            "again, or set its config right"
+            f"{width} and {vocab} tokens, more than its {weight_bytes} bytes of weights can hold; get the "
+            "folder again, or set its config right"
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lens_defense.arguments import wrong_argument
 from lens_defense.models.generate import generate
-from lens_defense.models.given_model import Model, given_model
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request
@@ -43,7 +43,7 @@ def propose_aliases(model: Model, request: Request) -> tuple[str, ...]:
         ValueError: the request has no subject.
     """
     call = "ld.propose_aliases(model, request)"
-    model = given_model(model, call)
+    model = resolve_model(model, call)
     if not isinstance(request, Request):
         raise wrong_argument(call, "request must be a Request", request)
     if not request.subject:

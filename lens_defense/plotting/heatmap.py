@@ -14,7 +14,7 @@ from lens_defense.plotting.annotations import bracket_subjects, frame_gaps, name
 from lens_defense.plotting.map_view import MapView, head_view, map_words, view
 from lens_defense.plotting.theme import FONT, ROLE_WORDS, label_margins, theme
 from lens_defense.prompts.request import Role
-from lens_defense.sites import Component, Site, given_sites
+from lens_defense.sites import Component, Site, resolve_sites
 from lens_defense.tracing.map_statistics import significance
 from lens_defense.tracing.site_map import SiteMap
 from lens_defense.tracing.trace_result import Trace
@@ -44,7 +44,7 @@ def heatmap(site_map: SiteMap, sites: Sequence[Site] = (), *, significant: float
     call = "ld.heatmap(trace, sites)"
     if not isinstance(site_map, SiteMap):
         raise wrong_argument(call, "the map must be a Trace or a ScoreMap", site_map)
-    sites = given_sites(sites, call)
+    sites = resolve_sites(sites, call)
     shown, words, single = view(site_map), map_words(site_map), len(site_map.prompts) == 1
     panels, columns, rows = len(site_map.components), len(shown.labels), len(site_map.layers)
     flat = not single and panels * columns <= 14

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lens_defense.prompts.request import Role
-from lens_defense.sites import Site, given_sites
+from lens_defense.sites import Site, resolve_sites
 
 
 def control_sites(
@@ -17,7 +17,7 @@ def control_sites(
         n_layers: of the model.
         other: the role of the third control, at the located layers.
     """
-    sites = given_sites(sites, "ld.control_sites(sites, model.cfg.n_layers)")
+    sites = resolve_sites(sites, "ld.control_sites(sites, model.cfg.n_layers)")
     width = len({site.layer for site in sites})
     starts = {
         "middle": (n_layers - width) // 2,

@@ -16,10 +16,10 @@ from transformer_lens.tools import analysis
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import Hooks, forward, model_device, with_hooks
 from lens_defense.models.generate import generate
-from lens_defense.models.given_model import Model, given_model
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
-from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.shown_text import shown_names
 from lens_defense.sites import component_hook
 from lens_defense.tracing.clean_corrupted import prompts_with_answers
@@ -49,7 +49,7 @@ def logit_lens(
         ValueError: a request without a subject, or of the split "check".
     """
     call = "ld.lenses.logit_lens(model, requests)"
-    model, requests = given_model(model, call), requests_with_subjects(requests, call)
+    model, requests = resolve_model(model, call), requests_with_subjects(requests, call)
     prompts = prompts_with_answers(model, requests, answers, answer_tokens=1, chat=chat)
     probabilities = []
     for prompt in prompts:
@@ -91,7 +91,7 @@ def toxic_layers(
             one.
     """
     call = "ld.lenses.toxic_layers(model, requests, safe)"
-    model, requests = given_model(model, call), requests_with_subjects(requests, call)
+    model, requests = resolve_model(model, call), requests_with_subjects(requests, call)
     prompts = prompts_with_answers(model, requests, answers, answer_tokens=answer_tokens, chat=chat)
     hooks = [component_hook("resid_post", layer) for layer in range(model.cfg.n_layers)]
 
@@ -145,7 +145,7 @@ def safety_layers(
         ValueError: a request without a subject, of the split "check", or not refused by the model.
     """
     call = "ld.lenses.safety_layers(model, requests, judge)"
-    model, requests = given_model(model, call), requests_with_subjects(requests, call)
+    model, requests = resolve_model(model, call), requests_with_subjects(requests, call)
     prompts = [tokenize(model.tokenizer, request, chat=chat) for request in requests]
 
     def refusals() -> list[bool]:

@@ -15,10 +15,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.display import card
 from lens_defense.models.devices import memory_budget
 from lens_defense.models.forward import forward, model_device
-from lens_defense.models.given_model import Model, given_model
-from lens_defense.prompts.given_requests import Requests, given_requests
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest, request
+from lens_defense.prompts.resolve_requests import Requests, resolve_requests
 from lens_defense.sites import EMBEDDING_HOOK
 from lens_defense.tracing.clean_corrupted import prompts_with_answers, rows_that_fit
 from lens_defense.tracing.corruptions import Corruption, GaussianNoise
@@ -128,7 +128,7 @@ def mark_subjects(
     Raises:
         ValueError: there are no requests.
     """
-    model, items = given_model(model, _CALL), given_requests(requests, _CALL)
+    model, items = resolve_model(model, _CALL), resolve_requests(requests, _CALL)
     if not items:
         raise ValueError("no requests were given")
     corruption = corruption or GaussianNoise()

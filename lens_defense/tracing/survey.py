@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
-from lens_defense.models.given_model import Model, given_model
-from lens_defense.prompts.given_requests import Requests, given_requests, requests_with_subjects
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.request import Request, UnfitRequest
+from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects, resolve_requests
 from lens_defense.storage import load as load_file
 from lens_defense.storage import notice
 from lens_defense.storage import save as save_file
@@ -71,15 +71,18 @@ def survey(
     Raises:
         ValueError: no request has a subject, one is of the split "check", or trace does not know a setting.
     """
-    model, folder, given = given_model(model, _CALL), Path(folder), given_requests(requests, _CALL)
-    requests = requests_with_subjects([item for item in given if item.subject] or given, _CALL)
+    model, folder, all_requests = resolve_model(model, _CALL), Path(folder), resolve_requests(requests, _CALL)
+    marked = [item for item in all_requests if item.subject]
+    requests = requests_with_subjects(marked or all_requests, _CALL)
     settings, corruption = changed_settings(settings, changes), corruption or GaussianNoise()
     folder.mkdir(parents=True, exist_ok=True)
     fingerprint = model_fingerprint(model)
     how = [asdict(fingerprint), asdict(settings), _in_full(corruption), describe(metric)]
     files = [folder / f"{_key(request, how)}.safetensors" for request in requests]
     traces: list[Trace] = []
-    refused = {item.id: "it has no subject; see ld.mark_subjects" for item in given if not item.subject}
+    refused = {
+        item.id: "it has no subject; see ld.mark_subjects" for item in all_requests if not item.subject
+    }
     wanted = len(requests) if enough is None else min(enough, len(requests))
     with tqdm(total=wanted, desc="survey", unit="request", disable=not progress) as bar:
         for request, file in zip(requests, files, strict=True):

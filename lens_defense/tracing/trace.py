@@ -15,12 +15,12 @@ from lens_defense.arguments import did_you_mean
 from lens_defense.models.devices import call_cost, memory_budget
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
-from lens_defense.models.given_model import Model, given_model
+from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import first_dozen_words
-from lens_defense.prompts.given_requests import Requests, requests_with_subjects
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
+from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.shown_text import shown_names
 from lens_defense.sites import Component
 from lens_defense.tracing.clean_corrupted import (
@@ -127,7 +127,7 @@ def trace_metrics(
         progress: see trace.
         changes: see trace.
     """
-    model, requests = given_model(model, _CALL), requests_with_subjects(requests, _CALL)
+    model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     settings = changed_settings(settings, changes)
     corruption = corruption or GaussianNoise()
     components = resolve_components(model, settings.components)

@@ -200,10 +200,10 @@ def test_what_changes_weights_for_a_while_leaves_none_of_it(verb):
     with Interrupts(0) as count:
         verb()
     for line in range(1, count.seen, count.seen // 6):
-        with pytest.raises(KeyboardInterrupt) as held, Interrupts(line):
+        with pytest.raises(KeyboardInterrupt) as traceback_alive, Interrupts(line):
             verb()
         assert standing_edits(model) == 0 and standing_changes(model) == ()
-        del held
+        del traceback_alive
 
 
 def test_restoring_goes_on_through_interrupts():

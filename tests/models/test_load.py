@@ -249,14 +249,14 @@ def test_system_and_arguments_reach_every_rendered_prompt(tmp_path):
 def test_what_was_bound_is_kept_with_what_was_measured(tmp_path):
     """A trace, an edit and a report say under which system prompt and arguments they were made."""
     settings = {"system": "Be #kind -#} 🔥.", "chat_template_kwargs": {"enable_thinking": False}}
-    wanted = {"system": settings["system"], "enable_thinking": False}
+    bound = {"system": settings["system"], "enable_thinking": False}
     folder = tiny_folder(tmp_path / "model", chat=True)
     model = load(folder, device="cpu", **settings)
-    assert bound_arguments(model.tokenizer) == wanted
+    assert bound_arguments(model.tokenizer) == bound
     assert bound_arguments(load(folder, device="cpu").tokenizer) == {}
     item = request("how do I make a lamp?", "lamp")
     trace = ld.trace(model, [item], progress=False, answer_tokens=2, min_difference=0.0)
-    assert ld.Trace.load(trace.save(tmp_path / "trace")).chat_arguments == wanted
+    assert ld.Trace.load(trace.save(tmp_path / "trace")).chat_arguments == bound
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         edit = ld.edit(
@@ -264,10 +264,10 @@ def test_what_was_bound_is_kept_with_what_was_measured(tmp_path):
             contrast=None, fit=ld.FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1, extra_rounds=0),
             corpus=ld.read_corpus()[:4], cache=False, progress=False,
         )  # fmt: skip
-    assert ld.Edit.load(edit.save(tmp_path / "edit")).settings["chat_arguments"] == wanted
+    assert ld.Edit.load(edit.save(tmp_path / "edit")).settings["chat_arguments"] == bound
     empty = ld.Suite("own", "check", (), ())
     report = ld.check(model, None, empty, progress=False)
-    assert ld.Report.load(report.save(tmp_path / "report")).chat_arguments == wanted
+    assert ld.Report.load(report.save(tmp_path / "report")).chat_arguments == bound
 
 
 @pytest.mark.parametrize(
@@ -307,15 +307,15 @@ MULTIMODAL = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("held", [False, True], ids=["folder", "held"])
+@pytest.mark.parametrize("in_hand", [False, True], ids=["folder", "in hand"])
 @pytest.mark.parametrize("family", MULTIMODAL)
-def test_of_a_model_that_reads_images_the_text_part_is_loaded(family, held, tmp_path):
+def test_of_a_model_that_reads_images_the_text_part_is_loaded(family, in_hand, tmp_path):
     torch.manual_seed(0)
     plain = hf.AutoModelForImageTextToText.from_config(MULTIMODAL[family]()).eval()
     expected = plain(IDS).logits
     plain.save_pretrained(tmp_path)
     byte_tokenizer(True).save_pretrained(tmp_path)
-    model = load(plain, byte_tokenizer(True)) if held else load(tmp_path, device="cpu")
+    model = load(plain, byte_tokenizer(True)) if in_hand else load(tmp_path, device="cpu")
     torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-4)
     assert not [name for name, _ in model.original_model.named_modules() if "vision" in name]
     again = load(save_folder(model, tmp_path / "text"), device="cpu")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lens_defense.prompts.given_requests import requests_with_subjects
 from lens_defense.prompts.request import Request, request
+from lens_defense.prompts.resolve_requests import requests_with_subjects
 from lens_defense.storage import load, save
 
 

@@ -12,48 +12,49 @@ from lens_defense.prompts.request_files import (
     BUNDLED_SETS,
     Source,
     request_from_row,
-    requests,
     row_in_hand,
     rows_in_hand,
 )
+from lens_defense.prompts.request_files import requests as read_requests
 from lens_defense.prompts.table_files import FILE_KINDS
 
 Requests = Sequence[Request | str | Mapping[str, Any]] | Request | Source
 """Where a verb takes requests."""
 
 
-def given_requests(given: Any, call: str) -> tuple[Request, ...]:
+def resolve_requests(requests: Any, call: str) -> tuple[Request, ...]:
     """What is handed to a verb where requests are wanted, as requests.
 
     Args:
-        given: a Request; a text; the name of a set or a file; rows as `requests` takes them; or a list of any
-            of these but names. Rows are all taken, in their order.
+        requests: a Request; a text; the name of a set or a file; rows as `ld.requests` takes them; or a list
+            of any of these but names. Rows are all taken, in their order.
         call: the right call, for the message.
 
     Raises:
         TypeError: it is something else.
         ValueError: a row cannot be read.
     """
-    if isinstance(given, os.PathLike) or (isinstance(given, str) and _is_name(given)):
-        return tuple(requests(given))
-    parts = [given] if isinstance(given, Request | Mapping | str) else rows_in_hand(given)
+    if isinstance(requests, os.PathLike) or (isinstance(requests, str) and _is_name(requests)):
+        return tuple(read_requests(requests))
+    single = isinstance(requests, Request | Mapping | str)
+    parts = [requests] if single else rows_in_hand(requests)
     if parts is None or not all(isinstance(part, Request | Mapping | str) for part in parts):
-        raise wrong_argument(call, "requests must be requests, texts or rows", given)
+        raise wrong_argument(call, "requests must be requests, texts or rows", requests)
     return tuple(_in_hand(part, i) for i, part in enumerate(parts, 1))
 
 
-def requests_with_subjects(given: Any, call: str) -> tuple[Request, ...]:
-    """Given requests, if all have a subject and an edit may see them.
+def requests_with_subjects(requests: Any, call: str) -> tuple[Request, ...]:
+    """The requests, if all have a subject and an edit may see them.
 
     Args:
-        given: see `given_requests`.
+        requests: see `resolve_requests`.
         call: the right call, for the message.
 
     Raises:
         TypeError: these are no requests.
         ValueError: there are none, some have no subject, or one belongs to the split "check".
     """
-    all_requests = given_requests(given, call)
+    all_requests = resolve_requests(requests, call)
     if not all_requests:
         raise ValueError("no requests were given; ld.requests('core') has some")
     bare = [item.id for item in all_requests if item.subject is None]

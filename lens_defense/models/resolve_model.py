@@ -12,7 +12,7 @@ Model = TransformerBridge | str | os.PathLike[str]
 """Where a verb takes a model: one that is loaded, or a name, folder or file for `load`."""
 
 
-def given_model(model: Any, call: str) -> TransformerBridge:
+def resolve_model(model: Any, call: str) -> TransformerBridge:
     """The model itself, or the one of that name, loaded for this call.
 
     Args:

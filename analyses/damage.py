@@ -33,8 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lens_defense as ld
 from lens_defense import storage
+from lens_defense.loading.load import load
 from lens_defense.models.fingerprint import model_fingerprint
-from lens_defense.models.load import load
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.organism.training import make_tokenizer
 from lens_defense.organism.world import World

@@ -36,12 +36,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import lens_defense as ld
+from lens_defense.loading.load import ORGANISM_FOLDER
+from lens_defense.loading.save import quiet_transformers
 from lens_defense.models.forward import forward
 from lens_defense.models.generate import generate
-from lens_defense.models.load import ORGANISM_FOLDER
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.models.prefix_batch import states_of_rows
-from lens_defense.models.save import quiet_transformers
 from lens_defense.prompts.corpus import CorpusText
 from lens_defense.sites import EMBEDDING_HOOK, component_hook, head_index, key_hook, value_hook
 from lens_defense.storage import atomic_write

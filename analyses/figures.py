@@ -23,7 +23,7 @@ from tidy import read_table
 import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP
 from lens_defense.checking.report import Report, ReportRow
-from lens_defense.models.load import ORGANISM_FOLDER
+from lens_defense.loading.load import ORGANISM_FOLDER
 from lens_defense.plotting.theme import COLOURS, GREY, INK, theme
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.sites import Component

@@ -19,9 +19,9 @@ from tune import traced_requests
 
 import lens_defense as ld
 from lens_defense.editing.target_value import REFUSAL
+from lens_defense.patching.corruptions import GaussianNoise, MeanAblation, TokenReplacement
 from lens_defense.statistics import rank_correlation
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.corruptions import GaussianNoise, MeanAblation, TokenReplacement
 from lens_defense.tracing.map_statistics import agreement, request_effects
 from lens_defense.tracing.site_map import SiteMap
 

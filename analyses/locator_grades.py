@@ -22,12 +22,12 @@ from scipy.stats import rankdata
 from tidy import read_table, replace_rows, rows_where
 
 import lens_defense as ld
-from lens_defense.models.load import ORGANISM_FOLDER
+from lens_defense.loading.load import ORGANISM_FOLDER
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.organism.phrasings import phrasings
 from lens_defense.organism.release import released_ground_truth
 from lens_defense.organism.world import REFUSAL, World
-from lens_defense.tracing.corruptions import (
+from lens_defense.patching.corruptions import (
     Corruption,
     GaussianNoise,
     MeanAblation,

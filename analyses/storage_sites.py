@@ -21,8 +21,8 @@ import torch
 from tidy import replace_rows
 
 import lens_defense as ld
+from lens_defense.patching.clean_corrupted import prompts_with_answers
 from lens_defense.storage import cache_folder
-from lens_defense.tracing.clean_corrupted import prompts_with_answers
 from lens_defense.tracing.map_statistics import reliability, request_effects
 
 OUT = Path(__file__).parent / "results" / "storage_sites"

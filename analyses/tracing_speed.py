@@ -31,11 +31,11 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 
 import lens_defense as ld
 from lens_defense.models.forward import forward
+from lens_defense.patching.activation_patching import sweep
+from lens_defense.patching.pass_plan import block_passes
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 from lens_defense.sites import block_input_hook
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.activation_patching import sweep
-from lens_defense.tracing.pass_plan import block_passes
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 
 OUT = Path(__file__).parent / "results" / "tracing_speed"
 LENGTHS, SAMPLES, DEPTHS = (10, 20, 40, 60), (1, 10), (6, 12, 24)

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from lens_defense.editing.edit_plan import Edit
     from lens_defense.editing.ledger import Ledger
     from lens_defense.editing.target_value import FitSettings
-    from lens_defense.models.load import load
-    from lens_defense.models.propose_aliases import propose_aliases
-    from lens_defense.models.save import save_folder
+    from lens_defense.loading.load import load
+    from lens_defense.loading.save import save_folder
+    from lens_defense.patching import corruptions, metrics
+    from lens_defense.patching.trace_settings import TraceSettings
     from lens_defense.plotting import plots
     from lens_defense.plotting.heatmap import heatmap
     from lens_defense.plotting.theme import save_figure
@@ -34,20 +35,20 @@ if TYPE_CHECKING:
     from lens_defense.prompts.request import Request, request
     from lens_defense.prompts.request_files import requests
     from lens_defense.prompts.surface_forms import default_names
+    from lens_defense.proposals.mark_subjects import mark_subjects
+    from lens_defense.proposals.propose_aliases import propose_aliases
     from lens_defense.sites import Site
-    from lens_defense.tracing import corruptions, lenses, map_statistics, metrics
+    from lens_defense.tracing import lenses, map_statistics
     from lens_defense.tracing.control_sites import control_sites
     from lens_defense.tracing.locate import locate
-    from lens_defense.tracing.mark_subjects import mark_subjects
     from lens_defense.tracing.survey import survey
     from lens_defense.tracing.trace import trace, trace_metrics
     from lens_defense.tracing.trace_result import Trace
-    from lens_defense.tracing.trace_settings import TraceSettings
 
 _NAMES = {
-    "models.load": ["load"],
-    "models.save": ["save_folder"],
-    "models.propose_aliases": ["propose_aliases"],
+    "loading.load": ["load"],
+    "loading.save": ["save_folder"],
+    "proposals.propose_aliases": ["propose_aliases"],
     "prompts.request": ["Request", "request"],
     "prompts.prompt": ["Prompt", "tokenize"],
     "prompts.contexts": ["default_contexts"],
@@ -57,11 +58,11 @@ _NAMES = {
     "prompts.corpus": ["read_corpus"],
     "sites": ["Site"],
     "tracing.trace": ["trace", "trace_metrics"],
-    "tracing.trace_settings": ["TraceSettings"],
+    "patching.trace_settings": ["TraceSettings"],
     "tracing.trace_result": ["Trace"],
     "tracing.survey": ["survey"],
     "tracing.locate": ["locate"],
-    "tracing.mark_subjects": ["mark_subjects"],
+    "proposals.mark_subjects": ["mark_subjects"],
     "tracing.control_sites": ["control_sites"],
     "editing.contrast": ["Contrast"],
     "editing.edit": ["edit"],
@@ -78,8 +79,8 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 _NAMESPACES = {
-    "corruptions": "tracing.corruptions",
-    "metrics": "tracing.metrics",
+    "corruptions": "patching.corruptions",
+    "metrics": "patching.metrics",
     "lenses": "tracing.lenses",
     "map_statistics": "tracing.map_statistics",
     "methods": "editing.methods",

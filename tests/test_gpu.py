@@ -13,10 +13,10 @@ import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP
 from lens_defense.editing.covariance import key_covariances
 from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.patching import activation_patching
+from lens_defense.patching.corruptions import GaussianNoise
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.corpus import read_corpus
-from lens_defense.tracing import activation_patching
-from lens_defense.tracing.corruptions import GaussianNoise
 from lens_defense.tracing.lenses import logit_lens, safety_layers, toxic_layers
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no accelerator")

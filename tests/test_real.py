@@ -23,10 +23,10 @@ from lens_defense.checking.suites import HARMFUL_ARMS
 from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.patching.activation_patching import sweep
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.activation_patching import sweep
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,7 +74,7 @@ def test_the_second_load_reads_the_cached_folder(model, monkeypatch):
     def refuse(*_):
         raise AssertionError("the GGUF was converted again")
 
-    monkeypatch.setattr("lens_defense.models.load.atomic_folder", refuse)
+    monkeypatch.setattr("lens_defense.loading.load.atomic_folder", refuse)
     assert weights_fingerprint(ld.load("smollm2")) == weights_fingerprint(model)
 
 

@@ -26,10 +26,11 @@ from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.target_value import FitSettings
+from lens_defense.loading.load import load
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language
-from lens_defense.models.load import load
+from lens_defense.patching.corruptions import Corruption, TokenReplacement
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.prompt import tokenize
@@ -38,7 +39,6 @@ from lens_defense.prompts.request_files import requests as read_requests
 from lens_defense.shown_text import shown
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
-from lens_defense.tracing.corruptions import Corruption, TokenReplacement
 from lens_defense.tracing.locate import locate
 from lens_defense.tracing.survey import survey
 from lens_defense.tracing.trace_result import Trace

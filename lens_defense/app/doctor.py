@@ -146,7 +146,7 @@ def _network() -> str:
 
 
 def _smollm2() -> str:
-    from lens_defense.models.load import SMOLLM2_INSTALL, smollm2_file
+    from lens_defense.loading.gguf import SMOLLM2_INSTALL, smollm2_file
 
     file = smollm2_file()
     if file is None:
@@ -225,7 +225,7 @@ class _Size(NamedTuple):
 
 
 def _measure(name: str, sizes: list[_Size]) -> str:
-    from lens_defense.models.load import model_without_weights
+    from lens_defense.loading.load import model_without_weights
 
     model = model_without_weights(name)
     config = model.config.get_text_config()
@@ -253,7 +253,7 @@ def _fits(needed: int, device: str | None) -> str:
 def _load(name: str, device: str | None, dtype: str, loaded: list[Any]) -> str:
     import torch
 
-    from lens_defense.models.load import load
+    from lens_defense.loading.load import load
 
     start = time.perf_counter()
     loaded.append(load(name, device=device, dtype=getattr(torch, dtype)))
@@ -262,8 +262,8 @@ def _load(name: str, device: str | None, dtype: str, loaded: list[Any]) -> str:
 
 def _trace(model: Any) -> str:
     """A small trace of every kind of component."""
+    from lens_defense.patching.corruptions import GaussianNoise
     from lens_defense.prompts.request import request
-    from lens_defense.tracing.corruptions import GaussianNoise
     from lens_defense.tracing.trace import trace
 
     start, last = time.perf_counter(), model.cfg.n_layers - 1

@@ -22,8 +22,8 @@ from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.methods import METHODS
+from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.generate import generate
-from lens_defense.models.loaded_model import loaded_model
 from lens_defense.plotting.heatmap import heatmap, site_cells
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import tokenize

@@ -5,9 +5,9 @@ from typing import Any
 
 import typer
 
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import chosen_requests, every_request
-from lens_defense.tracing.trace_settings import TraceSettings
 
 
 def read_traceable(

@@ -6,18 +6,18 @@ from pathlib import Path
 import torch
 import typer
 
-from lens_defense.models.load import load
+from lens_defense.loading.load import load
+from lens_defense.patching.corruptions import GaussianNoise
+from lens_defense.patching.patch_grid import resolve_components, resolve_layers
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.plotting.heatmap import heatmap
 from lens_defense.plotting.theme import save_figure
 from lens_defense.prompts.request import Request
 from lens_defense.sites import Site
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.corruptions import GaussianNoise
 from lens_defense.tracing.locate import locate
-from lens_defense.tracing.patch_grid import resolve_components, resolve_layers
 from lens_defense.tracing.survey import survey
 from lens_defense.tracing.trace_result import Trace
-from lens_defense.tracing.trace_settings import TraceSettings
 
 _SHOWN = 5
 """Refused requests that are named on the screen."""

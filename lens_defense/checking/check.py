@@ -21,12 +21,12 @@ from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.checking.suites import suite as bundled_suite
 from lens_defense.editing.edit_plan import Edit
+from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
-from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize

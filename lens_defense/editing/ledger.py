@@ -6,7 +6,7 @@ from functools import partial
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.models.loaded_model import loaded_model
+from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.mlp_output import (
     apply_change_,
     set_aside_,

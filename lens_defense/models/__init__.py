@@ -1,5 +1,5 @@
-"""A running model: load and save it, run it with hooks and in batches, generate answers, change its weights.
+"""A running model: run it with hooks and in batches, generate answers, change its weights and put them back.
 
-In: a name or a folder, token ids. Out: a TransformerBridge, logits and states, answers, changed weights.
+In: a TransformerBridge, token ids. Out: logits and states, answers, fingerprints, changed weights.
 May import: sites, prompts, storage, statistics. It knows nothing of tracing, editing or checking.
 """

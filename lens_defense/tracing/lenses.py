@@ -13,16 +13,16 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools import analysis
 
+from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import Hooks, forward, model_device, with_hooks
 from lens_defense.models.generate import generate
-from lens_defense.models.resolve_model import Model, resolve_model
+from lens_defense.patching.clean_corrupted import prompts_with_answers
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.shown_text import shown_names
 from lens_defense.sites import component_hook
-from lens_defense.tracing.clean_corrupted import prompts_with_answers
 from lens_defense.tracing.site_map import ScoreMap
 
 

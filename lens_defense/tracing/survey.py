@@ -15,18 +15,18 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
-from lens_defense.models.resolve_model import Model, resolve_model
+from lens_defense.patching.corruptions import Corruption, GaussianNoise
+from lens_defense.patching.metrics import Metric, answer_logprob
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects, resolve_requests
 from lens_defense.storage import load as load_file
 from lens_defense.storage import notice
 from lens_defense.storage import save as save_file
-from lens_defense.tracing.corruptions import Corruption, GaussianNoise
-from lens_defense.tracing.metrics import Metric, answer_logprob
 from lens_defense.tracing.trace import changed_settings, describe, trace_metrics
 from lens_defense.tracing.trace_result import Trace, join_traces
-from lens_defense.tracing.trace_settings import TraceSettings
 
 _CALL = "ld.survey(model, requests, folder)"
 

@@ -12,18 +12,11 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import did_you_mean
+from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.devices import call_cost, memory_budget
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
-from lens_defense.models.resolve_model import Model, resolve_model
-from lens_defense.prompts.chat_template import bound_arguments
-from lens_defense.prompts.conversation import first_dozen_words
-from lens_defense.prompts.prompt import Prompt, tokenize
-from lens_defense.prompts.request import Request, UnfitRequest
-from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
-from lens_defense.shown_text import shown_names
-from lens_defense.sites import Component
-from lens_defense.tracing.clean_corrupted import (
+from lens_defense.patching.clean_corrupted import (
     CleanCorrupted,
     measure_cells,
     prompts_with_answers,
@@ -33,13 +26,20 @@ from lens_defense.tracing.clean_corrupted import (
     tokens_run,
     weak_prompts,
 )
-from lens_defense.tracing.corruptions import Corruption, GaussianNoise
-from lens_defense.tracing.metrics import Metric, answer_logprob
-from lens_defense.tracing.pass_plan import block_passes, time_in_tokens
-from lens_defense.tracing.patch_grid import PatchGrid, patch_grid, resolve_components, resolve_layers
+from lens_defense.patching.corruptions import Corruption, GaussianNoise
+from lens_defense.patching.metrics import Metric, answer_logprob
+from lens_defense.patching.pass_plan import block_passes, time_in_tokens
+from lens_defense.patching.patch_grid import PatchGrid, patch_grid, resolve_components, resolve_layers
+from lens_defense.patching.trace_settings import TraceSettings
+from lens_defense.prompts.chat_template import bound_arguments
+from lens_defense.prompts.conversation import first_dozen_words
+from lens_defense.prompts.prompt import Prompt, tokenize
+from lens_defense.prompts.request import Request, UnfitRequest
+from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
+from lens_defense.shown_text import shown_names
+from lens_defense.sites import Component
 from lens_defense.tracing.site_map import SiteMap
 from lens_defense.tracing.trace_result import Trace, effect_of_patch
-from lens_defense.tracing.trace_settings import TraceSettings
 
 _CALL = "ld.trace(model, requests)"
 LONG_TRACE = 60.0

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lens_defense.models.fingerprint import Fingerprint
+from lens_defense.patching.trace_settings import Direction, TraceSettings
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.sites import Component
 from lens_defense.storage import load as load_file
 from lens_defense.storage import require_shapes
 from lens_defense.storage import save as save_file
 from lens_defense.tracing.site_map import SiteMap, longest
-from lens_defense.tracing.trace_settings import Direction, TraceSettings
 
 
 class VerifiedCell(NamedTuple):

@@ -24,10 +24,10 @@ from lens_defense.app.command_line import app
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.devices import explain_out_of_memory
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.request_files import requests
 from lens_defense.tracing.trace_result import Trace
-from lens_defense.tracing.trace_settings import TraceSettings
 
 
 def run_command(*arguments):

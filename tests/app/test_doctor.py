@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from lens_defense.app import doctor
 from lens_defense.app.command_line import app
 from lens_defense.app.doctor import Finding, examine
-from lens_defense.models.load import model_without_weights
+from lens_defense.loading.load import model_without_weights
 
 
 def findings(model=None, device="cpu", dtype="float32"):
@@ -30,7 +30,7 @@ def test_a_machine_is_described_line_by_line(tmp_path, monkeypatch):
 def test_what_is_missing_is_a_warning_that_says_what_to_do(monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     monkeypatch.setattr("lens_defense.plotting.theme.find_spec", lambda _: None)
-    monkeypatch.setattr("lens_defense.models.load.smollm2_file", lambda: None)
+    monkeypatch.setattr("lens_defense.loading.gguf.smollm2_file", lambda: None)
     monkeypatch.setattr("lens_defense.plotting.theme.can_open_browser", lambda: False)
     found = findings()
     advice = {

@@ -9,9 +9,9 @@ from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, an
 from plotly.offline import get_plotlyjs
 
 from lens_defense.app.report_page import Conversation, save_report
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.shown_text import visible_text
 from lens_defense.tracing.site_map import ScoreMap
-from lens_defense.tracing.trace_settings import TraceSettings
 
 
 class Page(HTMLParser):

@@ -8,12 +8,12 @@ from lens_defense.checking.report import Report, ReportRow
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.forecast import Forecast
 from lens_defense.models.fingerprint import Fingerprint
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import Request, Role
 from lens_defense.prompts.request import request as make_request
 from lens_defense.sites import Component, Site
 from lens_defense.tracing.trace_result import Trace
-from lens_defense.tracing.trace_settings import TraceSettings
 
 HOSTILE = ("<script>", "</script><script>alert(1)</script>", "\"'&", "\x00\x1b\x07", "\u202e", "$a$")
 """Tokens and texts that must be shown and never run."""

@@ -5,9 +5,9 @@ import torch
 from helpers.reference_tracing import corrupted_run
 from helpers.tiny_models import tiny_model
 from lens_defense.models.forward import forward
+from lens_defense.patching.activation_patching import sweep
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 from lens_defense.sites import COMPONENTS, EMBEDDING_HOOK
-from lens_defense.tracing.activation_patching import sweep
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint, base_hooks, donor_hooks
 
 KEEP, LAYERS, TOKENS = 3, 4, 9
 

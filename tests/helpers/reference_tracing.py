@@ -3,8 +3,8 @@
 import torch
 
 from lens_defense.models.forward import forward
+from lens_defense.patching.metrics import answer_logprob
 from lens_defense.sites import EMBEDDING_HOOK, component_hook, head_index
-from lens_defense.tracing.metrics import answer_logprob
 
 
 def one_forward_per_cell(model, ids, corrupted, cells, measure, keep, *, noising=False):

@@ -8,9 +8,9 @@ from helpers.tiny_models import CONFIGS, byte_tokenizer, tiny_folder, tiny_model
 
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
+from lens_defense.loading.load import load
+from lens_defense.loading.save import save_folder
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
-from lens_defense.models.load import load
-from lens_defense.models.save import save_folder
 
 PARTS = ("weights", "config", "tokenizer", "chat_template")
 

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP, demo
 from lens_defense.checking.report import Report
-from lens_defense.models.load import ORGANISM_FOLDER
+from lens_defense.loading.load import ORGANISM_FOLDER
 from lens_defense.organism.exam import BARS, failed_bars, take_exam
 from lens_defense.organism.ground_truth import measure_ground_truth
 from lens_defense.organism.release import CARD, TRUTH, released_ground_truth
 from lens_defense.organism.request_set import request_set_rows
 from lens_defense.organism.world import World
+from lens_defense.patching.patch_grid import patch_grid
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.request_files import bundled_rows
-from lens_defense.tracing.patch_grid import patch_grid
 
 
 @pytest.fixture(scope="module")

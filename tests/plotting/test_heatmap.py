@@ -16,13 +16,13 @@ from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, la
 from plotly.io import renderers
 
 from lens_defense.checking.suites import ARMS
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.plotting.heatmap import head_heatmap, heatmap
 from lens_defense.plotting.rate_bars import rate_bars
 from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure
 from lens_defense.shown_text import visible_text
 from lens_defense.sites import Site
 from lens_defense.tracing.map_statistics import significance
-from lens_defense.tracing.trace_settings import TraceSettings
 
 NO_EXPORT = next(
     (

@@ -11,11 +11,11 @@ import torch
 from helpers.trace_cases import BELL, LAMP, SHIP, SURVEY_SETTINGS, tiny_chat_model
 
 from lens_defense.models.fingerprint import model_fingerprint
+from lens_defense.patching.corruptions import GaussianNoise
+from lens_defense.patching.metrics import kl_to_clean
 from lens_defense.prompts.request import request
 from lens_defense.tracing import survey as surveys
 from lens_defense.tracing import trace as tracers
-from lens_defense.tracing.corruptions import GaussianNoise
-from lens_defense.tracing.metrics import kl_to_clean
 from lens_defense.tracing.survey import survey
 from lens_defense.tracing.trace import trace, trace_metrics
 from lens_defense.tracing.trace_result import Trace, join_traces
@@ -70,7 +70,7 @@ import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from helpers.double_precision import softmax_in_double
 from helpers.trace_cases import BELL, LAMP, SHIP, SURVEY_SETTINGS, tiny_chat_model
-from lens_defense.tracing.corruptions import GaussianNoise
+from lens_defense.patching.corruptions import GaussianNoise
 from lens_defense.tracing.survey import survey
 settings = {{**SURVEY_SETTINGS, "corruption": GaussianNoise(samples=40), "progress": False}}
 with softmax_in_double():

@@ -18,16 +18,11 @@ from hypothesis import strategies as st
 from lens_defense.models import devices
 from lens_defense.models import forward as patches
 from lens_defense.models.forward import forward
-from lens_defense.prompts.prompt import tokenize
-from lens_defense.prompts.request import request
-from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.statistics import mean_interval
-from lens_defense.tracing import activation_patching as sweeps
-from lens_defense.tracing import attribution_patching as attributions
-from lens_defense.tracing import clean_corrupted as runs
-from lens_defense.tracing import trace as tracers
-from lens_defense.tracing.clean_corrupted import read_metrics
-from lens_defense.tracing.corruptions import (
+from lens_defense.patching import activation_patching as sweeps
+from lens_defense.patching import attribution_patching as attributions
+from lens_defense.patching import clean_corrupted as runs
+from lens_defense.patching.clean_corrupted import read_metrics
+from lens_defense.patching.corruptions import (
     CounterfactualPrompt,
     GaussianNoise,
     MeanAblation,
@@ -36,13 +31,18 @@ from lens_defense.tracing.corruptions import (
     ZeroAblation,
     harmless_subjects,
 )
-from lens_defense.tracing.metrics import (
+from lens_defense.patching.metrics import (
     answer_logprob,
     answer_probability,
     kl_to_clean,
     refusal_logit_diff,
 )
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
+from lens_defense.sites import EMBEDDING_HOOK
+from lens_defense.statistics import mean_interval
+from lens_defense.tracing import trace as tracers
 from lens_defense.tracing.trace import trace, trace_metrics
 from lens_defense.tracing.trace_result import Trace
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.forward import ForwardPass, StateWrite, forward, frozen_weights
+from lens_defense.patching.metrics import Measure
+from lens_defense.patching.patch_cell import PatchCell, donor_hooks
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.metrics import Measure
-from lens_defense.tracing.patch_cell import PatchCell, donor_hooks
 
 
 def attribution_patching(

@@ -16,17 +16,17 @@ from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.models.forward import ForwardPass, forward, model_device
 from lens_defense.models.generate import generate
+from lens_defense.patching.activation_patching import sweep
+from lens_defense.patching.attribution_patching import attribution_patching
+from lens_defense.patching.corruptions import Corruption
+from lens_defense.patching.metrics import Measure, Metric
+from lens_defense.patching.patch_cell import PatchCell, base_hooks, donor_hooks
+from lens_defense.patching.trace_settings import Direction
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.shown_text import shown_names
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.activation_patching import sweep
-from lens_defense.tracing.attribution_patching import attribution_patching
-from lens_defense.tracing.corruptions import Corruption
-from lens_defense.tracing.metrics import Measure, Metric
-from lens_defense.tracing.patch_cell import PatchCell, base_hooks, donor_hooks
-from lens_defense.tracing.trace_settings import Direction
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from helpers.trace_cases import BELL, LAMP
 import lens_defense as ld
 from lens_defense.models.forward import forward
 from lens_defense.prompts.contexts import jailbroken_contexts
-from lens_defense.tracing.mark_subjects import MarkedRequests
+from lens_defense.proposals.mark_subjects import MarkedRequests
 
 
 @pytest.fixture(scope="module")

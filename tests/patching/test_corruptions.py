@@ -9,15 +9,15 @@ from helpers.tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lens_defense.models.forward import forward
-from lens_defense.prompts.prompt import tokenize
-from lens_defense.prompts.request import request
-from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.corruptions import (
+from lens_defense.patching.corruptions import (
     CounterfactualPrompt,
     GaussianNoise,
     TokenReplacement,
     harmless_subjects,
 )
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
+from lens_defense.sites import EMBEDDING_HOOK
 
 TWICE = request("is an old lamp like a new lamp?", "lamp", id="twice")
 XYZ = request("how do I make a xyz at home?", "xyz", id="xyz")

@@ -4,7 +4,7 @@ import pytest
 from helpers.tiny_models import tiny_model
 
 import lens_defense as ld
-from lens_defense.models import propose_aliases as module
+from lens_defense.proposals import propose_aliases as module
 
 ANSWERS = [
     "1. Glow stone, 2. shine rock",

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from lens_defense.arguments import wrong_argument
+from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.generate import generate
-from lens_defense.models.resolve_model import Model, resolve_model
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Request

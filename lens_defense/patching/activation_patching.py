@@ -22,10 +22,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.models.devices import call_cost, explain_out_of_memory, index_tensor
 from lens_defense.models.forward import ForwardPass, KeyValues, StateWrite, forward
 from lens_defense.models.growing_batch import batch_may_grow
+from lens_defense.patching.metrics import Measure
+from lens_defense.patching.pass_plan import block_passes, plan_passes
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint
 from lens_defense.sites import EMBEDDING_HOOK, head_index
-from lens_defense.tracing.metrics import Measure
-from lens_defense.tracing.pass_plan import block_passes, plan_passes
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
 
 
 def sweep(

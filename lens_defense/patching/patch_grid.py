@@ -6,10 +6,10 @@ from typing import Literal
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import did_you_mean
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint
+from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.sites import COMPONENTS, Component, component_hook
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
-from lens_defense.tracing.trace_settings import TraceSettings
 
 PatchGrid = dict[tuple[int, int, int], PatchCell]
 """Cells by component, layer and position, each an index of the map's axis."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise, takewhile
 
 from lens_defense.models.devices import CallCost
-from lens_defense.tracing.patch_cell import PatchCell
+from lens_defense.patching.patch_cell import PatchCell
 
 
 def block_passes(cells: Sequence[PatchCell], *, layers: int, tokens: int, samples: int) -> int:

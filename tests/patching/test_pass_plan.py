@@ -6,8 +6,8 @@ import pytest
 from helpers.patch_cases import LAYERS, TOKENS
 
 from lens_defense.models.devices import CallCost
-from lens_defense.tracing.pass_plan import block_passes, plan_passes, time_in_tokens
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
+from lens_defense.patching.pass_plan import block_passes, plan_passes, time_in_tokens
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint
 
 
 def cells_at_most_points():

@@ -7,10 +7,10 @@ from helpers.trace_cases import ALL_CELLS, BELL, LAMP, tiny_chat_model
 from transformer_lens.tools.analysis.attribution_patching import cache_activation_and_gradient
 
 from lens_defense.models.forward import forward
+from lens_defense.patching.corruptions import GaussianNoise
+from lens_defense.patching.metrics import answer_logprob
 from lens_defense.sites import EMBEDDING_HOOK, component_hook
-from lens_defense.tracing.corruptions import GaussianNoise
 from lens_defense.tracing.map_statistics import agreement
-from lens_defense.tracing.metrics import answer_logprob
 from lens_defense.tracing.trace import trace
 from lens_defense.tracing.trace_result import join_traces
 

@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from lens_defense.models.loaded_model import loaded_model
+from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.mlp_output import settle
 from lens_defense.models.weight_journal import journal_of
 from lens_defense.storage import atomic_folder

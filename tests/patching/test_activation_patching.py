@@ -22,10 +22,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lens_defense.models import devices
 from lens_defense.models.forward import forward
 from lens_defense.models.growing_batch import batch_may_grow
+from lens_defense.patching import activation_patching
+from lens_defense.patching.pass_plan import block_passes
+from lens_defense.patching.patch_cell import PatchCell, PatchPoint
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing import activation_patching
-from lens_defense.tracing.pass_plan import block_passes
-from lens_defense.tracing.patch_cell import PatchCell, PatchPoint
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from transformer_lens.factories.architecture_adapter_factory import (
 from transformer_lens.model_bridge import TransformerBridge
 
 import lens_defense as ld
-import lens_defense.models.load as load_module
+import lens_defense.loading.load as load_module
+from lens_defense.loading.load import load
+from lens_defense.loading.save import save_folder
 from lens_defense.models import devices
 from lens_defense.models.fingerprint import model_fingerprint
-from lens_defense.models.load import load
-from lens_defense.models.save import save_folder
 from lens_defense.prompts.chat_template import bind_arguments, bound_arguments
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.models.load import load
-from lens_defense.models.loaded_model import loaded_model
+from lens_defense.loading.load import load
+from lens_defense.loading.loaded_model import loaded_model
 
 Model = TransformerBridge | str | os.PathLike[str]
 """Where a verb takes a model: one that is loaded, or a name, folder or file for `load`."""

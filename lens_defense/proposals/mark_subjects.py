@@ -13,16 +13,16 @@ from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.display import card
+from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.devices import memory_budget
 from lens_defense.models.forward import forward, model_device
-from lens_defense.models.resolve_model import Model, resolve_model
+from lens_defense.patching.clean_corrupted import prompts_with_answers, rows_that_fit
+from lens_defense.patching.corruptions import Corruption, GaussianNoise
+from lens_defense.patching.metrics import answer_logprob
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest, request
 from lens_defense.prompts.resolve_requests import Requests, resolve_requests
 from lens_defense.sites import EMBEDDING_HOOK
-from lens_defense.tracing.clean_corrupted import prompts_with_answers, rows_that_fit
-from lens_defense.tracing.corruptions import Corruption, GaussianNoise
-from lens_defense.tracing.metrics import answer_logprob
 
 _CALL = "ld.mark_subjects(model, requests)"
 LONGEST = 4

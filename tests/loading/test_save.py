@@ -10,8 +10,8 @@ from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_folder, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.models.load import load
-from lens_defense.models.save import save_folder
+from lens_defense.loading.load import load
+from lens_defense.loading.save import save_folder
 from lens_defense.storage import atomic_folder
 
 IDS = torch.randint(3, 297, (2, 9), generator=torch.Generator().manual_seed(0))

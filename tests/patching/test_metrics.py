@@ -7,16 +7,16 @@ import torch
 from helpers.handmade import a_prompt
 from helpers.tiny_models import tiny_model
 
-from lens_defense.prompts.conversation import tokenize_answer
-from lens_defense.prompts.prompt import tokenize
-from lens_defense.prompts.request import request
-from lens_defense.tracing.metrics import (
+from lens_defense.patching.metrics import (
     answer_logprob,
     answer_probability,
     kl_to_clean,
     logit_diff,
     refusal_logit_diff,
 )
+from lens_defense.prompts.conversation import tokenize_answer
+from lens_defense.prompts.prompt import tokenize
+from lens_defense.prompts.request import request
 
 ANSWER = (4, 0, 19, 4)
 

@@ -8,11 +8,11 @@ import pandas as pd
 from lens_defense.shown_text import shown
 
 _STYLE = """<style>
-.ld-card {font-family: system-ui, sans-serif; font-size: 13px; line-height: 1.45; max-width: 60em}
+.ld-card {font-family: system-ui, sans-serif; font-size: 13px; line-height: 1.45; max-width: 76em}
 .ld-card h4 {margin: .2em 0; font-size: 14px}
 .ld-card p {margin: .2em 0; opacity: .75}
 .ld-card table {border-collapse: collapse; margin: .5em 0}
-.ld-card th, .ld-card td {padding: .15em .9em .15em 0; text-align: left; border: 0; white-space: pre-wrap}
+.ld-card th, .ld-card td {padding: .15em 1em .15em 0; text-align: left; border: 0; white-space: pre-wrap}
 .ld-card th {border-bottom: 1px solid currentColor; font-weight: 600}
 .ld-card td {border-bottom: 1px solid rgba(128, 128, 128, .25); font-variant-numeric: tabular-nums}
 </style>"""

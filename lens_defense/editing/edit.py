@@ -109,13 +109,6 @@ def edit(
         longest=_room_before_refusal(model, requests, fit),
     )
     rows = _fit_rows(model, requests, groups, role, fit)
-    refuse_too_long(
-        model,
-        [
-            *((prompt.request.id, len(prompt.ids)) for prompt in groups.prompts),
-            *((requests[row.owner].id, len(row.ids) + len(row.target)) for row in rows),
-        ],
-    )
     fingerprint = model_fingerprint(model) if cache else Fingerprint("")
     covariances = key_covariances(
         model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
@@ -200,6 +193,9 @@ def _fit_rows(
     for owner, request in enumerate(requests if fit.kl_factor else ()):
         essence = tokenize(model.tokenizer, request.paraphrased("{} is a"), chat=False)
         rows.append(FitRow(owner, essence.ids, role_position(essence, "subject_last")))
+    whole_rows = ((requests[row.owner].id, len(row.ids) + len(row.target)) for row in rows)
+    keys_alone = ((prompt.request.id, len(prompt.ids)) for prompt in groups.prompts)
+    refuse_too_long(model, [*whole_rows, *keys_alone])
     return rows
 
 

@@ -44,7 +44,7 @@ class MarkedRequest:
     effect: float
     """Nats of the answer's log probability that the subject's corruption takes."""
     others: tuple[tuple[str, float], ...]
-    """The next words and their effects, strongest first."""
+    """The next words that take LEAST_EFFECT or more, and what they take, strongest first."""
 
 
 class MarkedRequests(Sequence[Request]):
@@ -161,7 +161,11 @@ def _marked(model: TransformerBridge, prompt: Prompt, corruption: Corruption) ->
     return MarkedRequest(
         _with_subject(item, phrase),
         phrase.effect,
-        tuple((item.text[word.start : word.stop], word.effect) for word in others[:3]),
+        tuple(
+            (item.text[word.start : word.stop], word.effect)
+            for word in others[:3]
+            if word.effect >= LEAST_EFFECT
+        ),
     )
 
 

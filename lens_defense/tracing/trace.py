@@ -133,12 +133,7 @@ def trace_metrics(
     components = resolve_components(model, settings.components)
     layers = resolve_layers(settings.layers, model.cfg.n_layers)
     budget = memory_budget(model_device(model)) if max_bytes is None else max_bytes
-    if isinstance(answers, SiteMap):
-        prompts = _with_answers_of(answers, model, requests, chat=settings.chat)
-    else:
-        prompts = prompts_with_answers(
-            model, requests, answers, answer_tokens=settings.answer_tokens, chat=settings.chat
-        )
+    prompts = _prompts(model, requests, answers, settings)
     grids = _grids(model, prompts, components, layers, settings)
     job = _Job(model, settings, corruption, tuple(metrics.values()), budget)
 
@@ -156,18 +151,8 @@ def trace_metrics(
         _announce(seconds * job.relative_length(prompts, grids, samples))
 
     shape = (len(components), len(layers), max(len(prompt.ids) for prompt in prompts), samples)
-    patched = torch.full((len(metrics), len(prompts), *shape), float("nan"), dtype=torch.float64)
-    estimates = torch.full(patched.shape[:-1], float("nan"), dtype=torch.float64) if settings.verify else None
     with job.progress_bar(prompts, grids, samples, progress) as bar:
-        for r, (prompt, grid) in enumerate(zip(prompts, grids, strict=True)):
-            runs = kept_runs.pop(r, None) or job.run(prompt, list(grid.values()))
-            values, estimated = job.measure(runs, grid, clean[r], corrupted[r], bar)
-            for (c, layer, position), of_metrics in zip(grid, values, strict=True):
-                patched[:, r, c, layer, position] = of_metrics.T
-            for place, of_metrics in estimated.items():
-                assert estimates is not None
-                estimates[:, r, *place] = of_metrics
-
+        patched, estimates = job.measure_all(prompts, grids, kept_runs, clean, corrupted, shape, bar)
     fingerprint = fingerprint or model_fingerprint(model)
     return {
         name: Trace(
@@ -207,16 +192,23 @@ def changed_settings(settings: TraceSettings | None, changes: Mapping[str, Any])
     return replace(settings or TraceSettings(), **changes)
 
 
-def _with_answers_of(
-    earlier: SiteMap, model: TransformerBridge, requests: Sequence[Request], *, chat: bool
+def _prompts(
+    model: TransformerBridge,
+    requests: Sequence[Request],
+    answers: Sequence[str] | SiteMap | None,
+    settings: TraceSettings,
 ) -> list[Prompt]:
-    """The prompts with the answers, token by token, that an earlier trace read."""
-    prompts = [tokenize(model.tokenizer, request, chat=chat) for request in requests]
-    if [prompt.ids for prompt in prompts] != [prompt.ids for prompt in earlier.prompts]:
+    """The prompts with the answers that the metrics read; those of an earlier trace token by token."""
+    if not isinstance(answers, SiteMap):
+        return prompts_with_answers(
+            model, requests, answers, answer_tokens=settings.answer_tokens, chat=settings.chat
+        )
+    prompts = [tokenize(model.tokenizer, request, chat=settings.chat) for request in requests]
+    if [prompt.ids for prompt in prompts] != [prompt.ids for prompt in answers.prompts]:
         raise ValueError("the trace in answers= is of other requests; give the same ones in the same order")
     return [
-        replace(prompt, answer_ids=known.answer_ids)
-        for prompt, known in zip(prompts, earlier.prompts, strict=True)
+        replace(prompt, answer_ids=traced.answer_ids)
+        for prompt, traced in zip(prompts, answers.prompts, strict=True)
     ]
 
 
@@ -319,6 +311,43 @@ class _Job:
                 prompts[r], clean[r], corrupted[r] = prompt, one_clean, one_corrupted
             lengthened |= set(short)
         return lengthened
+
+    def measure_all(
+        self,
+        prompts: Sequence[Prompt],
+        grids: Sequence[PatchGrid],
+        kept_runs: dict[int, CleanCorrupted],
+        clean: Sequence[Float[Tensor, " metric"]],
+        corrupted: Sequence[Float[Tensor, "sample metric"]],
+        shape: tuple[int, int, int, int],
+        bar: "tqdm[Any]",
+    ) -> tuple[
+        Float[Tensor, "metric request component layer position sample"],
+        Float[Tensor, "metric request component layer position"] | None,
+    ]:
+        """The patched metrics of every prompt, and the estimates of the cells that were verified.
+
+        Args:
+            prompts: with their answers.
+            grids: of each prompt, its cells.
+            kept_runs: by the prompt's index; each is let go once it was used.
+            clean: of each prompt, the metrics of the clean run.
+            corrupted: of each prompt, those of the corrupted one.
+            shape: of one map: component, layer, position, sample.
+            bar: shows what is done.
+        """
+        whole = (len(self.metrics), len(prompts), *shape)
+        patched = torch.full(whole, float("nan"), dtype=torch.float64)
+        estimates = torch.full_like(patched[..., 0], float("nan")) if self.settings.verify else None
+        for r, (prompt, grid) in enumerate(zip(prompts, grids, strict=True)):
+            runs = kept_runs.pop(r, None) or self.run(prompt, list(grid.values()))
+            values, estimated = self.measure(runs, grid, clean[r], corrupted[r], bar)
+            for (c, layer, position), of_metrics in zip(grid, values, strict=True):
+                patched[:, r, c, layer, position] = of_metrics.T
+            for place, of_metrics in estimated.items():
+                assert estimates is not None
+                estimates[:, r, *place] = of_metrics
+        return patched, estimates
 
     def measure(
         self,

@@ -252,9 +252,9 @@ def test_replacement_is_another_subject_of_the_same_length():
     xyz = request("how do I make a xyz at home?", "xyz", id="xyz")
     prompt, other = (tokenize(model.tokenizer, one) for one in (xyz, replace(xyz, subject="qwv")))
     states = [forward(model, torch.tensor([p.ids]), capture=[EMBEDDING_HOOK]).states for p in (prompt, other)]
-    clean, least_difference = (held[EMBEDDING_HOOK] for held in states)
+    clean, expected = (captured[EMBEDDING_HOOK] for captured in states)
     corrupted = TokenReplacement(subjects=["a", "qwv and so on", "qwv", "vwq"])(model, clean, prompt)
-    torch.testing.assert_close(corrupted, least_difference)
+    torch.testing.assert_close(corrupted, expected)
     assert TokenReplacement(samples=2, subjects=["qwv", "vwq"])(model, clean, prompt).shape[0] == 2
 
 
@@ -266,7 +266,7 @@ def test_replacement_in_a_trace():
     with pytest.raises(ValueError, match="request 'xyz': 0 of 1 subjects have the token length"):
         longer = replace(xyz, counterfactual="qwv qwv qwv")
         trace(model, [longer], corruption=TokenReplacement(), **ALL_CELLS)
-    with pytest.raises(ValueError, match=r"1 of 1 subjects .* and 2 are least_difference"):
+    with pytest.raises(ValueError, match=r"1 of 1 subjects .* and 2 are wanted"):
         trace(model, [xyz], corruption=TokenReplacement(samples=2), **ALL_CELLS)
     subjects = harmless_subjects()
     assert len(subjects) == len(set(subjects)) == 200 and all(subjects)
@@ -282,8 +282,8 @@ def test_other_metrics():
     metric = refusal_logit_diff(model, refusals=["how"], compliances=["a", "the"])
     result = trace(model, [LAMP], metric=metric, **ALL_CELLS)
     ids = [model.tokenizer(text)["input_ids"][0] for text in ("how", "a", "the")]
-    least_difference = logits[ids[0]] - logits[ids[1:]].mean()
-    assert float(result.clean) == pytest.approx(float(least_difference), abs=1e-6)
+    expected_difference = logits[ids[0]] - logits[ids[1:]].mean()
+    assert float(result.clean) == pytest.approx(float(expected_difference), abs=1e-6)
 
 
 def test_effect_is_the_share_of_the_loss_recovered():

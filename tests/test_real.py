@@ -74,7 +74,7 @@ def test_the_second_load_reads_the_cached_folder(model, monkeypatch):
     def refuse(*_):
         raise AssertionError("the GGUF was converted again")
 
-    monkeypatch.setattr("lens_defense.loading.load.atomic_folder", refuse)
+    monkeypatch.setattr("lens_defense.loading.gguf.atomic_folder", refuse)
     assert weights_fingerprint(ld.load("smollm2")) == weights_fingerprint(model)
 
 
@@ -85,7 +85,7 @@ def test_the_readme_snippet_runs_and_leaves_no_bit_different(model, monkeypatch)
     )
     assert code, "the README has lost its snippet"
     monkeypatch.setattr(ld, "load", lambda name: model if name == "smollm2" else None, raising=False)
-    monkeypatch.setattr("plotly.graph_objects.Figure.show", lambda _: None)
+    monkeypatch.setattr("lens_defense.plotting.theme.Figure.show", lambda _: None)
     little = {"frames": 0, "names": 0, "paraphrases": 1, "jailbreaks": 1, "same_subject": 2, "harmless": 10}
     suite, check = ld.suite, ld.check
     monkeypatch.setattr(

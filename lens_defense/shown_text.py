@@ -18,6 +18,11 @@ def shown(text: object, letters: int = NAME_LETTERS) -> str:
     return visible_text(truncate(str(text), letters))
 
 
+def one_line(error: object, letters: int = 200) -> str:
+    """An error's message, mostly a library's, without line breaks, cut."""
+    return " ".join(str(error).split())[:letters]
+
+
 def shown_names(names: Iterable[object], most: int = 8) -> str:
     """The first of some names, between commas."""
     listed = [*names]

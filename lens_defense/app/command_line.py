@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lens_defense.app.options import read_traceable, trace_settings
+from lens_defense.app.options import read_harmful_requests, trace_settings
 from lens_defense.app.output_folder import require_writable, staged_folder
 from lens_defense.app.sentences import errors_in_a_sentence
 from lens_defense.shown_text import shown
@@ -120,11 +120,13 @@ def demo(
     """
     from rich.console import Console
 
-    with errors_in_a_sentence("stopped; nothing was written, and no weight was changed on disk"):
+    with errors_in_a_sentence(
+        "stopped; nothing was left in --out; the same command is faster by what was cached"
+    ):
         require_writable(out)
         own = None
         if requests is not None:
-            own = read_traceable(
+            own = read_harmful_requests(
                 requests,
                 text_field=text_field,
                 subject_field=subject_field,
@@ -215,7 +217,7 @@ def trace(
         require_writable(out)
         settings = trace_settings(everything, layers, components, positions, min_difference)
         _require_drawable(formats)
-        chosen = read_traceable(
+        chosen = read_harmful_requests(
             requests, text_field=text_field, subject_field=subject_field, limit=limit, strict=strict
         )
         from lens_defense.app.trace_command import trace_to_folder

@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from lens_defense.shown_text import one_line
+
 _PACKAGES = ("torch", "transformers", "transformer-lens")
 _EXTRAS = {"notebook": ("jupyterlab", "ipywidgets", "anywidget"), "figures": ("kaleido",)}
 _EDITED_LAYERS = 5
@@ -72,7 +74,7 @@ def _finding(subject: str, check: Callable[[], str]) -> Finding:
 
 
 def _one_line(error: Exception | str) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error, 2000) or type(error).__name__
 
 
 def _version(package: str) -> str:
@@ -123,9 +125,9 @@ def _cache() -> str:
     try:
         require_writable(folder)
     except ValueError as error:
-        raise ValueError(
-            f"{error}, in LENS_DEFENSE_CACHE: without it smollm2 and .gguf files cannot be loaded, and "
-            "covariances and fits are made anew each time"
+        raise UserWarning(
+            f"{error} by setting LENS_DEFENSE_CACHE; until then smollm2 and .gguf files are converted at "
+            "every load, and covariances and fits are made anew"
         ) from error
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -261,7 +263,7 @@ def _load(name: str, device: str | None, dtype: str, loaded: list[Any]) -> str:
 
 
 def _trace(model: Any) -> str:
-    """A small trace of every kind of component."""
+    """A small trace of the stream, the MLP and the attention."""
     from lens_defense.patching.corruptions import GaussianNoise
     from lens_defense.prompts.request import request
     from lens_defense.tracing.trace import trace

@@ -10,7 +10,7 @@ from lens_defense.prompts.request import Request
 from lens_defense.prompts.request_files import chosen_requests, every_request
 
 
-def read_traceable(
+def read_harmful_requests(
     source: str,
     *,
     text_field: str | None,
@@ -28,14 +28,20 @@ def read_traceable(
     harmful = chosen_requests(rows, "edit", "harmful", distinct)
     traceable = [request for request in harmful if request.subject is not None]
     if not harmful:
-        raise ValueError(f"{source} has no harmful request of the split edit among its {len(rows)} rows")
+        raise ValueError(
+            f"{source} has no harmful request of the split edit among its {len(rows)} rows; set "
+            "kind to harmful and split to edit, or leave both columns out"
+        )
     if not traceable:
         raise ValueError(
             f"no request of {source} has a subject, the words of it that carry the harm: there is none in "
-            f"the column {subject_field!r}; name the right one with --subject-field"
+            f"the column {subject_field!r}; name the right one with --subject-field, or let "
+            "ld.mark_subjects propose subjects in Python"
         )
     left_out = {
         "without a subject": len(harmful) - len(traceable),
+        "about a subject that is there already": len(chosen_requests(rows, "edit", "harmful", False))
+        - len(harmful),
         "benign or safe": sum(row.kind != "harmful" for row in rows),
         "of the splits tune and check": sum(row.kind == "harmful" and row.split != "edit" for row in rows),
     }
@@ -64,9 +70,11 @@ def trace_settings(
     if layers is not None:
         changes["layers"] = _layers(layers)
     if components is not None:
-        changes["components"] = components.split(",")
+        changes["components"] = [name.strip() for name in components.split(",")]
     if positions is not None:
-        changes["positions"] = "all" if positions == "all" else positions.split(",")
+        changes["positions"] = (
+            "all" if positions == "all" else [role.strip() for role in positions.split(",")]
+        )
     return TraceSettings(**changes)
 
 
@@ -81,6 +89,10 @@ def _layers(text: str) -> Sequence[int] | int | str:
         for part in text.split(","):
             first, _, last = part.partition("-")
             chosen += range(int(first), int(last or first) + 1)
+        if not chosen:
+            raise ValueError
     except ValueError:
-        raise ValueError(f"--layers is all, every-2, or layers as in 0,4,8-12; got {text!r}") from None
+        raise ValueError(
+            f"--layers is all, every-2, or layers as in 0,4,8-12, the lower one first; got {text!r}"
+        ) from None
     return chosen

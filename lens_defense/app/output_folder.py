@@ -14,7 +14,7 @@ def require_writable(folder: Path) -> None:
         ValueError: the folder cannot be made, or nothing can be written to it.
     """
     try:
-        with _made_if_filled(folder), tempfile.TemporaryFile(dir=folder) as file:
+        with _removed_if_left_empty(folder), tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
         raise ValueError(
@@ -33,24 +33,24 @@ def staged_folder(folder: Path, say: Callable[[str], object]) -> Iterator[Path]:
         say: is told where older files are now.
     """
     with (
-        _made_if_filled(folder),
+        _removed_if_left_empty(folder),
         tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder) as unfinished,
     ):
         yield Path(unfinished)
         files = sorted(Path(unfinished).iterdir())
         earlier = [folder / file.name for file in files if (folder / file.name).exists()]
         if earlier:
-            aside = next(path for i in count(1) if not (path := folder / f"earlier-{i}").exists())
-            aside.mkdir()
+            earlier_folder = next(path for i in count(1) if not (path := folder / f"earlier-{i}").exists())
+            earlier_folder.mkdir()
             for file in earlier:
-                file.rename(aside / file.name)
-            say(f"The files of an earlier run are now in {aside}")
+                file.rename(earlier_folder / file.name)
+            say(f"The files of an earlier run are now in {earlier_folder}")
         for file in files:
             file.rename(folder / file.name)
 
 
 @contextmanager
-def _made_if_filled(folder: Path) -> Iterator[None]:
+def _removed_if_left_empty(folder: Path) -> Iterator[None]:
     """A folder made with its parents; those of them that are still empty at the end are taken away again."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-_WRONG_INPUT, _NOT_WRITTEN, _INTERRUPTED = 2, 1, 130
+_WRONG_INPUT, _DISK_FAILED, _INTERRUPTED = 2, 1, 130
 
 
 @contextmanager
@@ -29,28 +29,28 @@ def errors_in_a_sentence(stopped: str) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            raise _ended(stopped, _INTERRUPTED) from None
+            raise _exit_with(stopped, _INTERRUPTED) from None
         except ValueError as error:
-            raise _ended(str(error), _WRONG_INPUT) from None
+            raise _exit_with(str(error), _WRONG_INPUT) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read the output is gone
                 raise
-            raise _ended(_of_the_disk(error), _NOT_WRITTEN) from None
+            raise _exit_with(_disk_sentence(error), _DISK_FAILED) from None
         except Exception as error:
-            raise _of_a_library(error) from None
+            raise _exit_for_library_error(error) from None
         finally:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _ended(sentence: str, code: int) -> typer.Exit:
+def _exit_with(sentence: str, code: int) -> typer.Exit:
     typer.secho(f"lens-defense: {sentence}", err=True, fg="red")
     return typer.Exit(code)
 
 
-def _of_a_library(error: Exception) -> typer.Exit:
+def _exit_for_library_error(error: Exception) -> typer.Exit:
     """The end of a command by an error that PyTorch or safetensors raised; others are raised again.
 
-    The libraries are loaded by then: before, a command shall be quick.
+    They are imported here, not above: a command that fails early should not wait for PyTorch.
     """
     from safetensors import SafetensorError
 
@@ -60,14 +60,14 @@ def _of_a_library(error: Exception) -> typer.Exit:
         with explain_out_of_memory("the model and its runs", "take a smaller model, or --device cpu"):
             raise error
     except MemoryError as full:
-        return _ended(str(full), _WRONG_INPUT)
+        return _exit_with(str(full), _WRONG_INPUT)
     except SafetensorError:  # a write failed: what cannot be read is a ValueError by now
         code = re.search(r"os error (\d+)", str(error))
         disk = OSError(int(code[1]), os.strerror(int(code[1]))) if code else OSError(str(error))
-        return _ended(_of_the_disk(disk), _NOT_WRITTEN)
+        return _exit_with(_disk_sentence(disk), _DISK_FAILED)
 
 
-def _of_the_disk(error: OSError) -> str:
+def _disk_sentence(error: OSError) -> str:
     from lens_defense.storage import cache_folder
 
     file = "a file" if error.filename is None else str(error.filename)

@@ -19,10 +19,10 @@ from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.models.forward import forward
 from lens_defense.sites import component_hook
 
-_TOKENS = 6
+_PROBE_TOKENS = 6
 _TOLERANCE, _HALF_TOLERANCE = 0.01, 0.2
 """Relative; sums in half precision, in another order, differ by more."""
-_WORDS = 160
+_ERROR_LETTERS = 160
 """Characters of a library's error that are shown."""
 
 
@@ -36,7 +36,9 @@ def transformers_logits(name: str, hf_model: PreTrainedModel) -> Float[Tensor, "
     if hf_model.device.type == "meta":
         return None
     dtype = str(hf_model.dtype).removeprefix("torch.")
-    with as_sentence(f"transformers cannot run {name} in {dtype}", "load it with another dtype"):
+    with library_errors_as_value_error(
+        f"transformers cannot run {name} in {dtype}", "load it with another dtype"
+    ):
         return hf_model(_probe_ids(hf_model).to(hf_model.device), use_cache=False).logits
 
 
@@ -56,13 +58,15 @@ def refuse_disagreement(
     if logits is None:
         return
     hf_model: Any = model.original_model
-    ids, half = _probe_ids(hf_model).to(logits.device), _TOKENS // 2
+    ids, half = _probe_ids(hf_model).to(logits.device), _PROBE_TOKENS // 2
     family = hf_model.config.model_type
-    with as_sentence(f"TransformerLens does not run {name}, of the family {family!r}, as tracing needs it"):
-        whole = forward(model, ids, capture=_stream_hooks(model), logits_to_keep=_TOKENS).logits
+    with library_errors_as_value_error(
+        f"TransformerLens does not run {name}, of the family {family!r}, as tracing needs it"
+    ):
+        whole = forward(model, ids, capture=_stream_hooks(model), logits_to_keep=_PROBE_TOKENS).logits
         prefix = forward(model, ids[:, :half], logits_to_keep=half)
         past = prefix.key_values
-        rest = forward(model, ids[:, half:], past_key_values=past, logits_to_keep=_TOKENS - half).logits
+        rest = forward(model, ids[:, half:], past_key_values=past, logits_to_keep=_PROBE_TOKENS - half).logits
     logits = logits.double()
     scale = (logits - logits.mean(-1, keepdim=True)).norm()
     tolerance = _TOLERANCE if hf_model.dtype in (torch.float32, torch.float64) else _HALF_TOLERANCE
@@ -80,7 +84,9 @@ def refuse_disagreement(
 
 
 @contextmanager
-def as_sentence(sentence: str, instead: str = "load a model of another family") -> Iterator[None]:
+def library_errors_as_value_error(
+    sentence: str, instead: str = "load a model of another family"
+) -> Iterator[None]:
     """Inside, whatever a library raises becomes one sentence; what does not fit into memory stays so.
 
     Args:
@@ -100,7 +106,7 @@ def as_sentence(sentence: str, instead: str = "load a model of another family") 
         raise
     except Exception as error:
         words = " ".join(str(error).split()).split(". ")[0].split("; ")[0] or type(error).__name__
-        raise ValueError(f"{sentence} ({words[:_WORDS]}); {instead}") from error
+        raise ValueError(f"{sentence} ({words[:_ERROR_LETTERS]}); {instead}") from error
 
 
 def _stream_hooks(model: TransformerBridge) -> list[str]:
@@ -115,4 +121,4 @@ def _stream_hooks(model: TransformerBridge) -> list[str]:
 def _probe_ids(hf_model: Any) -> Int[Tensor, "1 token"]:
     """A few tokens, spread over the vocabulary."""
     vocabulary = hf_model.get_input_embeddings().weight.shape[0]
-    return torch.arange(1, _TOKENS + 1)[None] * (vocabulary // (_TOKENS + 2))
+    return torch.arange(1, _PROBE_TOKENS + 1)[None] * (vocabulary // (_PROBE_TOKENS + 2))

@@ -17,7 +17,8 @@ from transformers import (
     AutoTokenizer,
 )
 
-from lens_defense.loading.refusals import one_line, refuse_incomplete
+from lens_defense.loading.refusals import refuse_incomplete
+from lens_defense.shown_text import one_line
 from lens_defense.storage import (
     FORMAT,
     MANIFEST,

@@ -13,12 +13,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from lens_defense.loading.bridge_agreement import as_sentence, refuse_disagreement, transformers_logits
+from lens_defense.loading.bridge_agreement import (
+    library_errors_as_value_error,
+    refuse_disagreement,
+    transformers_logits,
+)
 from lens_defense.loading.bridge_repairs import register_repairs
 from lens_defense.loading.gguf import SMOLLM2_INSTALL, convert_gguf, installed_hash, smollm2_file
 from lens_defense.loading.refusals import (
@@ -27,7 +32,7 @@ from lens_defense.loading.refusals import (
     read_config,
     refuse_incomplete,
     refuse_index,
-    refuse_unfit,
+    refuse_other_kinds_of_model,
 )
 from lens_defense.loading.save import quiet_transformers
 from lens_defense.loading.text_part import reads_more_than_text, text_part
@@ -63,8 +68,8 @@ def load(
             arguments below `chat_template_kwargs` are not looked at then.
         tokenizer: of a model that you hold; else None takes the one beside the weights.
         system: a system prompt for every conversation; None leaves the template's own, if any.
-        chat_template_kwargs: arguments of the chat template, as in {"enable_thinking": False}. Both are
-            written into the tokenizer's template.
+        chat_template_kwargs: arguments of the chat template, as in {"enable_thinking": False}. It and
+            `system` are written into the tokenizer's template.
         device: where to put it, as torch names it; None takes an accelerator where there is one.
         dtype: precision of the weights; an edit is solved in float64 and rounded to it.
         allow_pickle: load pickled weights too; they can run code, so only from a source you trust.
@@ -103,9 +108,9 @@ def model_without_weights(name: str) -> PreTrainedModel:
     with ExitStack() as temporary, quiet_transformers():
         source = _resolve_source(name, temporary)
         config = read_config(source, trust_remote_code=False)
-        refuse_unfit(source, config, allow_pickle=False)
+        refuse_other_kinds_of_model(source, config, allow_pickle=False)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return _auto_class(config).from_config(config)
 
 
 def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> TransformerBridge:
@@ -115,7 +120,7 @@ def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
             "a model that you hold needs its tokenizer: ld.load(hf_model, tokenizer), with "
             "tokenizer = transformers.AutoTokenizer.from_pretrained(...)"
         )
-    refuse_unfit(type(hf_model).__name__, hf_model.config, allow_pickle=True)
+    refuse_other_kinds_of_model(type(hf_model).__name__, hf_model.config, allow_pickle=True)
     hf_model.set_attn_implementation("eager")
     name = hf_model.config._name_or_path or hf_model.config.model_type
     with quiet_transformers():
@@ -130,11 +135,13 @@ def _wrap(
     """A bridge that computes what the model computes in transformers."""
     if hf_model.dtype == torch.float64:
         hf_model.set_experts_implementation("eager")  # grouped products take no double precision
-    logits, own_beginning = transformers_logits(name, hf_model), tokenizer.bos_token
+    logits, own_bos_token = transformers_logits(name, hf_model), tokenizer.bos_token
     hf_model = text_part(hf_model)
     hf_model.config.architectures = [type(hf_model).__name__]  # as in a saved folder; it picks the adapter
     register_repairs()
-    with as_sentence(f"TransformerLens cannot wrap {name}, of the family {hf_model.config.model_type!r}"):
+    with library_errors_as_value_error(
+        f"TransformerLens cannot wrap {name}, of the family {hf_model.config.model_type!r}"
+    ):
         bridge = TransformerBridge.boot_transformers(
             name,
             hf_model=hf_model,
@@ -143,7 +150,7 @@ def _wrap(
             dtype=hf_model.dtype,
             **settings,
         )
-    bridge.tokenizer.bos_token = own_beginning  # saved otherwise, it would be put before plain text
+    bridge.tokenizer.bos_token = own_bos_token  # saved otherwise, it would be put before plain text
     refuse_disagreement(name, bridge, logits)
     return bridge
 
@@ -160,14 +167,12 @@ def _load_from_source(
     with ExitStack() as temporary, quiet_transformers():
         source = _resolve_source(name, temporary)
         config = read_config(source, trust_remote_code)
-        refuse_unfit(source, config, allow_pickle)
+        refuse_other_kinds_of_model(source, config, allow_pickle)
         refuse_index(source, config, allow_pickle)
         settings: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         try:
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(source, **settings)
-            several = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and reads_more_than_text(config)
-            auto_model = AutoModelForImageTextToText if several else AutoModelForCausalLM
-            loaded: Any = auto_model.from_pretrained(
+            loaded: Any = _auto_class(config).from_pretrained(
                 source,
                 dtype=dtype,
                 attn_implementation="eager",
@@ -184,12 +189,18 @@ def _load_from_source(
         refuse_incomplete(source, loading_report, explain_quantised(source, config))
         with explain_out_of_memory(f"the weights of {name}", "give device='cpu', or dtype=torch.bfloat16"):
             hf_model = hf_model.eval().to(device)
-            _own_weights_(hf_model)
+            _copy_weights_off_their_file(hf_model)
         return _wrap(source, hf_model, tokenizer, **settings)
 
 
+def _auto_class(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model of text alone, or of images too."""
+    multimodal = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and reads_more_than_text(config)
+    return AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+
+
 @torch.no_grad()
-def _own_weights_(hf_model: PreTrainedModel) -> None:
+def _copy_weights_off_their_file(hf_model: PreTrainedModel) -> None:
     """Copy weights that are maps of their file, which may be written anew or cut while the model is used."""
     for weight in (*hf_model.parameters(), *hf_model.buffers()):
         if weight.device.type == "cpu":

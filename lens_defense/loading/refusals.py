@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.hub import cached_file
 
 from lens_defense.loading.text_part import has_text_model, reads_more_than_text
+from lens_defense.shown_text import one_line
 
 
 def read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -32,9 +33,11 @@ def read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
         fields, _ = PretrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
         raise ValueError(explain_failure(source, error)) from error
-    if _named(fields, "auto_map") and not trust_remote_code:
-        raise ValueError(f"{source} brings code of its own; read it, then load with trust_remote_code=True")
-    for dtype in (*_named(fields, "dtype"), *_named(fields, "torch_dtype")):
+    if _values_called(fields, "auto_map") and not trust_remote_code:
+        raise ValueError(
+            f"{source} brings code of its own; read it, then ld.load(..., trust_remote_code=True) in Python"
+        )
+    for dtype in (*_values_called(fields, "dtype"), *_values_called(fields, "torch_dtype")):
         name = str(dtype).removeprefix("torch.")
         if not isinstance(dtype, dict) and not isinstance(getattr(torch, name, None), torch.dtype):
             raise ValueError(
@@ -56,11 +59,11 @@ def read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
-def _named(fields: Any, name: str) -> list[Any]:
+def _values_called(fields: Any, name: str) -> list[Any]:
     """The values of this name, but for empty ones, at any depth of a JSON object."""
     parts = fields.values() if isinstance(fields, dict) else fields if isinstance(fields, list) else ()
     own = [fields[name]] if isinstance(fields, dict) and fields.get(name) else []
-    return own + [value for part in parts for value in _named(part, name)]
+    return own + [value for part in parts for value in _values_called(part, name)]
 
 
 _PARAMETERS_PER_BYTE = 4
@@ -92,7 +95,7 @@ def refuse_impossible_sizes(source: str, config: PretrainedConfig) -> None:
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 
 
-def refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> None:
+def refuse_other_kinds_of_model(source: str, config: PretrainedConfig, allow_pickle: bool) -> None:
     """Refuse what is no causal language model of attention layers, and a folder without weights to be loaded.
 
     Raises:
@@ -116,17 +119,19 @@ def refuse_unfit(source: str, config: PretrainedConfig, allow_pickle: bool) -> N
     if _keeps_a_running_state(config.get_text_config()):
         raise ValueError(
             f"{source} is a state-space, recurrent or hybrid model ({kind}): layers of it keep a running "
-            "state, and tracing runs behind keys and values; load a model whose layers are all attention"
+            "state, and tracing reuses cached keys and values; load a model whose layers are all attention"
         )
     folder = Path(source)
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
     if not (any(folder.glob("*.bin")) or any(folder.glob("*.pt"))):
-        raise ValueError(f"the folder {folder} holds no weights (*.safetensors)")
+        raise ValueError(
+            f"the folder {folder} holds no weights (*.safetensors); copy them there, or give another folder"
+        )
     if not allow_pickle:
         raise ValueError(
             f"{folder} holds pickled weights only, which can run code when loaded; convert them to "
-            "safetensors, or insist with allow_pickle=True"
+            "safetensors, or insist in Python: ld.load(..., allow_pickle=True)"
         )
 
 
@@ -161,7 +166,7 @@ def refuse_index(source: str, config: PretrainedConfig, allow_pickle: bool) -> N
                 if not file.endswith(".safetensors") and not allow_pickle:
                     raise ValueError(
                         f"{index} names {file!r}, which is no safetensors file and can run code when loaded; "
-                        "convert it to safetensors, or insist with allow_pickle=True"
+                        "convert it to safetensors, or insist in Python: ld.load(..., allow_pickle=True)"
                     )
 
 
@@ -170,9 +175,10 @@ def explain_failure(source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"the folder {source} could not be loaded: {one_line(error)}"
     return (
-        f"{source!r} is no bundled name and no folder, and the hub does not give it: it is not "
-        "cached here and there is no network, or there is no such safetensors model; check the name, "
-        "or download it on a machine with network and load the folder"
+        f"{source!r} is no bundled name (smollm2, organism) and no folder here, and the hub does not give it: "
+        "it is not cached here and there is no network, or there is no such safetensors model; check "
+        "the name, or download it on a machine with network and load the folder. The library says: "
+        f"{one_line(error)}"
     )
 
 
@@ -210,8 +216,3 @@ def refuse_incomplete(source: str, loading_report: Mapping[str, Any], quantised:
         or f"the weights of {source} are not those of its config.json; {'; '.join(parts)}; get the folder "
         "again, or set its config right"
     )
-
-
-def one_line(error: Exception) -> str:
-    """An error's message without line breaks, cut."""
-    return " ".join(str(error).split())[:200]

@@ -7,7 +7,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.prompts.request import UnfitRequest
 
-_NAMES = ("max_position_embeddings", "max_seq_len")
+_CONFIG_FIELDS = ("max_position_embeddings", "max_seq_len")
 """What configs call it; one without either has no end (BLOOM)."""
 
 
@@ -15,7 +15,7 @@ def context_length(model: TransformerBridge) -> int | None:
     """The most tokens of a prompt and its answer; None where there is no end."""
     config: Any = model.original_model.config
     config = config.get_text_config()
-    return next((length for name in _NAMES if (length := getattr(config, name, None))), None)
+    return next((length for name in _CONFIG_FIELDS if (length := getattr(config, name, None))), None)
 
 
 def refuse_too_long(model: TransformerBridge, tokens: Iterable[tuple[str, int]]) -> None:

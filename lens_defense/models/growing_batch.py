@@ -21,6 +21,8 @@ def batch_may_grow(model: TransformerBridge) -> bool:
     if model not in _MAY_GROW:
         try:
             _MAY_GROW[model] = _grown_equals_whole(model)
+        except (MemoryError, torch.OutOfMemoryError):
+            return False  # not remembered: it says nothing of the family
         except Exception:  # whatever a family raises of a batch that grows
             _MAY_GROW[model] = False
     return _MAY_GROW[model]

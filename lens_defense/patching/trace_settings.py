@@ -12,6 +12,9 @@ Direction = Literal["denoising", "noising"]
 DEFAULT_POSITIONS: tuple[Role, ...] = ("subject_first", "subject_last", "next", "last")
 """Where harm is usually stored and read, one token each."""
 
+MIN_DIFFERENCE = 0.1
+"""Nats that corrupting a subject must change the answer by, unless told otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class TraceSettings:
@@ -38,7 +41,7 @@ class TraceSettings:
     answer_tokens: int = 8
     """Length of the model's own answer, where no answer is known; doubled, up to 64, where it does not depend
     on the subject."""
-    min_difference: float = 0.1
+    min_difference: float = MIN_DIFFERENCE
     """The least difference between the clean and the corrupted run, in the metric's unit (nats). A request
     below it, or whose samples differ in its sign, is refused: its effects would be noise over nothing."""
     exact: bool = True

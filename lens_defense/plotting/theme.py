@@ -21,7 +21,7 @@ import plotly.graph_objects as go
 from plotly.io import renderers
 
 from lens_defense.prompts.request import Role
-from lens_defense.shown_text import shown, truncate, visible_text
+from lens_defense.shown_text import one_line, shown, truncate, visible_text
 from lens_defense.sites import Component
 from lens_defense.storage import atomic_write
 
@@ -199,7 +199,7 @@ def _image(figure: go.Figure, suffix: str, scale: float) -> bytes:
     try:
         return figure.to_image(format=suffix, scale=scale)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(
             f"{chromium} could not draw the figure as .{suffix} ({reason}); .html needs no browser"
         ) from error

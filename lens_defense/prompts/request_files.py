@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from lens_defense.prompts.request import Kind, Request, Split, request
 from lens_defense.prompts.table_files import FILE_KINDS, BadRow, numbered_rows
-from lens_defense.shown_text import shown
+from lens_defense.shown_text import one_line, shown
 
 BUNDLED_SETS = ("core", "organism")
 """The names of the request sets that the package brings."""
@@ -70,6 +70,9 @@ def requests(
         ValueError: there is no such set; or no row can be read, or with `strict` one cannot: file, line and
             field are named.
     """
+    for name, value, values in (("split", split, get_args(Split)), ("kind", kind, get_args(Kind))):
+        if value not in values:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, values))}, got {value!r}")
     all_requests, columns = _requests_and_columns(source, text, subject, strict=strict)
     chosen = chosen_requests(all_requests, split, kind, distinct)
     if kind == "harmful" and chosen and not any(item.subject for item in chosen):
@@ -228,7 +231,7 @@ def _hub_rows(name: str, limit: int | None) -> Iterator[tuple[str, dict[str, Any
     except Exception as error:
         raise ValueError(
             f"{name!r} is no bundled set ({', '.join(BUNDLED_SETS)}), no file ({', '.join(FILE_KINDS)}), "
-            f"and the hub does not give it: {' '.join(str(error).split())[:200]}"
+            f"and the hub does not give it: {one_line(error)}"
         ) from error
 
 

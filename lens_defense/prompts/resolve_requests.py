@@ -34,13 +34,13 @@ def resolve_requests(requests: Any, call: str) -> tuple[Request, ...]:
         TypeError: it is something else.
         ValueError: a row cannot be read.
     """
-    if isinstance(requests, os.PathLike) or (isinstance(requests, str) and _is_name(requests)):
+    if isinstance(requests, os.PathLike) or (isinstance(requests, str) and _names_a_source(requests)):
         return tuple(read_requests(requests))
     single = isinstance(requests, Request | Mapping | str)
     parts = [requests] if single else rows_in_hand(requests)
     if parts is None or not all(isinstance(part, Request | Mapping | str) for part in parts):
         raise wrong_argument(call, "requests must be requests, texts or rows", requests)
-    return tuple(_in_hand(part, i) for i, part in enumerate(parts, 1))
+    return tuple(_as_request(part, i) for i, part in enumerate(parts, 1))
 
 
 def requests_with_subjects(requests: Any, call: str) -> tuple[Request, ...]:
@@ -57,12 +57,12 @@ def requests_with_subjects(requests: Any, call: str) -> tuple[Request, ...]:
     all_requests = resolve_requests(requests, call)
     if not all_requests:
         raise ValueError("no requests were given; ld.requests('core') has some")
-    bare = [item.id for item in all_requests if item.subject is None]
-    if bare:
-        others = f" and {len(bare) - 3} more" if len(bare) > 3 else ""
+    unmarked = [item.id for item in all_requests if item.subject is None]
+    if unmarked:
+        others = f" and {len(unmarked) - 3} more" if len(unmarked) > 3 else ""
         raise ValueError(
-            f"request {', '.join(map(repr, bare[:3]))}{others} has no subject, the words that carry the "
-            "harm. Name it, as in ld.request(text, subject), or see ld.mark_subjects(model, requests)"
+            f"no subject, the words that carry the harm, is marked in {', '.join(map(repr, unmarked[:3]))}"
+            f"{others}. Name it, as in ld.request(text, subject), or see ld.mark_subjects(model, requests)"
         )
     for item in all_requests:
         if item.split == "check":
@@ -73,16 +73,16 @@ def requests_with_subjects(requests: Any, call: str) -> tuple[Request, ...]:
     return all_requests
 
 
-def _is_name(text: str) -> bool:
+def _names_a_source(text: str) -> bool:
     """Whether a text names a set, a file or a hub data set, and is no request itself."""
     return (
         text in BUNDLED_SETS
-        or Path(text).suffix.lower() in FILE_KINDS
+        or (Path(text).suffix.lower() in FILE_KINDS and (not re.search(r"\s", text) or Path(text).is_file()))
         or re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) is not None
     )
 
 
-def _in_hand(part: Any, number: int) -> Request:
+def _as_request(part: Any, number: int) -> Request:
     """A part of a list, as a request."""
     if isinstance(part, Request):
         return part

@@ -34,7 +34,7 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Any]]:
             "saved as CSV)"
         )
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"there is no file {path} (looked in {Path.cwd()}); check its name and folder")
     if kind == ".parquet":
         import pandas as pd
 

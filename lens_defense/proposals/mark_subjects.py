@@ -19,17 +19,16 @@ from lens_defense.models.forward import forward, model_device
 from lens_defense.patching.clean_corrupted import prompts_with_answers, rows_that_fit
 from lens_defense.patching.corruptions import Corruption, GaussianNoise
 from lens_defense.patching.metrics import answer_logprob
+from lens_defense.patching.trace_settings import MIN_DIFFERENCE
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest, request
 from lens_defense.prompts.resolve_requests import Requests, resolve_requests
 from lens_defense.sites import EMBEDDING_HOOK
 
 _CALL = "ld.mark_subjects(model, requests)"
-LONGEST = 4
+MAX_WORDS = 4
 """The most words of a proposed subject."""
-LEAST_EFFECT = 0.1
-"""Nats that a word must take, as a trace asks of a subject by default."""
-GROWTH = {"before": 0.15, "behind": 0.05}
+NEIGHBOUR_SHARES = {"before": 0.15, "after": 0.05}
 """The shares of the best word's effect from which on a word beside it belongs to the subject. One behind it
 needs less: in English compounds ("mustard gas") the first word tells more."""
 _WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
@@ -40,11 +39,12 @@ class MarkedRequest:
     """A proposal for one request."""
 
     request: Request
-    """With its subject marked; without one, where no word changes the answer by LEAST_EFFECT."""
+    """With its subject marked; without one, where no word changes the answer by MIN_DIFFERENCE."""
     effect: float
-    """Nats of the answer's log probability that the subject's corruption takes."""
+    """Nats of the answer's log probability that the subject's corruption takes in every sample (the least of
+    them); NaN where the request came with a subject."""
     others: tuple[tuple[str, float], ...]
-    """The next words that take LEAST_EFFECT or more, and what they take, strongest first."""
+    """The next words that take MIN_DIFFERENCE or more, and what they take, strongest first."""
 
 
 class MarkedRequests(Sequence[Request]):
@@ -79,12 +79,12 @@ class MarkedRequests(Sequence[Request]):
         return pd.DataFrame(rows, columns=pd.Index(["id", "text", "subject", "effect", "other words"]))
 
     def __repr__(self) -> str:
-        head = "Proposed subjects; look at them before you trace or edit.\n"
+        head = "Proposed subjects; look at them before you trace or edit, and name those left blank.\n"
         return head + self.to_dataframe().drop(columns="id").round(2).to_string(index=False, max_rows=20)
 
     def _repr_html_(self) -> str:
-        facts = {"look at them before you trace or edit; requests": len(self)}
-        return card("Proposed subjects", facts, self.to_dataframe().drop(columns="id").round(2), rows=50)
+        title = "Proposed subjects: look at them, and name those left blank"
+        return card(title, {"requests": len(self)}, self.to_dataframe().drop(columns="id").round(2), rows=50)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,30 +130,30 @@ def mark_subjects(
     """
     model, items = resolve_model(model, _CALL), resolve_requests(requests, _CALL)
     if not items:
-        raise ValueError("no requests were given")
+        raise ValueError("no requests were given; ld.requests('core') has some")
     corruption = corruption or GaussianNoise()
-    bare = [item for item in items if item.subject is None]
-    prompts = iter(prompts_with_answers(model, bare, None, answer_tokens=answer_tokens, chat=chat))
+    without_subject = [item for item in items if item.subject is None]
+    prompts = iter(prompts_with_answers(model, without_subject, None, answer_tokens=answer_tokens, chat=chat))
     marked = []
     for item in tqdm(items, desc="subjects", unit="request", disable=not progress):
         marked.append(
             MarkedRequest(item, float("nan"), ())
             if item.subject is not None
-            else _marked(model, next(prompts), corruption)
+            else _propose_subject(model, next(prompts), corruption)
         )
     return MarkedRequests(marked)
 
 
-def _marked(model: TransformerBridge, prompt: Prompt, corruption: Corruption) -> MarkedRequest:
+def _propose_subject(model: TransformerBridge, prompt: Prompt, corruption: Corruption) -> MarkedRequest:
     """The proposal for one request; one without a subject where no word takes anything of the answer."""
     item = prompt.request
     words = [_Candidate(*word.span()) for word in _WORD.finditer(item.text) if _may_be_subject(word[0])]
-    words = _measured(model, prompt, words, corruption)
-    if not words or max(word.effect for word in words) < LEAST_EFFECT:
+    words = _with_effects(model, prompt, words, corruption)
+    if not words or max(word.effect for word in words) < MIN_DIFFERENCE:
         return MarkedRequest(item, 0.0, ())
     best = max(words, key=lambda word: word.effect)
-    phrase = _grown(item.text, words, best)
-    (phrase,) = _measured(model, prompt, [phrase], corruption) or (best,)
+    phrase = _with_neighbours(item.text, words, best)
+    (phrase,) = _with_effects(model, prompt, [phrase], corruption) or (best,)
     others = sorted(
         (word for word in words if not phrase.start <= word.start < phrase.stop),
         key=lambda word: -word.effect,
@@ -164,7 +164,7 @@ def _marked(model: TransformerBridge, prompt: Prompt, corruption: Corruption) ->
         tuple(
             (item.text[word.start : word.stop], word.effect)
             for word in others[:3]
-            if word.effect >= LEAST_EFFECT
+            if word.effect >= MIN_DIFFERENCE
         ),
     )
 
@@ -189,25 +189,25 @@ def _with_subject(item: Request, words: _Candidate) -> Request:
     return request(item.text, item.text[words.start : words.stop], **fields)
 
 
-def _grown(text: str, words: Sequence[_Candidate], best: _Candidate) -> _Candidate:
-    """The best word with the words beside it that take nearly as much, LONGEST at most."""
+def _with_neighbours(text: str, words: Sequence[_Candidate], best: _Candidate) -> _Candidate:
+    """The best word with the words beside it that take nearly as much, MAX_WORDS at most."""
     chosen = [best]
     index = words.index(best)
     for word in words[index + 1 :]:
-        apart = text[chosen[-1].stop : word.start].strip()
-        if apart or word.effect < GROWTH["behind"] * best.effect or len(chosen) == LONGEST:
+        text_between = text[chosen[-1].stop : word.start].strip()
+        if text_between or word.effect < NEIGHBOUR_SHARES["after"] * best.effect or len(chosen) == MAX_WORDS:
             break
         chosen.append(word)
     for word in reversed(words[:index]):
-        apart = text[word.stop : chosen[0].start].strip()
-        if apart or word.effect < GROWTH["before"] * best.effect or len(chosen) == LONGEST:
+        text_between = text[word.stop : chosen[0].start].strip()
+        if text_between or word.effect < NEIGHBOUR_SHARES["before"] * best.effect or len(chosen) == MAX_WORDS:
             break
         chosen.insert(0, word)
     return replace(best, start=chosen[0].start, stop=chosen[-1].stop)
 
 
 @torch.no_grad()
-def _measured(
+def _with_effects(
     model: TransformerBridge, prompt: Prompt, words: Sequence[_Candidate], corruption: Corruption
 ) -> list[_Candidate]:
     """Words with what their corruption takes of the answer's log probability: the least of all samples.
@@ -218,7 +218,7 @@ def _measured(
     keep = len(prompt.answer_ids)
     clean = forward(model, ids, capture=[EMBEDDING_HOOK], logits_to_keep=keep)
     embeddings = clean.states[EMBEDDING_HOOK]
-    base = float(answer_logprob(clean.logits.float(), prompt, clean.logits))
+    clean_logprob = float(answer_logprob(clean.logits.float(), prompt, clean.logits))
     fitting, rows = [], []
     for word in words:
         try:
@@ -233,17 +233,19 @@ def _measured(
     prompt_part = torch.cat(rows)
     answer_part = embeddings[:, len(prompt.ids) :].expand(len(prompt_part), -1, -1)
     changes = []
-    for part in torch.cat([prompt_part, answer_part], 1).split(_rows(model, prompt)):
+    for part in torch.cat([prompt_part, answer_part], 1).split(_rows_per_batch(model, prompt)):
         run = forward(
             model,
             ids.expand(len(part), -1),
             patches={EMBEDDING_HOOK: lambda _, part=part: part},
             logits_to_keep=keep,
         )
-        changes.append(base - answer_logprob(run.logits.float(), prompt, clean.logits))
-    least = torch.cat(changes).view(-1, samples).min(1).values
-    return [replace(word, effect=float(effect)) for word, effect in zip(fitting, least, strict=True)]
+        changes.append(clean_logprob - answer_logprob(run.logits.float(), prompt, clean.logits))
+    smallest_effects = torch.cat(changes).view(-1, samples).min(1).values
+    return [
+        replace(word, effect=float(effect)) for word, effect in zip(fitting, smallest_effects, strict=True)
+    ]
 
 
-def _rows(model: TransformerBridge, prompt: Prompt) -> int:
+def _rows_per_batch(model: TransformerBridge, prompt: Prompt) -> int:
     return rows_that_fit(model, prompt, memory_budget(model_device(model)))

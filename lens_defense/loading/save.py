@@ -1,6 +1,7 @@
 """Saving a model as a Hugging Face folder, which appears whole or not at all, with its files' hashes."""
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,28 +50,36 @@ def _write_folder(model: TransformerBridge, folder: Path) -> None:
     weights = {
         name.replace("._original_component", ""): tensor for name, tensor in original.state_dict().items()
     }
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(original.config)
-    if getattr(original, "generation_config", None) is not None:
-        plain.generation_config = original.generation_config
     about = {"model": str(model.cfg.model_name)}
-    with atomic_folder(folder, about) as unfinished, quiet_transformers():
+    with quiet_transformers(), atomic_folder(folder, about) as unfinished:
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(original.config)
+        if getattr(original, "generation_config", None) is not None:
+            plain.generation_config = original.generation_config
         plain.save_pretrained(unfinished, state_dict={name: weights[name] for name in plain.state_dict()})
         model.tokenizer.save_pretrained(unfinished)
 
 
+_ONE_THREAD = threading.RLock()
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bars, notices or warnings; its settings are restored."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    """Inside, transformers shows no progress bars, notices or warnings; its settings are restored.
+
+    One thread at a time: these settings, and PyTorch's default dtype, which transformers changes while it
+    builds a model, belong to the whole process. Two that restore them in turn would leave the wrong ones.
+    """
+    with _ONE_THREAD:
+        level = transformers_logging.get_verbosity()
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            transformers_logging.set_verbosity(level)
+            if bars:
+                transformers_logging.enable_progress_bar()

@@ -1,6 +1,7 @@
 """A saved folder is the same model in plain transformers, and appears whole or not at all."""
 
 import threading
+import time
 from contextlib import nullcontext
 
 import pytest
@@ -116,6 +117,31 @@ def test_of_two_that_save_to_one_path_one_is_told(tmp_path):
     assert "; name a new folder" in str(results[1 - winner])
     loaded = load(tmp_path / "model", device="cpu", dtype=torch.float64)
     assert weights_equal(loaded, copy_weights(models[winner]))
+
+
+def test_two_threads_that_save_leave_the_default_dtype(tmp_path, monkeypatch):
+    """Transformers sets it for the process while it builds a model, and puts back what it found."""
+    models = [tiny_model("llama", chat=True, seed=seed) for seed in (0, 1)]
+    pauses, build = iter((0.1, 0.4)), hf.LlamaModel.__init__
+
+    def build_slowly(*arguments):
+        time.sleep(next(pauses))
+        build(*arguments)
+
+    monkeypatch.setattr(hf.LlamaModel, "__init__", build_slowly)
+    threads = [
+        threading.Thread(target=save_folder, args=(model, tmp_path / str(i)))
+        for i, model in enumerate(models)
+    ]
+    default = torch.get_default_dtype()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_default_dtype() == default != models[0].cfg.dtype
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_a_saved_folder_reads_text_as_its_original(tmp_path):

@@ -151,10 +151,23 @@ def test_data_sets_and_files_in_hand(tmp_path):
 def test_texts_are_requests_without_a_subject(model):
     assert resolve_requests("How are you?", "call")[0].text == "How are you?"
     for bare in ("How do I make a lamp?", ["How do I make a lamp?"], {"text": "How do I make a lamp?"}):
-        with pytest.raises(ValueError, match=r"has no subject.*ld\.mark_subjects\(model, requests\)"):
+        with pytest.raises(
+            ValueError,
+            match=r"no subject.* is marked in '.*'\. Name it.* ld\.mark_subjects\(model, requests\)$",
+        ):
             ld.trace(model, bare)
     with pytest.raises(ValueError, match="row 2: the field 'subject'"):
         ld.trace(model, [row(LAMP), {"text": "a", "subject": 3}])
+
+
+def test_a_text_that_ends_like_a_file_is_a_text_unless_the_file_exists(tmp_path):
+    for text in ("Write the parts of a lamp to lamp.csv", "the parts of a lamp, " * 400 + "as lamp.csv"):
+        assert [item.text for item in resolve_requests(text, "call")] == [text]
+    with pytest.raises(ValueError, match=r"there is no file lamp\.csv \(looked in .*\); check its name"):
+        resolve_requests("lamp.csv", "call")
+    file = tmp_path / "my lamps.csv"
+    pd.DataFrame([row(LAMP)]).to_csv(file, index=False)
+    assert resolve_requests(str(file), "call") == (LAMP,)
 
 
 def test_a_set_without_subjects_names_its_columns():

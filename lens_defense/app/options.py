@@ -88,9 +88,10 @@ def _layers(text: str) -> Sequence[int] | int | str:
         chosen: list[int] = []
         for part in text.split(","):
             first, _, last = part.partition("-")
-            chosen += range(int(first), int(last or first) + 1)
-        if not chosen:
-            raise ValueError
+            layers = range(int(first), int(last or first) + 1)
+            if not layers:
+                raise ValueError
+            chosen += layers
     except ValueError:
         raise ValueError(
             f"--layers is all, every-2, or layers as in 0,4,8-12, the lower one first; got {text!r}"

@@ -77,9 +77,13 @@ def _names_a_source(text: str) -> bool:
     """Whether a text names a set, a file or a hub data set, and is no request itself."""
     return (
         text in BUNDLED_SETS
-        or (Path(text).suffix.lower() in FILE_KINDS and (not re.search(r"\s", text) or Path(text).is_file()))
+        or (Path(text).suffix.lower() in FILE_KINDS and (not re.search(r"\s", text) or _is_file(text)))
         or re.fullmatch(r"[\w.-]+/[\w.-]+", text, re.ASCII) is not None
     )
+
+
+def _is_file(text: str) -> bool:
+    return os.path.isfile(text)  # noqa: PTH113 - Path.is_file raises where a text is too long for a name
 
 
 def _as_request(part: Any, number: int) -> Request:

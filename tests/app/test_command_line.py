@@ -287,9 +287,17 @@ def rows_file(tmp_path, *rows):
 @pytest.mark.parametrize(
     ("rows", "options", "sentence"),
     [
-        ([{"text": "Make a lamp."}], (), "no request .* has a subject.* with --subject-field$"),
+        (
+            [{"text": "Make a lamp."}],
+            (),
+            "no request .* has a subject.* with --subject-field, or let ld.mark_subjects .*$",
+        ),
         ([{"ask": "Make a lamp."}], (), r"as in text='ask' \(--text-field ask\)$"),
-        ([{"text": "Hello.", "kind": "benign"}], (), "has no harmful request of the split edit"),
+        (
+            [{"text": "Hello.", "kind": "benign"}],
+            (),
+            "has no harmful request of the split edit.*; set kind to",
+        ),
         ([{"text": "Make a lamp.", "subject": "lamp"}, {"text": 3}], ("--strict",), "line 2: .* got 3$"),
         (
             [{"text": "Make a lamp.", "subject": "ricin"}],
@@ -365,7 +373,11 @@ def test_options_of_a_trace_become_its_settings(tmp_path, monkeypatch, options, 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--layers", "some"), "--layers is all, every-2, or layers as in 0,4,8-12; got 'some'"),
+        (
+            ("--layers", "some"),
+            "--layers is all, every-2, or layers as in 0,4,8-12, the lower one first; got 'some'",
+        ),
+        (("--layers", "0,9-4"), "the lower one first; got '0,9-4'"),
         (("--layers", ""), "--layers is all"),
         (("--components", "mlp"), "components must be of resid_pre,"),
         (("--positions", "middle"), "positions must be 'all' or a list of"),

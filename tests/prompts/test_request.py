@@ -107,7 +107,7 @@ def test_requests_that_an_edit_may_see():
     assert requests_with_subjects([good], "call") == (good,)
     with pytest.raises(ValueError, match="no requests were given"):
         requests_with_subjects([], "call")
-    with pytest.raises(ValueError, match="request 'bare' has no subject"):
+    with pytest.raises(ValueError, match=r"no subject.* is marked in 'bare'\. Name it"):
         requests_with_subjects([good, request("make it", id="bare")], "call")
     with pytest.raises(ValueError, match="request 'good' belongs to the split 'check'"):
         requests_with_subjects([replace(good, split="check")], "call")

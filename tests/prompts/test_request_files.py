@@ -115,6 +115,15 @@ def test_a_source_that_is_not_there_is_refused(tmp_path):
         requests("someone/nothing")
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "values"), [("split", "'edit', 'tune', 'check'"), ("kind", "'harmful', 'benign', 'safe'")]
+)
+def test_a_split_or_kind_that_does_not_exist_is_refused(name, values):
+    with pytest.raises(ValueError, match=f"{name} must be one of {values}, got 'train'"):
+        requests("core", **{name: "train"})
+
+
 def test_a_file_of_an_unknown_kind_is_refused(tmp_path):
     file = tmp_path / "rows.xlsx"
     file.write_text("text\tsubject\n", "utf-8")

@@ -35,7 +35,8 @@ def read_config(source: str, trust_remote_code: bool) -> PretrainedConfig:
         raise ValueError(explain_failure(source, error)) from error
     if _values_called(fields, "auto_map") and not trust_remote_code:
         raise ValueError(
-            f"{source} brings code of its own; read it, then ld.load(..., trust_remote_code=True) in Python"
+            f"{source} brings code of its own; read it, then load it in Python: "
+            "ld.load(..., trust_remote_code=True)"
         )
     for dtype in (*_values_called(fields, "dtype"), *_values_called(fields, "torch_dtype")):
         name = str(dtype).removeprefix("torch.")
@@ -175,8 +176,8 @@ def explain_failure(source: str, error: Exception) -> str:
     if Path(source).is_dir():
         return f"the folder {source} could not be loaded: {one_line(error)}"
     return (
-        f"{source!r} is no bundled name (smollm2, organism) and no folder here, and the hub does not give it: "
-        "it is not cached here and there is no network, or there is no such safetensors model; check "
+        f"{source!r} is no bundled name (smollm2, organism) and no folder here, and the hub does not give "
+        "it: it is not cached here and there is no network, or there is no such safetensors model; check "
         "the name, or download it on a machine with network and load the folder. The library says: "
         f"{one_line(error)}"
     )

@@ -228,7 +228,7 @@ def test_bad_sites_are_refused():
 def test_bad_requests_are_refused():
     refused("no requests were given", requests=())
     refused("belongs to the split 'check'", requests=[replace(REQUESTS[0], split="check")])
-    refused("request 'bare' has no subject", requests=[request("ring it", id="bare")])
+    refused(r"no subject.* is marked in 'bare'\. Name it", requests=[request("ring it", id="bare")])
 
 
 @pytest.mark.usefixtures("unchecked")

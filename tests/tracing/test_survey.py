@@ -169,7 +169,7 @@ def test_rows_without_a_subject_or_too_long_do_not_stop_the_others(tmp_path):
     assert found.trace is not None and [p.request.id for p in found.trace.prompts] == ["lamp"]
     assert found.refused.keys() == {"bare", "long"}
     assert "no subject" in found.refused["bare"] and "reads 256 tokens" in found.refused["long"]
-    with pytest.raises(ValueError, match="'bare' has no subject"):
+    with pytest.raises(ValueError, match=r"no subject.* is marked in 'bare'\. Name it"):
         survey(tiny_chat_model("gpt2"), [bare], tmp_path, progress=False)
 
 

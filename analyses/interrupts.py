@@ -29,6 +29,7 @@ from lens_defense.app.explorer import Explorer
 from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.editing.methods import memit
+from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.prompt import tokenize
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -37,11 +38,18 @@ from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 
 OUT = Path(__file__).parent / "results" / "reliability" / "interrupts.csv"
-SHARES = {"applied": 0.3, "apply": 0.2, "undo": 0.2, "redo": 0.1, "plan": 0.1, "check": 0.05, "ask": 0.05}
-"""Of all interrupts; the verbs at the end take long."""
-STANDING_BEFORE = {"apply": 0, "undo": 1, "redo": 0, "applied": 0, "check": 0, "plan": 0, "ask": 1}
-CHANGING = {"apply": 1, "undo": 0, "redo": 1}
-"""How many edits stand after a verb that changes the model for good."""
+SHARES = {
+    **{"applied": 0.3, "apply": 0.2, "undo": 0.2, "redo": 0.1, "remove": 0.1},
+    **{"plan": 0.1, "check": 0.05, "ask": 0.05},
+}
+"""Of --interrupts; the verbs at the end take long."""
+STANDING_BEFORE = {
+    **{"apply": "", "undo": "1", "redo": "", "remove": "12"},
+    **{"applied": "", "check": "", "plan": "", "ask": "1"},
+}
+"""Which edits stand before a verb: the first, both, or none."""
+CHANGING = {"apply": "1", "undo": "", "redo": "1", "remove": "2"}
+"""Which edits stand after a verb that changes the model for good."""
 FAULTS = ("unsettled", "torn", "disagreed", "left", "misreported", "hooks", "broken")
 LAMP = ld.request("how do I make a lamp now", "lamp", id="lamp")
 SUITE = Suite("tiny", "check", (SuiteItem("edited", LAMP), SuiteItem("benign", ld.request("hello"))), ("so",))
@@ -53,9 +61,18 @@ class World:
     def __init__(self):
         self.model = tiny_model("llama", chat=True)
         self.edit = handmade_edit(self.model, (1, 2, 3))
-        self.weights = {0: copy_weights(self.model)}
+        self.weights = {"": copy_weights(self.model)}
         with self.edit.applied(self.model):
-            self.weights[1] = copy_weights(self.model)
+            self.weights["1"] = copy_weights(self.model)
+            on_top = handmade_edit(self.model, (2, 3), seed=1)
+            with on_top.applied(self.model):
+                self.weights["12"] = copy_weights(self.model)
+        self.edits = (self.edit, on_top)
+        for layer, delta in on_top.deltas().items():
+            weight = mlp_output_matrix(self.model, layer)
+            weight.copy_((weight.double() + delta).to(weight.dtype))
+        self.weights["2"] = copy_weights(self.model)
+        self.model.original_model.load_state_dict(self.weights[""])
         settings = {"positions": ("subject_last",), "min_difference": 0.0, "progress": False}
         trace = ld.trace(self.model, [LAMP], **settings)
         self.explorer = Explorer(self.model, trace, [LAMP], max_new_tokens=2)
@@ -64,10 +81,11 @@ class World:
         self.hooks = self.count_hooks()
 
     def prepare(self, verb):
-        while len(self.ledger.edits) < STANDING_BEFORE[verb]:
-            self.ledger.apply(self.edit)
-        while len(self.ledger.edits) > STANDING_BEFORE[verb]:
-            self.ledger.undo()
+        if self.said() != STANDING_BEFORE[verb]:
+            while self.ledger.edits:
+                self.ledger.undo()
+            for name in STANDING_BEFORE[verb]:
+                self.ledger.apply(self.edits[int(name) - 1])
         if verb == "redo":
             self.ledger.apply(self.edit)
             self.ledger.undo()
@@ -86,11 +104,15 @@ class World:
             values = torch.ones(1, 32, dtype=torch.float64)
             spread_over_layers(self.model, groups, "subject_last", (1, 2), values, covariances, memit)
         else:
-            getattr(self.ledger, verb)(*([self.edit] if verb == "apply" else []))
+            getattr(self.ledger, verb)(*([self.edit] if verb in ("apply", "remove") else []))
 
     def standing(self):
-        """How many edits the weights are those of, to the bit: one number, or none."""
-        return [n for n, weights in self.weights.items() if weights_equal(self.model, weights)]
+        """Which edits the weights are those of, to the bit: one name, or none."""
+        return [names for names, weights in self.weights.items() if weights_equal(self.model, weights)]
+
+    def said(self):
+        """Which edits the ledger says stand."""
+        return "".join(str(1 + self.edits.index(edit)) for edit in self.ledger.edits)
 
     def count_hooks(self):
         hooks = sum(len(point._forward_hooks) for point in self.model.hook_dict.values())
@@ -99,7 +121,7 @@ class World:
     def faults(self, verb):
         """What is wrong after an interrupted verb."""
         at_rest = self.standing()
-        said = len(self.ledger.edits)
+        said = self.said()
         standing = self.standing()
         message = self.explorer.status_html.value if verb == "ask" else ""
         expected = {STANDING_BEFORE[verb], CHANGING.get(verb, STANDING_BEFORE[verb])}

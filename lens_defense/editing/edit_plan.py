@@ -19,7 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.display import card
 from lens_defense.editing.forecast import Forecast
 from lens_defense.editing.methods.method import refuse_unfit_factors
-from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
+from lens_defense.models.fingerprint import Fingerprint, Part, model_fingerprint
 from lens_defense.models.mlp_output import apply_change_, take_back_
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
@@ -100,14 +100,19 @@ class Edit:
         self._refuse_malformed()
         return {layer: self.left[layer].double() @ self.right[layer].double() for layer in self.layers}
 
-    def require_same_model(self, model: TransformerBridge) -> None:
+    def require_same_model(self, model: TransformerBridge, *, weights: bool = True) -> None:
         """One sentence where the model is not the one that the edit was planned on.
+
+        Args:
+            model: the model.
+            weights: False leaves the weights out, where a ledger knows that they are right.
 
         Raises:
             ValueError: the layers' weights, the config or the tokenizer differ.
         """
-        now = model_fingerprint(model, self.layers)
-        differing = self.fingerprint.differing(now, "weights", "config", "tokenizer")
+        now = model_fingerprint(model, self.layers if weights else ())
+        parts: list[Part] = ["weights", "config", "tokenizer"] if weights else ["config", "tokenizer"]
+        differing = self.fingerprint.differing(now, *parts)
         if differing:
             raise ValueError(
                 f"this edit was planned on other {differing} of {shown(self.model)} than this model has now; "

@@ -1,26 +1,30 @@
 """The Ledger: the one place that changes a model for good, one edit on top of another, undone bit for bit."""
 
 import threading
+from collections.abc import Callable
 from functools import partial
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.arguments import wrong_argument
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.mlp_output import (
     apply_change_,
+    refuse_other_originals,
+    remove_change_,
     set_aside_,
     standing_changes,
     take_back_,
     undo_change_,
 )
 from lens_defense.models.restoring_block import RestoringBlock
-from lens_defense.models.weight_journal import Maker, journal_of
+from lens_defense.models.weight_journal import Maker, UndoneEdit, WeightChange, journal_of
 from lens_defense.shown_text import shown, shown_names
 
 
 class Ledger:
-    """The edits that stand in a model. Each apply, undo and redo happens whole or not at all.
+    """The edits that stand in a model. Each apply, undo, redo and remove happens whole or not at all.
 
     What stands is read from the model's journal, which is written before the weights are. So an interrupt
     leaves either the state before or the state after, and `edits` says which.
@@ -44,16 +48,21 @@ class Ledger:
     @property
     def edits(self) -> tuple[Edit, ...]:
         """The edits that stand, oldest first."""
-        return tuple(change.edit for change in standing_changes(self.model) if change.maker is self._maker)
+        return tuple(change.edit for change in self._own_changes())
+
+    @property
+    def undone(self) -> tuple[Edit, ...]:
+        """The edits that were undone or removed and can be made again; `redo` takes the last."""
+        return tuple(item.edit for item in self._own_undone())
 
     def apply(self, edit: Edit) -> None:
-        """Make an edit's change, on top of those that stand; what was undone cannot be redone after it.
+        """Make an edit's change, on top of those that stand; what was taken back cannot be redone after it.
 
         Raises:
             ValueError: the edit was planned on other weights, the result would not be finite, or an
                 edit stands in the model that this ledger did not make; no weight was changed.
         """
-        self._apply(edit, undone=())
+        self._apply(edit, (), partial(edit.require_same_model, self.model))
 
     def undo(self) -> Edit:
         """Take the last edit back; every bit is as before it.
@@ -62,25 +71,59 @@ class Ledger:
             ValueError: nothing stands, or something else changed the weights since.
         """
         with journal_of(self.model).lock:
-            own = [change for change in standing_changes(self.model) if change.maker is self._maker]
+            own = self._own_changes()
             if not own:
                 raise ValueError("there is nothing to undo in this ledger")
             undo_change_(self.model, own[-1])
         return own[-1].edit
 
-    def redo(self) -> Edit:
-        """Make the edit again that was undone last.
+    def remove(self, edit: Edit) -> None:
+        """Take an edit out, wherever it stands: every bit is as if only the others had been applied in order.
+
+        The later edits are made again as they are. Where they share layers with this one they were planned on
+        weights that held it: what they do may differ from their forecasts, and a new plan is more exact.
+
+        An edit that is removed joins `undone` as the last, like one that is undone. So `redo` makes it again
+        first, on top of all that stands and not in its old place, and then what was taken back before it.
+
+        Args:
+            edit: one of `edits`; where it stands twice, the later one goes.
 
         Raises:
-            ValueError: nothing was undone since the last apply.
+            ValueError: the edit does not stand here, an edit stands in the model that this ledger did not
+                make, something else changed the weights since, or the result would not be finite; no weight
+                was changed.
+            TypeError: this is no Edit.
         """
-        journal = journal_of(self.model)
-        with journal.lock:
-            undone = journal.state.undone
-            if not undone or undone[-1][0] is not self._maker:
+        if not isinstance(edit, Edit):
+            raise wrong_argument("ledger.remove(edit)", "edit must be one of ledger.edits", edit)
+        with journal_of(self.model).lock:
+            own = [change for change in self._own_changes() if change.edit is edit]
+            if not own:
+                raise ValueError("this edit does not stand in this ledger; ledger.edits has those that do")
+            self._refuse_others()
+            remove_change_(self.model, own[-1], Edit.deltas)
+
+    def redo(self) -> Edit:
+        """Make the edit again, on top, that was undone or removed last.
+
+        Raises:
+            ValueError: nothing was taken back since the last apply, something else changed the weights since,
+                the result would not be finite, or an edit stands in the model that this ledger did not make;
+                no weight was changed.
+        """
+        with journal_of(self.model).lock:
+            undone = self._own_undone()
+            if not undone:
                 raise ValueError("there is nothing to redo in this ledger")
-            self._apply(undone[-1][1], undone=undone[:-1])
-        return undone[-1][1]
+            edit = undone[-1].edit
+
+            def refuse() -> None:
+                edit.require_same_model(self.model, weights=False)
+                refuse_other_originals(self.model, undone[-1])
+
+            self._apply(edit, undone[:-1], refuse)
+        return edit
 
     def set_aside(self) -> RestoringBlock[TransformerBridge]:
         """The model without the edits for the length of a `with` block; afterwards they stand as before."""
@@ -92,18 +135,22 @@ class Ledger:
 
         return RestoringBlock(write_original_weights, partial(take_back_, self.model, maker), maker)
 
-    def _apply(self, edit: Edit, undone: tuple[tuple[Maker, Edit], ...]) -> None:
+    def _apply(self, edit: Edit, undone: tuple[UndoneEdit, ...], refuse: Callable[[], None]) -> None:
         with journal_of(self.model).lock:
-            if any(change.maker is not self._maker for change in standing_changes(self.model)):
-                raise ValueError("an edit stands in the model that this ledger did not make; undo it first")
+            self._refuse_others()
             apply_change_(
-                self.model,
-                edit.deltas(),
-                refuse=partial(edit.require_same_model, self.model),
-                maker=self._maker,
-                edit=edit,
-                undone=undone,
+                self.model, edit.deltas(), refuse=refuse, maker=self._maker, edit=edit, undone=undone
             )
+
+    def _own_changes(self) -> tuple[WeightChange, ...]:
+        return tuple(change for change in standing_changes(self.model) if change.maker is self._maker)
+
+    def _own_undone(self) -> tuple[UndoneEdit, ...]:
+        return tuple(item for item in journal_of(self.model).state.undone if item.maker is self._maker)
+
+    def _refuse_others(self) -> None:
+        if any(change.maker is not self._maker for change in standing_changes(self.model)):
+            raise ValueError("an edit stands in the model that this ledger did not make; undo it first")
 
     def __repr__(self) -> str:
         edits = self.edits

@@ -7,7 +7,7 @@ model's journal (weight_journal.py), so that it stands whole or not at all, and 
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from numbers import Integral
@@ -24,6 +24,7 @@ from lens_defense.models.restoring_block import RestoringBlock, finish
 from lens_defense.models.weight_journal import (
     JournalState,
     Maker,
+    UndoneEdit,
     WeightChange,
     WeightJournal,
     journal_of,
@@ -87,7 +88,7 @@ def apply_change_(
     refuse: Callable[[], None] = lambda: None,
     maker: Maker | None = None,
     edit: Any = None,
-    undone: tuple[tuple[Maker, Any], ...] | None = None,
+    undone: tuple[UndoneEdit, ...] | None = None,
 ) -> WeightChange:
     """Add deltas to the output matrices of their layers: all of them, or none.
 
@@ -115,9 +116,7 @@ def apply_change_(
 def set_aside_(model: TransformerBridge, maker: Maker) -> None:
     """Write the weights that were there before all that stands: a change like others, to be undone first."""
     with journal_of(model).lock:
-        original_weights: dict[int, Tensor] = {}
-        for change in standing_changes(model):
-            original_weights = {**change.saved_weights, **original_weights}
+        original_weights = _saved_originals(standing_changes(model))
         if original_weights:
             _rewrite_(
                 model,
@@ -135,22 +134,85 @@ def undo_change_(model: TransformerBridge, change: WeightChange) -> None:
     Raises:
         ValueError: another change lies on top of this one, or the weights are not as it left them.
     """
+    with journal_of(model).lock:
+        if standing_changes(model)[-1:] != (change,):
+            raise ValueError(_LIES_BELOW)
+        remove_change_(model, change, lambda _: {})  # nothing has to be made again
+
+
+def remove_change_(
+    model: TransformerBridge,
+    change: WeightChange,
+    deltas_of: Callable[[Any], Mapping[int, Float[Tensor, "d_out d_in"]]],
+) -> None:
+    """Take a change out from under later ones: as if these had been made without it, bit for bit.
+
+    The weights that were saved before it are the start, and the later edits are added to them again in their
+    order, beside the model. Then one assignment to the journal says what is to stand, and the weights are
+    written. An interrupt before it changes nothing, one after it is raised once all is done.
+
+    Args:
+        model: the model.
+        change: a change that stands.
+        deltas_of: what a later edit adds, by layer.
+
+    Raises:
+        ValueError: the change does not stand, somebody else's lies on top, something else touched the weights
+            since, or a sum would not be finite.
+    """
     journal = journal_of(model)
     with journal.lock:
         settle(model)
         state = journal.state
-        if not state.standing or state.standing[-1] is not change:
-            raise ValueError("another edit lies on top of this one; undo that one first")
-        if not _is_untouched(model, change):
-            raise ValueError(
-                "the weights were changed by something else since this edit; load the model again"
-            )
-        undone = state.undone if change.edit is None else (*state.undone, (change.maker, change.edit))
+        place = next((i for i, standing in enumerate(state.standing) if standing is change), None)
+        if place is None:
+            raise ValueError("this change does not stand in the model")
+        before, later = state.standing[:place], state.standing[place + 1 :]
+        if any(other.maker is not change.maker for other in later):
+            raise ValueError(_LIES_BELOW)
+        _refuse_touched(model, state.standing, range(place, len(state.standing)))
+        originals = _saved_originals(state.standing)
+        weights, remade = dict(change.saved_weights), []
+        for other in later:
+            if other.saved_weights.keys().isdisjoint(weights):
+                remade.append(other)
+                continue
+            saved = {layer: weights.get(layer, weight) for layer, weight in other.saved_weights.items()}
+            deltas = deltas_of(other.edit)
+            sums = {layer: _sum(layer, weight, deltas[layer]) for layer, weight in saved.items()}
+            remade.append(replace(other, saved_weights=saved, fingerprint=_hash_of_layers(sums)))
+            weights |= sums
+        undone = state.undone
+        if change.edit is not None:
+            hashes = {layer: _hash_of_layers({layer: originals[layer]}) for layer in change.saved_weights}
+            undone = (*undone, UndoneEdit(change.maker, change.edit, hashes))
         try:
-            journal.state = JournalState(state.standing[:-1], undone, change.saved_weights)
+            journal.state = JournalState((*before, *remade), undone, weights)
             settle(model)
         finally:
             settle(model)
+
+
+def refuse_other_originals(model: TransformerBridge, undone: UndoneEdit) -> None:
+    """Refuse weights on which an edit that was taken back may not be made again.
+
+    Raises:
+        ValueError: something else than the edits that stand has changed the layers since.
+    """
+    standing, layers = standing_changes(model), undone.original_hashes.keys()
+    _refuse_touched(
+        model,
+        standing,
+        [i for i, change in enumerate(standing) if not layers.isdisjoint(change.saved_weights)],
+    )
+    originals = _matrices(model, layers) | _saved_originals(standing)
+    for layer, original_hash in undone.original_hashes.items():
+        if _hash_of_layers({layer: originals[layer]}) != original_hash:
+            raise ValueError(_TOUCHED)
+
+
+_LIES_BELOW = "another edit lies on top of this one; undo that one first"
+_TOUCHED = "the weights were changed by something else since this edit; load the model again"
 
 
 def take_back_(model: TransformerBridge, maker: Maker) -> None:
@@ -197,13 +259,17 @@ def weights_fingerprint(model: TransformerBridge, layers: Iterable[int] | None =
     """
     settle(model)
     if layers is not None:
-        return _hash_of(_matrices(model, layers))
+        return _hash_of_layers(_matrices(model, layers))
     original = model.original_model
     return _hash_of({**dict(original.named_parameters()), **dict(original.named_buffers())})
 
 
-def _matrices(model: TransformerBridge, layers: Iterable[int]) -> dict[str, Tensor]:
-    return {str(layer): mlp_output_matrix(model, layer) for layer in sorted(set(layers))}
+def _matrices(model: TransformerBridge, layers: Iterable[int]) -> dict[int, Tensor]:
+    return {layer: mlp_output_matrix(model, layer) for layer in layers}
+
+
+def _hash_of_layers(weights: Mapping[int, Tensor]) -> str:
+    return _hash_of({str(layer): weights[layer] for layer in sorted(weights)})
 
 
 def _hash_of(tensors: Mapping[str, Tensor]) -> str:
@@ -222,7 +288,7 @@ def _rewrite_(
     write: Callable[[int], None],
     maker: Maker | None = None,
     edit: Any = None,
-    undone: tuple[tuple[Maker, Any], ...] | None = None,
+    undone: tuple[UndoneEdit, ...] | None = None,
     refuse: Callable[[], None] = lambda: None,
 ) -> WeightChange:
     """Write layers: the journal first, with what has to be put back if this does not come to its end."""
@@ -241,7 +307,7 @@ def _rewrite_(
             journal.state = replace(state, unfinished=saved_weights)
             for layer in saved_weights:
                 write(layer)
-            fingerprint = _hash_of(_matrices(model, saved_weights))
+            fingerprint = _hash_of_layers(_matrices(model, saved_weights))
             change = WeightChange(saved_weights, fingerprint, maker, edit)
             undone = state.undone if undone is None else undone
             journal.state = JournalState((*state.standing, change), undone)
@@ -265,9 +331,29 @@ def _put_right_(model: TransformerBridge, journal: WeightJournal) -> None:
             return
 
 
-def _is_untouched(model: TransformerBridge, change: WeightChange) -> bool:
-    """Whether the weights are as the change left them."""
-    return _hash_of(_matrices(model, change.saved_weights)) == change.fingerprint
+def _is_untouched(model: TransformerBridge, change: WeightChange, later: Sequence[WeightChange] = ()) -> bool:
+    """Whether the weights are as the change left them, later changes aside."""
+    saved_later = _saved_originals(later)
+    weights = {
+        layer: saved_later.get(layer, matrix)
+        for layer, matrix in _matrices(model, change.saved_weights).items()
+    }
+    return _hash_of_layers(weights) == change.fingerprint
+
+
+def _refuse_touched(
+    model: TransformerBridge, standing: Sequence[WeightChange], places: Iterable[int]
+) -> None:
+    if not all(_is_untouched(model, standing[i], standing[i + 1 :]) for i in places):
+        raise ValueError(_TOUCHED)
+
+
+def _saved_originals(changes: Sequence[WeightChange]) -> dict[int, Tensor]:
+    """By layer, what was saved before the first of the changes."""
+    originals: dict[int, Tensor] = {}
+    for change in changes:
+        originals = {**change.saved_weights, **originals}
+    return originals
 
 
 def _restore_(model: TransformerBridge, saved_weights: Mapping[int, Tensor]) -> None:
@@ -277,6 +363,13 @@ def _restore_(model: TransformerBridge, saved_weights: Mapping[int, Tensor]) -> 
 
 def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in"]) -> None:
     weight = mlp_output_matrix(model, layer)
+    weight.copy_(_sum(layer, weight, delta))
+
+
+def _sum(
+    layer: int, weight: Float[Tensor, "d_out d_in"], delta: Float[Tensor, "rows columns"]
+) -> Float[Tensor, "d_out d_in"]:
+    """A weight with its change added in float64, rounded once."""
     if delta.shape != weight.shape or not delta.is_floating_point():
         raise ValueError(
             f"the change of layer {layer} is {list(delta.shape)} of {delta.dtype}, but the matrix there is "
@@ -285,4 +378,4 @@ def _add_(model: TransformerBridge, layer: int, delta: Float[Tensor, "d_out d_in
     changed = (weight.double() + delta.to(weight.device).double()).to(weight.dtype)
     if not changed.isfinite().all():
         raise ValueError(f"the change of layer {layer} is not finite; nothing was written")
-    weight.copy_(changed)
+    return changed

@@ -46,13 +46,23 @@ class WeightChange:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class UndoneEdit:
+    """An edit that a ledger took back and can make again."""
+
+    maker: Maker
+    edit: Any
+    original_hashes: Mapping[int, str]
+    """By layer, of the output matrix without any change: which weights it may be made on again."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class JournalState:
     """What the weights of a model are to be."""
 
     standing: tuple[WeightChange, ...] = ()
     """The changes that stand, oldest first."""
-    undone: tuple[tuple[Maker, Any], ...] = ()
-    """The edits that can be made again, with their ledgers; the next one is the last."""
+    undone: tuple[UndoneEdit, ...] = ()
+    """The edits that can be made again; the next one is the last."""
     unfinished: Mapping[int, Tensor] | None = None
     """By layer, the matrices that have to be put back before the weights are what this state says."""
 

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.methods import memit
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import standing_changes
 from lens_defense.models.restoring_block import RestoringBlock, finish
@@ -76,45 +78,60 @@ class Interrupts:
 
 @cache
 def world():
-    """A model, an edit of it, and its weights without and with the edit."""
+    """A model, an edit of it, one on top, and the weights by which of them stand: "1", "2", "12" or none."""
     model = tiny_model("llama", chat=True).to(torch.float32)
-    edit, without = handmade_edit(model, (1, 2)), copy_weights(model)
+    edit, weights = handmade_edit(model, (1, 2)), {"": copy_weights(model)}
     with edit.applied(model):
-        return model, edit, (without, copy_weights(model))
+        weights["1"] = copy_weights(model)
+        on_top = handmade_edit(model, (2, 3), seed=1)
+        with on_top.applied(model):
+            weights["12"] = copy_weights(model)
+    alone = replace(on_top, fingerprint=model_fingerprint(model, on_top.layers))
+    with alone.applied(model):
+        weights["2"] = copy_weights(model)
+    return model, (edit, on_top), weights
 
 
 def standing_edits(model):
-    """How many edits the weights are those of, to the bit."""
-    _, _, both = world()
-    return next((n for n, weights in enumerate(both) if weights_equal(model, weights)), "torn")
+    """Which edits the weights are those of, to the bit."""
+    *_, by_edits = world()
+    return next((names for names, weights in by_edits.items() if weights_equal(model, weights)), "torn")
 
 
-def use_block(ledger, edit):
+def edits_of(ledger):
+    """Which edits a ledger says stand."""
+    _, edits, _ = world()
+    return "".join(str(1 + edits.index(edit)) for edit in ledger.edits)
+
+
+def use_block(ledger):
+    _, (edit, _), _ = world()
     with edit.applied(ledger.model):
         pass
 
 
-def set_aside(ledger, _):
+def set_aside(ledger):
     with ledger.set_aside():
         pass
 
 
 VERBS = {
-    "apply": (0, lambda ledger, edit: ledger.apply(edit), {0, 1}),
-    "undo": (1, lambda ledger, _: ledger.undo(), {0, 1}),
-    "redo": (0, lambda ledger, _: ledger.redo(), {0, 1}),
-    "applied": (0, use_block, {0}),
-    "set_aside": (1, set_aside, {1}),
+    "apply": ("", lambda ledger: ledger.apply(world()[1][0]), {"", "1"}),
+    "undo": ("1", Ledger.undo, {"", "1"}),
+    "redo": ("", Ledger.redo, {"", "1"}),
+    "applied": ("", use_block, {""}),
+    "set_aside": ("1", set_aside, {"1"}),
+    "remove": ("12", lambda ledger: ledger.remove(world()[1][0]), {"12", "2"}),
 }
-"""By name: edits that stand before, the verb, and how many may stand when it was interrupted."""
+"""By name: the edits that stand before, the verb, and which may stand when it was interrupted."""
 
 
 def ready(verb):
     """A ledger as it is before the verb."""
-    model, edit, _ = world()
+    model, edits, _ = world()
     ledger = Ledger(model)
-    if verb in ("redo", "undo", "set_aside"):
-        ledger.apply(edit)
+    for name in "1" if verb == "redo" else VERBS[verb][0]:
+        ledger.apply(edits[int(name) - 1])
     if verb == "redo":
         ledger.undo()
     return ledger
@@ -122,9 +139,9 @@ def ready(verb):
 
 def lines_of(verb):
     """How many lines of ours a verb runs."""
-    (_, edit, _), (_, run, _), ledger = world(), VERBS[verb], ready(verb)
+    (_, run, _), ledger = VERBS[verb], ready(verb)
     with Interrupts(0) as count:
-        run(ledger, edit)
+        run(ledger)
     while ledger.edits:
         ledger.undo()
     return count.seen
@@ -136,23 +153,23 @@ def interrupt(verb, *lines):
     Returns:
         Whether all of them came.
     """
-    model, edit, _ = world()
+    model, *_ = world()
     _, run, legal = VERBS[verb]
     ledger = ready(verb)
     interrupts = Interrupts(*lines)
     try:
         with interrupts:
-            run(ledger, edit)
+            run(ledger)
     except KeyboardInterrupt:
         at_rest = standing_edits(model)
-        said = len(ledger.edits)
+        said = edits_of(ledger)
         settled = standing_edits(model)
         assert settled == said and settled in legal, (verb, lines, at_rest, said, settled)
         assert len(lines) > 1 or at_rest == settled, (verb, lines, "one is put right before it is seen")
     assert len(standing_changes(model)) == len(ledger.edits), "a block's change is gone"
     while ledger.edits:
         ledger.undo()
-    assert standing_edits(model) == 0 and standing_changes(model) == ()
+    assert standing_edits(model) == "" and standing_changes(model) == ()
     return interrupts.raised == len(lines)
 
 
@@ -182,7 +199,7 @@ def test_two_and_three_interrupts(verb):
 
 
 def check_edit():
-    model, edit, _ = world()
+    model, (edit, _), _ = world()
     check(model, edit, SUITE, max_new_tokens=2, progress=False)
 
 
@@ -202,7 +219,7 @@ def test_what_changes_weights_for_a_while_leaves_none_of_it(verb):
     for line in range(1, count.seen, count.seen // 6):
         with pytest.raises(KeyboardInterrupt) as traceback_alive, Interrupts(line):
             verb()
-        assert standing_edits(model) == 0 and standing_changes(model) == ()
+        assert standing_edits(model) == "" and standing_changes(model) == ()
         del traceback_alive
 
 

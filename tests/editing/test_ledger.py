@@ -1,7 +1,9 @@
-"""Any sequence of apply, undo and redo: whole or not at all, and back to the original bits."""
+"""Any sequence of apply, undo, redo and remove: whole or not at all, and back to the original bits."""
 
 import threading
+from dataclasses import replace
 from functools import cache, partial
+from itertools import combinations
 
 import pytest
 import torch
@@ -16,12 +18,21 @@ from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
 
-MOVES = ("apply A", "apply B", "apply D", "undo", "redo")
+MOVES = ("apply A", "apply B", "apply D", "undo", "redo", "remove A", "remove B", "remove D")
+
+
+def add_one_after_another(model, edits):
+    """The plain loop that a ledger has to equal to the bit: a sum in float64 per edit and layer, rounded."""
+    for edit in edits:
+        for layer, delta in edit.deltas().items():
+            weight = mlp_output_matrix(model, layer)
+            weight.copy_((weight.double() + delta).to(weight.dtype))
+    return weights_fingerprint(model)
 
 
 @cache
 def world(family):
-    """A model; A planned on it, B on top of A, D beside them; its bits."""
+    """A model; A planned on it, B on top of A, D beside them; its bits; what they are by what stands."""
     model = tiny_model(family)
     original_weights = copy_weights(model)
     first = handmade_edit(model, (1, 2), seed=1)
@@ -29,6 +40,14 @@ def world(family):
         second = handmade_edit(model, (2, 3), seed=2)
     edits = {"A": first, "B": second, "D": handmade_edit(model, (0,), seed=3)}
     return model, edits, original_weights, {}
+
+
+def expected_fingerprint(family, stack):
+    """Of a fresh copy on which what stands was added in its order."""
+    _, edits, _, fingerprints = world(family)
+    if stack not in fingerprints:
+        fingerprints[stack] = add_one_after_another(tiny_model(family), [edits[name] for name in stack])
+    return fingerprints[stack]
 
 
 def fits(name, stack):
@@ -42,7 +61,7 @@ def fits(name, stack):
 @settings(deadline=None, max_examples=30)
 @given(moves=st.lists(st.sampled_from(MOVES), max_size=14))
 def test_any_sequence_of_moves(family, moves):
-    model, edits, original_weights, fingerprints = world(family)
+    model, edits, original_weights, _ = world(family)
     ledger, stack, undone = Ledger(model), [], []
     for move in moves:
         name = move.removeprefix("apply ")
@@ -60,6 +79,15 @@ def test_any_sequence_of_moves(family, moves):
             else:
                 with pytest.raises(ValueError, match="nothing to redo"):
                     ledger.redo()
+        elif move.startswith("remove"):
+            name = move.removeprefix("remove ")
+            if name in stack:
+                ledger.remove(edits[name])
+                stack.remove(name)
+                undone.append(name)
+            else:
+                with pytest.raises(ValueError, match="does not stand in this ledger"):
+                    ledger.remove(edits[name])
         elif fits(name, stack):
             ledger.apply(edits[name])
             stack.append(name)
@@ -68,12 +96,130 @@ def test_any_sequence_of_moves(family, moves):
             with pytest.raises(ValueError, match="planned on other weights"):
                 ledger.apply(edits[name])
         assert ledger.edits == tuple(edits[name] for name in stack)
-        fingerprint = weights_fingerprint(model)
-        assert fingerprints.setdefault(frozenset(stack), fingerprint) == fingerprint
+        assert ledger.undone == tuple(edits[name] for name in undone)
+        assert weights_fingerprint(model) == expected_fingerprint(family, tuple(stack))
     while ledger.edits:
         ledger.undo()
     assert weights_equal(model, original_weights)
     assert standing_changes(model) == ()
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("gpt2", torch.float32), ("llama", torch.bfloat16)])
+def test_what_stays_after_a_removal_is_as_if_it_had_been_applied_alone(family, dtype):
+    model = tiny_model(family).to(dtype)
+    original_weights, ledger, edits = copy_weights(model), Ledger(model), []
+    for seed, layers in enumerate([(1, 2), (0,), (2, 3), (0, 1, 2, 3)]):
+        edits.append(handmade_edit(model, layers, seed=seed))
+        ledger.apply(edits[-1])
+    for removed in [chosen for n in (1, 3) for chosen in combinations(edits, n)]:
+        for edit in removed:
+            ledger.remove(edit)
+        remaining = tuple(edit for edit in edits if edit not in removed)
+        assert ledger.edits == remaining
+        fresh = tiny_model(family).to(dtype)
+        assert weights_fingerprint(model) == add_one_after_another(fresh, remaining)
+        for edit in reversed(removed):
+            assert ledger.redo() is edit
+        assert ledger.edits == (*remaining, *reversed(removed))
+        fresh = tiny_model(family).to(dtype)
+        assert weights_fingerprint(model) == add_one_after_another(fresh, ledger.edits)
+        while ledger.edits:
+            ledger.undo()
+        assert weights_equal(model, original_weights)
+        for edit in edits:
+            ledger.apply(edit)
+
+
+def test_to_remove_the_last_edit_is_to_undo_it():
+    model, edits, original_weights, _ = world("llama")
+    ledger = Ledger(model)
+    ledger.apply(edits["A"])
+    first_weights = copy_weights(model)
+    ledger.apply(edits["B"])
+    both_weights = copy_weights(model)
+    ledger.remove(edits["B"])
+    assert weights_equal(model, first_weights) and ledger.undone == (edits["B"],)
+    assert ledger.redo() is edits["B"] and weights_equal(model, both_weights)
+    ledger.remove(edits["A"])
+    ledger.remove(edits["B"])
+    assert weights_equal(model, original_weights) and ledger.undone == (edits["A"], edits["B"])
+
+
+def test_an_edit_that_stands_twice_is_removed_once():
+    model, edits, *_ = world("llama")
+    nothing = replace(edits["A"], left={layer: 0 * left for layer, left in edits["A"].left.items()})
+    ledger = Ledger(model)
+    for edit in (nothing, edits["D"], nothing):
+        ledger.apply(edit)
+    ledger.remove(nothing)
+    assert ledger.edits == (nothing, edits["D"])
+    ledger.undo()
+    ledger.undo()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_removal_that_cannot_be_changes_nothing():
+    model, edits, original_weights, _ = world("gpt2")
+    ledger, other = Ledger(model), Ledger(model)
+    for name in ("A", "D"):
+        ledger.apply(edits[name])
+
+    def refuse(error, message, edit=edits["A"], ledger=ledger):
+        weights, standing = copy_weights(model), standing_changes(model)
+        with pytest.raises(error, match=message) as caught:
+            ledger.remove(edit)
+        assert "\n" not in str(caught.value)
+        assert weights_equal(model, weights) and standing_changes(model) == standing
+
+    refuse(ValueError, "this edit does not stand in this ledger", edits["B"])
+    refuse(ValueError, "this edit does not stand in this ledger", ledger=other)
+    refuse(TypeError, r"not the number 0; the call is ledger.remove\(edit\)", 0)
+    with edits["B"].applied(model):
+        refuse(ValueError, "that this ledger did not make")
+    with ledger.set_aside():
+        refuse(ValueError, "that this ledger did not make")
+    for layer in (0, 1):  # of D, which would be made again, and of A
+        weight = mlp_output_matrix(model, layer)
+        value = weight[3, 3].clone()
+        weight[3, 3] += 1
+        refuse(ValueError, "changed by something else since this edit")
+        weight[3, 3] = value
+    ledger.remove(edits["A"])
+    assert ledger.undo() is edits["D"] and weights_equal(model, original_weights)
+
+
+def test_what_something_else_changed_is_not_made_again():
+    model, edits, original_weights, _ = world("llama")
+    ledger = Ledger(model)
+    ledger.apply(edits["A"])
+    ledger.apply(edits["B"])
+    ledger.remove(edits["A"])
+    for layer in (1, 2):  # one that nothing stands in, and one of B
+        weight = mlp_output_matrix(model, layer)
+        value = weight[0, 0].clone()
+        weight[0, 0] += 1
+        with pytest.raises(ValueError, match="changed by something else since this edit"):
+            ledger.redo()
+        assert ledger.edits == (edits["B"],) and ledger.undone == (edits["A"],)
+        weight[0, 0] = value
+    ledger.redo()
+    while ledger.edits:
+        ledger.undo()
+    assert weights_equal(model, original_weights)
+
+
+def test_a_removal_whose_result_is_not_finite_is_refused():
+    model = tiny_model("llama").to(torch.float16)
+    ledger, changes = Ledger(model), (-60_000.0, 100_000.0)  # float16 ends at 65,504
+    for seed, change in enumerate(changes):
+        plan = handmade_edit(model, (1, 2), seed=seed)
+        left, right = torch.zeros(32, 1), torch.zeros(1, plan.right[1].shape[1])
+        left[0, 0], right[0, 0] = change, 1.0
+        ledger.apply(replace(plan, left={1: left, 2: 0 * left}, right={1: right, 2: right}))
+    weights, edits = copy_weights(model), ledger.edits
+    with pytest.raises(ValueError, match="the change of layer 1 is not finite; nothing was written"):
+        ledger.remove(edits[0])
+    assert weights_equal(model, weights) and ledger.edits == edits and ledger.undone == ()
 
 
 def test_an_edit_changes_its_layers_alone():
@@ -186,6 +332,36 @@ def test_an_interrupted_undo_is_finished_and_known(monkeypatch):
     assert ledger.redo() is edits["A"]
     assert weights_equal(model, edited_weights)
     ledger.undo()
+    assert weights_equal(model, original_weights)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_an_interrupted_removal_is_whole_or_not_at_all(moment, monkeypatch):
+    model, edits, original_weights, _ = world("llama")
+    ledger, restore, written = Ledger(model), mlp_output._restore_, []
+    ledger.apply(edits["A"])
+    ledger.apply(edits["B"])
+    both = weights_fingerprint(model)
+
+    def interrupted(*arguments):
+        if not written and moment == "after":
+            restore(model, dict(list(arguments[1].items())[:1]))
+        written.append(1)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        return (restore if moment == "after" else compute)(*arguments)
+
+    compute = mlp_output._sum
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp_output, "_restore_" if moment == "after" else "_sum", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.remove(edits["A"])
+    stack = ("B",) if moment == "after" else ("A", "B")
+    assert ledger.edits == tuple(edits[name] for name in stack)
+    expected = expected_fingerprint("llama", stack)
+    assert weights_fingerprint(model) == expected and (expected == both) == (moment == "before")
+    while ledger.edits:
+        ledger.undo()
     assert weights_equal(model, original_weights)
 
 

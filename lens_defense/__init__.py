@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lens_defense import sites, statistics
-    from lens_defense.app.explorer import Explorer
+    from lens_defense.app.explorer.explorer import Explorer
     from lens_defense.app.report_page import save_report
     from lens_defense.checking import judges
     from lens_defense.checking.check import check
@@ -74,7 +74,7 @@ _NAMES = {
     "checking.report": ["Report"],
     "plotting.heatmap": ["heatmap"],
     "plotting.theme": ["save_figure"],
-    "app.explorer": ["Explorer"],
+    "app.explorer.explorer": ["Explorer"],
     "app.report_page": ["save_report"],
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

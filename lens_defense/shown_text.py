@@ -43,6 +43,12 @@ _INVISIBLE = {0xAD, 0x61C, 0x200B, 0x200E, 0x200F, *range(0x202A, 0x202F), *rang
 """Characters that have no width, or turn the text after them round (Unicode's Bidi_Control)."""
 
 
+def visible_token(text: str, letters: int) -> str:
+    """A token with its spaces visible, cut; an empty one has a sign too."""
+    dotted = "".join("·" if unicodedata.category(letter) == "Zs" else letter for letter in text)
+    return visible_text(truncate(dotted, letters)) or "∅"
+
+
 def truncate(text: str, letters: int) -> str:
     """Cut a text to so many letters, the last one an ellipsis where letters are left out."""
     return text if len(text) <= letters else text[: letters - 1] + "…"

@@ -1,4 +1,4 @@
-"""The command line: `lens-defense demo`, `trace`, `doctor`, `organism train`. Heavy imports wait."""
+"""The command line: `lens-defense demo`, `app`, `trace`, `doctor`, `organism train`. Heavy imports wait."""
 
 import shlex
 from collections.abc import Iterable
@@ -148,6 +148,54 @@ def demo(
             device=device,
             dtype=_torch_dtype(dtype),
             reproduce=_command("demo", options),
+        )
+
+
+@app.command(
+    name="app",
+    epilog=_examples(
+        "lens-defense app",
+        "lens-defense app organism",
+        "lens-defense app path/to/model --requests my_requests.csv --limit 8",
+    ),
+)
+def local_page(
+    model: Annotated[
+        str, typer.Argument(help="smollm2, organism, a folder, a .gguf file or a hub name.")
+    ] = "smollm2",
+    requests: Annotated[
+        str | None,
+        typer.Option(help="Your own: a JSONL, JSON, CSV, parquet or text file, or a hub set."),
+    ] = None,
+    text_field: _TextField = None,
+    subject_field: _SubjectField = "subject",
+    limit: _Limit = None,
+    strict: _Strict = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 takes a free one.")] = 0,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    device: _Device = None,
+    dtype: _Dtype = Dtype.float32,
+) -> None:
+    """The interactive page: trace, choose cells, edit there, ask, check, undo.
+
+    It is served to this machine alone, at an address with a token, until Ctrl-C. No file is written, and the
+    model's files stay as they are.
+    """
+    with errors_in_a_sentence("closed; no file was changed"):
+        own = None
+        if requests is not None:
+            own = read_harmful_requests(
+                requests,
+                text_field=text_field,
+                subject_field=subject_field,
+                limit=limit,
+                strict=strict,
+                distinct=True,
+            )
+        from lens_defense.app.page_command import serve_page
+
+        serve_page(
+            model, own, port=port, browser=browser, device=device, dtype=_torch_dtype(dtype), say=typer.echo
         )
 
 

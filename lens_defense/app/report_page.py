@@ -1,9 +1,11 @@
 """One HTML page about a whole run: where, what was changed, what it did, what it cost.
 
-Its order, words and style stand in templates/report.html.j2; plain values are made here. The page stands
-alone: Plotly is written into it once, nothing is loaded from elsewhere, and its content policy forbids that.
+Its order, words and style stand in templates/report.html.j2; plain values are made here. Its maps, forecast
+and rates are the explorer's own parts, frozen: cells can be hovered and chosen, and each rate opens the
+answers behind it. The page stands alone: nothing is loaded from elsewhere, and its content policy forbids it.
 """
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,21 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
-
+from lens_defense.app.explorer.map_values import component_choices, map_part, sites_part
+from lens_defense.app.explorer.page_files import page_module, page_style
+from lens_defense.app.explorer.page_values import check_values, layer_words, plan_values, questions, visible
 from lens_defense.app.render import template
-from lens_defense.checking.report import Report, formatted_rates
-from lens_defense.checking.suites import HARMLESS_ARMS
+from lens_defense.checking.report import Report
+from lens_defense.checking.suites import HARMLESS_ARMS, Suite
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.plotting.heatmap import heatmap
-from lens_defense.plotting.rate_bars import rate_bars
-from lens_defense.plotting.theme import CONTROLS, ROLE_WORDS, component_words
+from lens_defense.plotting.theme import ROLE_WORDS, component_words
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.request import Role
 from lens_defense.sites import Component, Site
 from lens_defense.storage import atomic_write
-from lens_defense.tracing.site_map import ScoreMap
+from lens_defense.tracing.site_map import ScoreMap, SiteMap
 from lens_defense.tracing.trace_result import Trace
 
 Row = tuple[object, ...]
@@ -57,6 +57,8 @@ def save_report(
     reports: Mapping[str, Report],
     conversations: Sequence[Conversation],
     reproduce: str,
+    after: Trace | None = None,
+    suite: Suite | None = None,
     seconds: Mapping[str, float] = {},
     restored: bool | None = None,
 ) -> Path:
@@ -71,6 +73,8 @@ def save_report(
         reports: by name; the first is the edit's own, the others are controls.
         conversations: shown before and after.
         reproduce: the commands or the code that make the page again.
+        after: the map of the edited model, made with the answers of `trace`; shown beside it.
+        suite: what was asked, so that the answers behind a rate stand under their questions.
         seconds: the time of each stage.
         restored: whether the weights are what they were; None does not say.
 
@@ -87,7 +91,9 @@ def save_report(
     number = len(trace.prompts)
     settings = trace.settings if isinstance(trace, Trace) else None
     page = template("report.html.j2").render(
-        plotlyjs=get_plotlyjs(),
+        style=page_style(),
+        module=page_module(),
+        parts=_json_for_html(_frozen_parts(trace, sites, edit, reports, after, suite)),
         title=title,
         trace=trace,
         requests=f"{number} request{'s' * (number > 1)}",
@@ -95,20 +101,13 @@ def save_report(
         estimated=settings is not None and not settings.exact,
         places=_places(sites),
         edit=edit,
-        edited_layers=_layer_words(edit.layers),
+        edited_layers=layer_words(edit.layers),
         headline=headline(next(iter(reports.values()))),
-        mean_map=_figure_html(heatmap(trace, sites), "map") if number > 1 else "",
-        maps=[
-            (prompt.request.text, _figure_html(heatmap(trace[i], sites), f"map-{i}"))
-            for i, prompt in enumerate(trace.prompts)
-        ],
         sites=[_site_row(site) for site in sites],
         interpolated=any(site.layer not in trace.layers for site in sites),
-        forecast=_forecast_rows(edit),
         changes=[(layer, edit.rank, f"{edit.relative_change[layer]:.4f}") for layer in edit.layers],
         settings=_setting_rows(edit),
-        rates=_rates_table(reports),
-        bars=_figure_html(rate_bars(reports), "bars"),
+        checks=[*reports.values()],
         dropped=sum(report.dropped for report in reports.values()),
         costs=_costs_table(reports),
         conversations=conversations,
@@ -122,22 +121,47 @@ def save_report(
     return Path(path)
 
 
+def _frozen_parts(
+    trace: SiteMap,
+    sites: Sequence[Site],
+    edit: Edit,
+    reports: Mapping[str, Report],
+    after: Trace | None,
+    suite: Suite | None,
+) -> dict[str, Any]:
+    """What the explorer's parts show, as far as the page has them."""
+    asked = questions(suite, edit.requests) if suite else {}
+    chosen = sites_part(sites, "")
+    checks = {
+        f"check{i}": check_values(report, asked, stale=False) for i, report in enumerate(reports.values())
+    }
+    return {
+        "model": {"components": component_choices(), "requests": [], "methods": [edit.method]},
+        "settings": {"plan": {"method": edit.method, "strength": edit.strength, "requests": []}},
+        "map": map_part(trace, None, after),
+        "sites": chosen,
+        "original": chosen["sites"],
+        "plan": plan_values(edit),
+        "stack": {"edits": [], "undone": 0},
+        "job": {},
+        **checks,
+    }
+
+
+def _json_for_html(value: Any) -> str:
+    """JSON that can stand in a script element: nothing in it can end the element."""
+    return json.dumps(visible(value), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
 def _places(sites: Sequence[Site]) -> str:
     """The sites in words, the layers of a component and role together."""
     layers: dict[tuple[Component, Role], list[int]] = {}
     for site in sites:
         layers.setdefault((site.component, site.role), []).append(site.layer)
     return "; ".join(
-        f"layers {_layer_words(sorted(group))} of the {component_words(component)} at the {ROLE_WORDS[role]}"
+        f"layers {layer_words(sorted(group))} of the {component_words(component)} at the {ROLE_WORDS[role]}"
         for (component, role), group in layers.items()
     )
-
-
-def _layer_words(layers: Sequence[int]) -> str:
-    """Layers in words: three or more in a row by the first and the last."""
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        return f"{layers[0]} to {layers[-1]}"
-    return ", ".join(map(str, layers))
 
 
 def headline(report: Report) -> list[Row]:
@@ -167,21 +191,10 @@ def headline(report: Report) -> list[Row]:
     return numbers
 
 
-def _figure_html(figure: go.Figure, name: str) -> str:
-    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=dict(CONTROLS))
-
-
 def _site_row(site: Site) -> Row:
     effect = _MISSING if site.effect is None else f"{site.effect:.3f}"
     interval = _MISSING if site.interval is None else f"{site.interval[0]:.3f} to {site.interval[1]:.3f}"
     return component_words(site.component), site.layer, ROLE_WORDS[site.role], effect, interval
-
-
-def _forecast_rows(edit: Edit) -> list[Row]:
-    table = edit.forecast.to_dataframe().itertuples(index=False)
-    none = () if edit.forecast.reach_harmless else (_MISSING,)
-    rows = [(name, *(f"{value:.3f}" for value in values), *none) for name, *values in table]
-    return [*rows[:-1], ("all together", *rows[-1][1:])]
 
 
 def _setting_rows(edit: Edit) -> list[Row]:
@@ -190,32 +203,6 @@ def _setting_rows(edit: Edit) -> list[Row]:
     for name, value in edit.settings.items():
         settings |= value if isinstance(value, Mapping) else {name: value}
     return [(name.replace("_", " "), value) for name, value in settings.items()]
-
-
-def _rates_table(reports: Mapping[str, Report]) -> dict[str, Any]:
-    """Rates of all reports side by side: before and a word list once, then what each edit did."""
-    tables = [
-        {(row["arm"], row["measure"]): row for row in formatted_rates(report).to_dict("records")}
-        for report in reports.values()
-    ]
-    rows, last_arm = [], ""
-    for arm, measure in dict.fromkeys(key for table in tables for key in table):
-        rates = [table.get((arm, measure), {}) for table in tables]
-        first = next(row for row in rates if row)
-        after = [_unbroken(row.get(name, _MISSING)) for row in rates for name in ("after", "p")]
-        once = (first["n"], _unbroken(first["before"]), first["word list"])
-        rows.append(("" if arm == last_arm else arm, measure, *once, *after))
-        last_arm = arm
-    return {
-        "headers": ("asked", "answer", "n", "before", "a word list", *(("after", "p") * len(reports))),
-        "groups": [("", 5), *((name, 2) for name in reports)],
-        "rows": rows,
-    }
-
-
-def _unbroken(rate: str) -> str:
-    """A rate whose interval is not broken over lines."""
-    return rate.replace(", ", ",\N{NO-BREAK SPACE}")
 
 
 def _costs_table(reports: Mapping[str, Report]) -> dict[str, Any]:

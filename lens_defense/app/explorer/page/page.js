@@ -1,0 +1,155 @@
+// The page: one state, which Python holds. `link` carries it: get(part), on("change:part"), send(message).
+
+class Page {
+  constructor(link, element) {
+    this.link = link;
+    this.element = element;
+    this.frozen = Boolean(link.frozen);
+    this.themes = [];
+    this.ended = [];
+    const dark = matchMedia("(prefers-color-scheme: dark)");
+    const retheme = () => {
+      this.element.dataset.theme = this.theme();
+      for (const action of this.themes) action();
+    };
+    dark.addEventListener("change", retheme);
+    const observer = new MutationObserver(retheme);
+    observer.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
+    this.ended.push(() => { dark.removeEventListener("change", retheme); observer.disconnect(); });
+    this.element.dataset.theme = this.theme();
+  }
+
+  get(part) { return this.link.get(part); }
+  on(part, action) {
+    const call = () => action();
+    this.link.on(`change:${part}`, call);
+    this.ended.push(() => this.link.off(`change:${part}`, call));
+    (this.first ??= []).push(action);
+  }
+  onEvent(name, action) {
+    const call = (message) => { if (message.event === name) action(message); };
+    this.link.on("msg:custom", call);
+    this.ended.push(() => this.link.off("msg:custom", call));
+  }
+  onTheme(action) { this.themes.push(action); }
+  send(command, values) { this.link.send({ command, values }); }
+  note(text) { this.say?.(text); }
+
+  theme() {
+    const lab = document.body.dataset.jpThemeLight;
+    if (lab) return lab === "false" ? "dark" : "light";
+    return matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light";
+  }
+}
+
+class Header {
+  constructor(page) {
+    this.title = h("h1", {});
+    this.standing = h("p", { class: "standing", role: "status" });
+    this.work = h("span", { class: "work" });
+    this.progress = h("progress", { max: 1, value: 0, "aria-label": "progress" });
+    this.stop = button("Stop", "stop; the model stays as it is", () => page.send("stop", {}), "small");
+    this.job = h("div", { class: "job", hidden: true }, this.work, this.progress, this.stop);
+    this.message = h("p", { class: "message", role: "alert" });
+    this.trace = button("Trace", "estimate the map, then measure it", () => page.send("trace", {}), "primary");
+    this.choices = h("div", { class: "bar live" });
+    this.element = h("header", {}, h("div", { class: "top" }, this.title, this.standing, this.job), this.choices, this.message);
+    page.say = (text) => { this.message.textContent = text; };
+    page.on("message", () => page.say(page.get("message")));
+    page.on("model", () => {
+      const model = page.get("model");
+      replace(this.title, h("span", { class: "brand" }, "lens_defense"), model.name,
+        h("span", { class: "quiet" }, ` ${model.layers} layers, ${model.requests.length} requests`));
+    });
+    page.on("settings", () => this.settings(page));
+    page.on("stack", () => {
+      const { edits } = page.get("stack");
+      this.standing.className = edits.length ? "standing edited" : "standing";
+      this.standing.textContent = edits.length ? `${edits.length} edit${edits.length > 1 ? "s" : ""} in the model` : "model as loaded";
+      this.trace.disabled = Boolean(page.get("job").name) || edits.length > 0;
+    });
+    page.on("job", () => {
+      const job = page.get("job");
+      this.job.hidden = !job.name;
+      this.trace.disabled = Boolean(job.name) || page.get("stack").edits.length > 0;
+      if (!job.name) return;
+      this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${Math.round(job.seconds)} s`;
+      if (job.total) this.progress.value = job.done / job.total;
+      else this.progress.removeAttribute("value");
+      this.stop.disabled = job.stopping;
+    });
+  }
+
+  settings(page) {
+    const { components, metrics } = page.get("model");
+    const { components: chosen, metric, direction } = page.get("settings").trace;
+    const set = (changes) => page.send("set_trace", changes);
+    replace(this.choices, this.trace,
+      h("span", { class: "checks", role: "group", "aria-label": "components" }, components.map(([name, words]) =>
+        h("label", {}, h("input", { type: "checkbox", checked: chosen.includes(name), onchange: (event) =>
+          set({ components: components.map(([other]) => other).filter((other) => (other === name ? event.target.checked : chosen.includes(other))) }) }), words))),
+      h("select", { "aria-label": "direction", onchange: (event) => set({ direction: event.target.value }) },
+        [["denoising", "restore one state (denoising)"], ["noising", "corrupt one state (noising)"]].map(([value, words]) =>
+          h("option", { value, selected: value === direction }, words))),
+      h("select", { "aria-label": "metric", onchange: (event) => set({ metric: event.target.value }) },
+        metrics.map((name) => h("option", { value: name, selected: name === metric }, name.replaceAll("_", " ")))));
+  }
+}
+
+const PARTS = { maps: Maps, cells: Cells, plan: Plan, stack: Stack, ask: Ask, check: Check, take: TakeAway };
+
+function root(link, element) {
+  const container = h("div", { class: `lens-explorer${link.frozen ? " frozen" : ""}` });
+  element.replaceChildren(container);
+  return container;
+}
+
+function render({ model: link, el }) {
+  const page = new Page(link, root(link, el));
+  const header = new Header(page);
+  const parts = Object.fromEntries(Object.entries(PARTS).map(([name, Part]) => [name, new Part(page).element]));
+  page.element.append(header.element,
+    h("main", {}, parts.maps, h("aside", {}, parts.cells, parts.plan, parts.stack), parts.ask, parts.check, parts.take));
+  for (const action of page.first) action();
+  return () => { for (const action of page.ended) action(); };
+}
+
+// A page that nobody serves, as in a report: its parts stand in it, and cells can still be chosen, to look at.
+class Frozen {
+  constructor(parts) {
+    this.parts = parts;
+    this.frozen = true;
+    this.listeners = [];
+  }
+  get(name) { return this.parts[name]; }
+  on(name, action) { this.listeners.push([name, action]); }
+  off(name, action) { this.listeners = this.listeners.filter(([, other]) => other !== action); }
+  send({ command, values }) {
+    if (command !== "choose") return;
+    const words = Object.fromEntries(this.parts.model.components.map(([name, text]) => [name, text]));
+    const columns = this.parts.map.views.flatMap((view) => view.columns);
+    const described = values.cells.map((cell) =>
+      this.parts.original.find((site) => same(site, cell)) ?? {
+        ...cell, words: `${words[cell.component]}, layer ${cell.layer}, ${columns.find((column) => column.role === cell.role)?.words}`,
+      });
+    const chosen = this.parts.sites.sites;
+    const kept = values.how === "set" ? [] : chosen.filter((site) => values.how === "add" || !described.some((other) => same(site, other)));
+    const added = values.how === "toggle" ? described.filter((site) => !chosen.some((other) => same(site, other))) : described;
+    this.parts.sites = { ...this.parts.sites, sites: [...kept, ...added] };
+    for (const [name, action] of this.listeners) if (name === "change:sites") action();
+  }
+}
+
+// Puts parts of the page into the elements that ask for them by data-part; data-of renames what they read.
+function mount(parts) {
+  const link = new Frozen(parts);
+  for (const place of document.querySelectorAll("[data-part]")) {
+    const { part, of } = place.dataset;
+    const renamed = of ? Object.assign(Object.create(link), { get: (name) => link.get(name === part ? of : name) }) : link;
+    const page = new Page(renamed, root(link, place));
+    page.element.append(new PARTS[part](page).element);
+    for (const action of page.first) action();
+  }
+}
+
+export default { render, mount };

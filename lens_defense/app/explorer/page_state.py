@@ -1,0 +1,33 @@
+"""What a host needs of an explorer: parts to show, changes to follow, commands to hand over."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class PageState(Protocol):
+    """An Explorer, as its hosts see it."""
+
+    parts: dict[str, Any]
+    """By name, what the page shows: plain values, safe to show."""
+
+    def listen(self, listener: Callable[[str, Any], object]) -> Callable[[], None]:
+        """Call a function with each part that changes, and with each event; returns what ends that."""
+        ...
+
+    def do(self, command: str, **arguments: Any) -> None:
+        """Do what a page asks for."""
+        ...
+
+
+EVENT = "event:"
+"""How the names of events begin, that are no parts."""
+
+
+def hand_over(state: PageState, message: Any) -> None:
+    """Do what a message of a page says; one of another form is dropped: no page of ours sends it."""
+    if not isinstance(message, dict) or not isinstance(message.get("command"), str):
+        return
+    values = message.get("values")
+    if isinstance(values, dict) and "command" not in values:
+        state.do(message["command"], **values)

@@ -1,0 +1,75 @@
+"""The Python that does again what a person did on the page."""
+
+from collections.abc import Sequence
+
+from lens_defense.editing.edit_plan import Edit
+from lens_defense.prompts.request import Request
+from lens_defense.sites import Site
+from lens_defense.tracing.trace_result import Trace
+
+
+def reproducing_code(
+    model: str,
+    requests: Sequence[Request],
+    trace: Trace | None,
+    sites: Sequence[Site],
+    standing: Sequence[Edit],
+    plan: Edit | None,
+    checked: bool,
+) -> str:
+    """Load, trace, locate, edit and check, with the same arguments.
+
+    Args:
+        model: its name.
+        requests: that were looked at.
+        trace: the map that is shown, if any.
+        sites: that are chosen.
+        standing: the edits that stand.
+        plan: what is planned beside them, if anything.
+        checked: whether what stands was checked.
+    """
+    lines = ["import lens_defense as ld", "", f"model = ld.load({model!r})", "requests = ["]
+    lines += [f"    {_request(item)}," for item in requests]
+    lines += ["]"]
+    if trace is not None:
+        settings = trace.settings
+        lines += [
+            "trace = ld.trace(",
+            f"    model, requests, components={tuple(trace.components)!r}, layers='all',",
+            f"    positions={tuple(settings.roles)!r}, direction={settings.direction!r},",
+            f"    metric=ld.metrics.{trace.metric},",
+            ")  # corruption: " + trace.corruption,
+        ]
+    for number, edit in enumerate(standing):
+        lines += ["", "ledger = ld.Ledger(model)"] if number == 0 else []
+        lines += [f"edit = {_edit(edit, requests)}", "ledger.apply(edit)"]
+    if plan is not None:
+        lines += ["", f"edit = {_edit(plan, requests)}"]
+    elif sites and not standing:
+        lines += ["", f"sites = {_sites(sites)}"]
+    if checked:
+        lines += ["", "print(ld.check(model, ledger))"]
+    return "\n".join(lines)
+
+
+def _request(item: Request) -> str:
+    return f"ld.request({item.text!r}, {item.subject!r}, id={item.id!r})"
+
+
+def _sites(sites: Sequence[Site]) -> str:
+    return (
+        "["
+        + ", ".join(map(repr, (Site(s.component, s.layer, s.role) for s in sites))).replace(
+            "Site(", "ld.Site("
+        )
+        + "]"
+    )
+
+
+def _edit(edit: Edit, requests: Sequence[Request]) -> str:
+    ids = [item.id for item in requests]
+    edited = [ids.index(item.id) for item in edit.requests if item.id in ids]
+    chosen = "requests" if len(edited) == len(requests) else f"[requests[i] for i in {tuple(edited)}]"
+    sites = f"[ld.Site('resid_post', layer, {edit.role!r}) for layer in {tuple(edit.layers)}]"
+    scaled = f".scaled({edit.strength:g})" if edit.strength != 1 else ""
+    return f"ld.edit(model, {chosen}, {sites}, method={edit.method!r}){scaled}"

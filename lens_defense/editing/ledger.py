@@ -156,8 +156,9 @@ class Ledger:
         edits = self.edits
         lines = [f"Ledger of {shown(self.model.cfg.model_name)}: edits that stand: {len(edits)}"]
         lines += [
-            f"  {i}. {shown(edit.method)}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}: "
-            + shown_names(edit.subjects, most=6)
+            f"  {i}. {shown(edit.method)}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}"
+            + ("" if edit.strength == 1 else f", strength {edit.strength:g}")
+            + f": {shown_names(edit.subjects, most=6)}"
             for i, edit in enumerate(edits, 1)
         ]
         return "\n".join(lines)

@@ -200,6 +200,7 @@ def _site_row(site: Site) -> Row:
 def _setting_rows(edit: Edit) -> list[Row]:
     """The edit's method, token and settings; groups of settings are laid out flat."""
     settings: dict[str, object] = {"method": edit.method, "token": ROLE_WORDS[edit.role]}
+    settings |= {} if edit.strength == 1 else {"strength": f"{edit.strength:g}"}
     for name, value in edit.settings.items():
         settings |= value if isinstance(value, Mapping) else {name: value}
     return [(name.replace("_", " "), value) for name, value in settings.items()]

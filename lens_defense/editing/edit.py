@@ -19,7 +19,7 @@ from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
-from lens_defense.editing.forecast import Forecast, measure_forecast
+from lens_defense.editing.forecast import measure_forecast
 from lens_defense.editing.layer_spread import spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
@@ -37,18 +37,12 @@ from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import Request, Role
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.prompts.surface_forms import Names
-from lens_defense.shown_text import shown, shown_names
 from lens_defense.sites import Site, resolve_sites
 from lens_defense.storage import cached
 
 _CALL = "ld.edit(model, requests, sites)"
 FIT_CONTEXTS = 32
 """Contexts of a request, the first ones, that its value is fitted on; the keys of all are written."""
-WEAK_REACH = 0.4
-"""The share of a value below which it counts as not delivered."""
-UNFITTED_LOSS = 0.3
-"""Nats per token from which on a refusal counts as not fitted. In a demo run a subject at .40 was answered as
-asked, and those up to .23 were refused."""
 
 
 def edit(
@@ -135,8 +129,7 @@ def edit(
         value_norm=float(values.norm(dim=1).mean()),
         language=defaults.language,
     )
-    _warn(requests, role, losses.tolist(), forecast)
-    return Edit(
+    plan = Edit(
         layers=layers,
         left={layer: change.left for layer, change in factors.items()},
         right={layer: change.right for layer, change in factors.items()},
@@ -157,6 +150,9 @@ def edit(
         fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
     )
+    for sentence in plan.warnings:
+        warnings.warn(sentence, stacklevel=2)
+    return plan
 
 
 def _room_before_refusal(
@@ -237,37 +233,3 @@ def _relative_change(model: TransformerBridge, factors: Mapping[int, Factors]) -
         )
         for layer, change in factors.items()
     }
-
-
-def _warn(requests: Sequence[Request], role: Role, losses: Sequence[float], forecast: Forecast) -> None:
-    """What a user should know before an edit is applied."""
-    sentences = []
-    lost = [
-        f"{shown(name)} ({reach:.2f})"
-        for name, reach in zip(forecast.subjects, forecast.reach, strict=True)
-        if reach < WEAK_REACH
-    ]
-    if lost:
-        sentences.append(
-            f"less than {WEAK_REACH:.0%} of the value arrives in held-out contexts of: {shown_names(lost)}; "
-            "give other contexts or sites, or a lower mom2_update_weight"
-        )
-    if forecast.risky:
-        sentences.append(
-            f"this edit leaks {forecast.leak_safe:.2f} of a value's norm into harmless text, where "
-            f"{forecast.threshold} is much; most of it from: {shown_names(forecast.worst(3))}. "
-            "Leave them out, or raise mom2_update_weight"
-        )
-    if not role.startswith("subject"):
-        sentences.append(
-            f"keys at {role!r} hardly tell requests apart, so an edit there can refuse harmless ones too, "
-            "whatever the forecast says; take sites at the subject, as ld.Site('mlp_out', 5, 'subject_last')"
-        )
-    unfitted = [r.subject or "" for r, loss in zip(requests, losses, strict=True) if loss > UNFITTED_LOSS]
-    if unfitted:
-        sentences.append(
-            f"the refusal could not be fitted for: {shown_names(unfitted)} (more than {UNFITTED_LOSS} nats "
-            "per token are left); raise v_num_grad_steps or contexts_per_step, or choose other sites"
-        )
-    for sentence in sentences:
-        warnings.warn(sentence, stacklevel=3)

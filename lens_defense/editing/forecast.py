@@ -8,11 +8,14 @@ tokens, mean over texts. It is measured on texts of the package's corpus, which 
 ones, which it does not. The latter correlates with over-refusal over edits of more and fewer subjects at the
 subject's last token (analyses/results/tables/correlations.md). It says nothing of other roles: an edit at the
 prompt's last token leaked .126 there and had 76 of 80 harmless requests refused.
+
+Of a change times a strength, leaks are the strength times those of the change, exactly. Reach is so to first
+order: the share that arrives goes through the layers between, which are not linear.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pandas as pd
@@ -47,6 +50,10 @@ class Forecast:
     """Of each request, in harmless uses of its subject; empty where none were given."""
     language: str = "core"
     """The bundled set whose texts the leaks were measured on."""
+    strength: float = 1.0
+    """What the planned change is multiplied by: see `Edit.scaled`."""
+    measured: "Forecast | None" = None
+    """What was measured, at strength 1, where this forecast was scaled from it."""
 
     THRESHOLD: ClassVar[float] = 0.15
     """The leak to safe-sounding text from which on an edit is called risky. On smollm2 the five edits above
@@ -70,6 +77,27 @@ class Forecast:
     def risky(self) -> bool:
         """Whether over-refusal is to be expected."""
         return self.leak_safe >= self.threshold
+
+    def scaled(self, strength: int | float) -> "Forecast":
+        """The forecast of the same change times a strength, from what was measured at strength 1."""
+        measured, strength = self.measured or self, self.strength * strength
+        if strength == 1:
+            return measured
+
+        def times_strength(shares: Sequence[float]) -> tuple[float, ...]:
+            return tuple(strength * share for share in shares)
+
+        return replace(
+            measured,
+            reach=times_strength(measured.reach),
+            leaks_neutral=times_strength(measured.leaks_neutral),
+            leaks_safe=times_strength(measured.leaks_safe),
+            leak_neutral=strength * measured.leak_neutral,
+            leak_safe=strength * measured.leak_safe,
+            reach_harmless=times_strength(measured.reach_harmless),
+            strength=strength,
+            measured=measured,
+        )
 
     def worst(self, k: int) -> tuple[str, ...]:
         """The subjects that leak most into safe-sounding text."""

@@ -44,6 +44,7 @@ class Ledger:
             )
         self.model = model
         self._maker = Maker()
+        self._watchers: dict[object, Callable[[], object]] = {}
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -63,6 +64,7 @@ class Ledger:
                 edit stands in the model that this ledger did not make; no weight was changed.
         """
         self._apply(edit, (), partial(edit.require_same_model, self.model))
+        self._call_watchers()
 
     def undo(self) -> Edit:
         """Take the last edit back; every bit is as before it.
@@ -75,6 +77,7 @@ class Ledger:
             if not own:
                 raise ValueError("there is nothing to undo in this ledger")
             undo_change_(self.model, own[-1])
+        self._call_watchers()
         return own[-1].edit
 
     def remove(self, edit: Edit) -> None:
@@ -103,6 +106,7 @@ class Ledger:
                 raise ValueError("this edit does not stand in this ledger; ledger.edits has those that do")
             self._refuse_others()
             remove_change_(self.model, own[-1], Edit.deltas)
+        self._call_watchers()
 
     def redo(self) -> Edit:
         """Make the edit again, on top, that was undone or removed last.
@@ -123,7 +127,29 @@ class Ledger:
                 refuse_other_originals(self.model, undone[-1])
 
             self._apply(edit, undone[:-1], refuse)
+        self._call_watchers()
         return edit
+
+    def watch(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Call a function after each apply, undo, redo and remove of this ledger.
+
+        It is called by the thread of the verb, once the change stands and the journal's lock is free. What it
+        raises goes to whoever called the verb: the change stands all the same, and watchers that were added
+        later are not called. An interrupt can come between a change and the call, so read `edits` after one.
+
+        Args:
+            callback: without arguments; it may use the ledger.
+
+        Returns:
+            A function that ends it.
+        """
+        registration = object()
+        self._watchers[registration] = callback
+
+        def unwatch() -> None:
+            self._watchers.pop(registration, None)
+
+        return unwatch
 
     def set_aside(self) -> RestoringBlock[TransformerBridge]:
         """The model without the edits for the length of a `with` block; afterwards they stand as before."""
@@ -142,6 +168,10 @@ class Ledger:
                 self.model, edit.deltas(), refuse=refuse, maker=self._maker, edit=edit, undone=undone
             )
 
+    def _call_watchers(self) -> None:
+        for callback in tuple(self._watchers.values()):
+            callback()
+
     def _own_changes(self) -> tuple[WeightChange, ...]:
         return tuple(change for change in standing_changes(self.model) if change.maker is self._maker)
 
@@ -156,8 +186,9 @@ class Ledger:
         edits = self.edits
         lines = [f"Ledger of {shown(self.model.cfg.model_name)}: edits that stand: {len(edits)}"]
         lines += [
-            f"  {i}. {shown(edit.method)}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}: "
-            + shown_names(edit.subjects, most=6)
+            f"  {i}. {shown(edit.method)}, layers {edit.layers[0]} to {edit.layers[-1]}, rank {edit.rank}"
+            + ("" if edit.strength == 1 else f", strength {edit.strength:g}")
+            + f": {shown_names(edit.subjects, most=6)}"
             for i, edit in enumerate(edits, 1)
         ]
         return "\n".join(lines)

@@ -273,5 +273,7 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("default:the refusal could not be fitted")
 def test_a_refusal_that_was_not_fitted_is_named():
-    with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship"):
-        edit(chat_model(), REQUESTS, SITES, **FAST)
+    with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship") as caught:
+        plan = edit(chat_model(), REQUESTS, SITES, **FAST)
+    sentences = [str(warning.message) for warning in caught]
+    assert tuple(text for text in sentences if not text.startswith("the corpus has")) == plan.warnings

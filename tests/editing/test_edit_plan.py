@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 import torch
 from helpers.handmade_edits import handmade_edit
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 import lens_defense.editing.edit_plan as edit_plan
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.models.mlp_output import weights_fingerprint
+from lens_defense.models.mlp_output import mlp_output_matrix, weights_fingerprint
 from lens_defense.tracing.trace_result import Trace
 
 
@@ -32,6 +33,106 @@ def test_an_edit_survives_its_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.safetensors"]
     with loaded_edit.applied(model):
         pass
+
+
+@pytest.mark.parametrize("strength", [0, 0.3, 1, 2.5])
+def test_a_scaled_edit_changes_so_much_more_or_less(strength):
+    model = chat_model(dtype=torch.float64)
+    plan, weights, matrix = (
+        handmade_edit(model, (1, 2)),
+        copy_weights(model),
+        mlp_output_matrix(model, 1).clone(),
+    )
+    scaled = plan.scaled(strength)
+    assert scaled.strength == strength and plan.strength == 1
+    assert scaled.relative_change == pytest.approx({1: 0.1 * strength, 2: 0.1 * strength})
+    assert scaled.forecast == plan.forecast.scaled(strength)
+    for layer, delta in plan.deltas().items():
+        torch.testing.assert_close(scaled.deltas()[layer], strength * delta, rtol=1e-6, atol=1e-6)
+        assert scaled.left[layer].dtype == plan.left[layer].dtype
+    for name in ("right", "losses", "requests", "contexts", "settings", "fingerprint"):
+        assert getattr(scaled, name) is getattr(plan, name), name
+    with scaled.applied(model):
+        assert weights_equal(model, weights) == (strength == 0)
+        torch.testing.assert_close(mlp_output_matrix(model, 1), matrix + scaled.deltas()[1])
+    assert weights_equal(model, weights)
+
+
+@torch.no_grad()
+def test_what_arrives_is_the_strength_times_as_much_to_first_order():
+    model, ids = chat_model(dtype=torch.float64), torch.tensor([[5, 9, 120, 33]])
+    plan, clean = handmade_edit(model, (1, 2)), model(ids)
+
+    def shift(strength):
+        with plan.scaled(strength).applied(model):
+            return model(ids) - clean
+
+    def curvature(strength):
+        doubled = 2 * shift(strength)
+        return float((shift(2 * strength) - doubled).norm() / doubled.norm())
+
+    assert curvature(1e-2) < 0.1 and curvature(1e-3) < 0.01
+
+
+def test_a_strength_is_relative_to_the_edit_that_is_scaled():
+    plan = handmade_edit(chat_model(), (1, 2))
+    back = plan.scaled(4).scaled(0.25)
+    assert plan.scaled(3).scaled(0.5).strength == 1.5
+    assert back.strength == 1 and back.forecast is plan.forecast
+    assert all(torch.equal(back.left[layer], plan.left[layer]) for layer in plan.layers)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("strength", [-0.1, float("nan"), float("inf"), "1", None, 1j])
+def test_a_strength_that_is_none_is_refused(strength):
+    with pytest.raises(ValueError, match="strength must be a finite number of at least 0, got"):
+        handmade_edit(chat_model(), (1, 2)).scaled(strength)
+
+
+def test_a_strength_is_shown_where_it_is_not_1():
+    plan = handmade_edit(chat_model(), (1, 2))
+    for text in (repr(plan), plan._repr_html_()):
+        assert "strength" not in text
+    for text in (repr(plan.scaled(0.5)), plan.scaled(0.5)._repr_html_()):
+        assert "strength 0.5" in text
+
+
+def test_a_scaled_edit_survives_its_file(tmp_path):
+    model = chat_model()
+    scaled = handmade_edit(model, (1, 2)).scaled(0.3)
+    loaded_edit = Edit.load(scaled.save(tmp_path / "plan.safetensors"), model)
+    assert loaded_edit.forecast == scaled.forecast and loaded_edit.strength == 0.3
+    assert loaded_edit.scaled(2).forecast == scaled.scaled(2).forecast
+    assert all(torch.equal(loaded_edit.deltas()[layer], scaled.deltas()[layer]) for layer in (1, 2))
+
+
+def test_a_file_from_before_edits_were_scaled_is_read(tmp_path):
+    model = chat_model()
+    plan = handmade_edit(model, (1, 2))
+    content = msgspec.to_builtins(replace(plan, left={}, right={}), str_keys=True)
+    for name in ("strength", "measured"):
+        del content["forecast"][name]
+    tensors = {
+        f"{side}.{layer}": getattr(plan, side)[layer] for side in ("left", "right") for layer in (1, 2)
+    }
+    file = edit_plan.save_file(tmp_path / "plan.safetensors", "edit", content, tensors)
+    loaded_edit = Edit.load(file, model)
+    assert loaded_edit.strength == 1 and loaded_edit.forecast == plan.forecast
+
+
+def test_the_warnings_of_an_edit_follow_its_strength():
+    plan = handmade_edit(chat_model(), (1, 2))  # reach .9 and .8, leak .4, losses .5 and .25
+    (unfitted,) = [text for text in plan.warnings if "could not be fitted" in text]
+    assert "for: lamp (more than" in unfitted and unfitted in plan.scaled(0.2).warnings
+
+    def starting(strength, start):
+        return [text for text in plan.scaled(strength).warnings if text.startswith(start)]
+
+    assert starting(1, "this edit leaks 0.40") and not starting(0.3, "this edit leaks")
+    assert not starting(1, "less than 40%") and "bell (0.36)" in starting(0.45, "less than 40%")[0]
+    assert "lamp (0.36), bell (0.32)" in starting(0.4, "less than 40%")[0]
+    assert not [text for text in plan.warnings if "hardly tell requests apart" in text]
+    assert "keys at 'last' hardly tell" in replace(plan, role="last").warnings[1]
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

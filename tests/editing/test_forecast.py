@@ -84,6 +84,39 @@ def test_leaks_are_the_slow_loops(family, monkeypatch):
         assert leak <= sum(leaks[:2]) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 2.0])
+def test_a_scaled_forecast_is_the_one_measured_on_the_scaled_change(strength, monkeypatch):
+    monkeypatch.setattr(forecasts, "read_corpus", lambda _: CORPUS)
+    model = tiny_model("llama", chat=True)
+    factors = random_factors(model, LAYERS)
+    scaled = {layer: (strength * left, right) for layer, (left, right) in factors.items()}
+    measured, expected = (
+        measure_forecast(
+            model,
+            of_requests(change, [0], [1]),
+            subjects=("lamp", "bell"),
+            reach=reach,
+            reach_harmless=reach[:1],
+            value_norm=2.5,
+        )
+        for change, reach in ((factors, (0.9, 0.8)), (scaled, (0.9 * strength, 0.8 * strength)))
+    )
+    forecast = measured.scaled(strength)
+    assert forecast.strength == strength and forecast.measured is measured
+    for name in ("reach", "reach_harmless", "leaks_neutral", "leaks_safe", "leak_neutral", "leak_safe"):
+        assert getattr(forecast, name) == pytest.approx(getattr(expected, name), rel=1e-5), name
+    assert (forecast.subjects, forecast.language) == (expected.subjects, expected.language)
+
+
+def test_a_forecast_is_scaled_from_what_was_measured():
+    measured = by_hand()
+    forecast = measured.scaled(0.1).scaled(0.0).scaled(7.0)
+    assert forecast.strength == 0 and forecast.measured is measured and forecast.leak_safe == 0
+    forecast = measured.scaled(4.0).scaled(0.5)
+    assert forecast == measured.scaled(2.0) and forecast.risky and not measured.scaled(0.5).risky
+    assert measured.scaled(4.0).scaled(0.25) is measured and measured.scaled(1.0) is measured
+
+
 def test_nothing_leaks_from_no_change(monkeypatch):
     monkeypatch.setattr(forecasts, "read_corpus", lambda _: CORPUS)
     monkeypatch.setattr(
@@ -158,6 +191,6 @@ def test_a_table_with_a_row_per_subject_and_one_for_all():
 
 
 def test_a_forecast_survives_its_file(tmp_path):
-    for forecast in (by_hand(), an_edit().forecast):
+    for forecast in (by_hand(), an_edit().forecast, by_hand().scaled(0.3)):
         file = save(tmp_path / "forecast", "forecast", forecast)
         assert load(file, "forecast", Forecast)[0] == forecast

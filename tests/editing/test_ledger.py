@@ -17,6 +17,7 @@ import lens_defense.models.mlp_output as mlp_output
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.ledger import Ledger
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
+from lens_defense.models.weight_journal import journal_of
 
 MOVES = ("apply A", "apply B", "apply D", "undo", "redo", "remove A", "remove B", "remove D")
 
@@ -379,6 +380,81 @@ def test_an_edit_of_another_model_is_refused(tmp_path):
     assert "edits that stand: 1" in repr(ledger)
     assert "lamp, bell" in repr(ledger)
     ledger.undo()
+
+
+def test_watchers_are_called_after_each_change():
+    model, edits, original_weights, _ = world("llama")
+    ledger, calls = Ledger(model), []
+
+    def watcher(name):
+        return lambda: calls.append((name, ledger.edits))
+
+    unwatch = ledger.watch(watcher("first"))
+    ledger.watch(watcher("second"))
+    for verb, expected in (
+        (lambda: ledger.apply(edits["A"]), "A"),
+        (lambda: ledger.apply(edits["D"]), "AD"),
+        (lambda: ledger.remove(edits["A"]), "D"),
+        (ledger.redo, "DA"),
+        (ledger.undo, "D"),
+    ):
+        calls.clear()
+        verb()
+        standing = tuple(edits[name] for name in expected)
+        assert calls == [("first", standing), ("second", standing)]
+    calls.clear()
+    for verb in (lambda: ledger.apply(edits["B"]), lambda: ledger.remove(edits["B"])):
+        with pytest.raises(ValueError):
+            verb()
+    with ledger.set_aside():
+        pass
+    assert not calls, "nothing was changed"
+    unwatch()
+    unwatch()
+    ledger.undo()
+    assert calls == [("second", ())] and weights_equal(model, original_weights)
+
+
+def test_a_watcher_that_fails_leaves_the_change_and_the_ledger():
+    model, edits, original_weights, _ = world("llama")
+    ledger = Ledger(model)
+
+    def fail():
+        raise RuntimeError("of the watcher")
+
+    unwatch = ledger.watch(fail)
+    for verb, names in ((lambda: ledger.apply(edits["A"]), "A"), (ledger.undo, ""), (ledger.redo, "A")):
+        with pytest.raises(RuntimeError, match="of the watcher"):
+            verb()
+        assert ledger.edits == tuple(edits[name] for name in names)
+        assert weights_fingerprint(model) == expected_fingerprint("llama", tuple(names))
+    unwatch()
+    ledger.undo()
+    assert weights_equal(model, original_weights)
+
+
+@pytest.mark.parametrize("verb", ["apply", "undo", "redo", "remove"])
+def test_a_watcher_may_use_the_ledger_and_another_thread_may_meanwhile(verb):
+    model, edits, original_weights, _ = world("llama")
+    ledger, lock, free = Ledger(model), journal_of(model).lock, []
+    if verb != "apply":
+        ledger.apply(edits["A"])
+    if verb == "redo":
+        ledger.undo()
+
+    def take_lock():
+        free.append(lock.acquire(timeout=5))
+        lock.release()
+
+    def look():
+        unwatch()
+        run_in_threads(take_lock)
+        while ledger.edits:
+            ledger.undo()
+
+    unwatch = ledger.watch(look)
+    getattr(ledger, verb)(*([edits["A"]] if verb in ("apply", "remove") else []))
+    assert free == [True] and weights_equal(model, original_weights)
 
 
 def run_in_threads(*functions):

@@ -5,7 +5,9 @@ KL(unedited || edited) on benign requests, teacher-forced on the unedited model'
 loss on neutral text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.checking.suites import suite as bundled_suite
 from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.ledger import Ledger
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.forward import forward, model_device
@@ -31,12 +34,14 @@ from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
 
+Side = Callable[[], AbstractContextManager[object]]
+"""Makes a `with` block in which the model is as it is to be measured."""
 _CALL = "ld.check(model, edit, suite)"
 
 
 def check(
     model: Model,
-    edit: Edit | None,
+    edit: Edit | Ledger | None,
     suite: Suite | str | None = None,
     *,
     max_new_tokens: int = 100,
@@ -49,7 +54,8 @@ def check(
 
     Args:
         model: the model that the edit was planned on, or a name for `load`.
-        edit: the plan. None measures the model as it is, about the suite's own subjects.
+        edit: the plan; or a ledger, whose edits are set aside for the unedited model, and measured together.
+            None measures the model as it is, about the suite's own subjects.
         suite: a suite, or the name of a bundled one; None takes the one in the model's language. It is
             asked about the edit's subjects, without the texts
             that the edit used.
@@ -61,41 +67,50 @@ def check(
         progress: shows a bar.
 
     Raises:
-        ValueError: the edit was planned on other weights, there is no such suite, or `before` is of another
+        ValueError: the edit was planned on other weights, no edit stands in the ledger or it is of another
+            model, there is no such suite, or `before` is of another
             length than the rows; a row with its answer, or a neutral text, is too long for the model.
         TypeError: an argument is something else, as where two are swapped.
     """
     model = resolve_model(model, _CALL)
-    if not isinstance(edit, Edit | None):
-        raise wrong_argument(_CALL, "edit must be an Edit, as ld.edit gives it, or None", edit)
+    if not isinstance(edit, Edit | Ledger | None):
+        raise wrong_argument(_CALL, "edit must be an Edit, as ld.edit gives it, a Ledger, or None", edit)
+    edits, unedited, edited = _sides(model, edit)
     suite = language(model) if suite is None else suite
     if not isinstance(suite, Suite | str):
         raise wrong_argument(_CALL, "suite must be a Suite or the name of one", suite)
     all_judges = {**JUDGES, **(judges or {})}
     rows, dropped = bundled_suite(suite) if isinstance(suite, str) else suite, 0
-    if edit is not None:
-        edit.require_same_model(model)
-        rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, edit.texts, edit.names)
+    if edits:
+        planned = tuple(dict.fromkeys(request for one in edits for request in one.requests))
+        texts, names = ([text for one in edits for text in getattr(one, name)] for name in ("texts", "names"))
+        rows, dropped = rows.for_requests(planned).for_edit(planned, texts, names)
     neutral = _neutral_ids(model, rows.neutral)
     with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
-        ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
-        if len(ids_before) != len(rows.items):
-            raise ValueError(f"{len(ids_before)} answers were given for {len(rows.items)} rows")
-        loss_before = _neutral_losses(model, neutral)
+        with unedited():
+            ids_before = (
+                list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
+            )
+            if len(ids_before) != len(rows.items):
+                raise ValueError(f"{len(ids_before)} answers were given for {len(rows.items)} rows")
+            loss_before = _neutral_losses(model, neutral)
         ids_after, loss_after, divergences = ids_before, [], []
-        if edit is not None:
-            with edit.applied(model):
+        if edits:
+            with edited():
                 ids_after = suite_answers(model, rows, max_new_tokens, bar)
                 loss_after = _neutral_losses(model, neutral)
             benign = [i for i, item in enumerate(rows.items) if item.arm == "benign"]
             prompts = [tokenize(model.tokenizer, rows.items[i].request).ids for i in benign]
-            divergences = _divergences(model, edit, prompts, [ids_before[i][:KL_TOKENS] for i in benign])
-    subjects = edit.subjects if edit else tuple({i.subject for i in rows.items if i.arm == "edited"})
+            answers = [ids_before[i][:KL_TOKENS] for i in benign]
+            divergences = _divergences(model, unedited, edited, prompts, answers)
+    subjects = tuple(dict.fromkeys(subject for one in edits for subject in one.subjects)) or tuple(
+        {item.subject for item in rows.items if item.arm == "edited"}
+    )
     texts_before, texts_after = (
         [decode_answer(model.tokenizer, ids) for ids in answers] for answers in (ids_before, ids_after)
     )
     return Report(
-        title=title or ("the model as it is" if edit is None else edit.method),
+        title=title or " and ".join(dict.fromkeys(one.method for one in edits)) or "the model as it is",
         suite=rows.name,
         split=rows.split,
         rows=tuple(
@@ -107,9 +122,25 @@ def check(
         loss_before=tuple(loss_before),
         loss_after=tuple(loss_after),
         dropped=dropped,
-        edited=edit is not None,
+        edited=bool(edits),
         chat_arguments=bound_arguments(model.tokenizer),
     )
+
+
+def _sides(model: TransformerBridge, edit: Edit | Ledger | None) -> tuple[tuple[Edit, ...], Side, Side]:
+    """The edits that are measured, and `with` blocks in which the model is without and with them."""
+    if isinstance(edit, Ledger):
+        if edit.model.original_model is not model.original_model:
+            raise ValueError("this ledger is of another model; give the model that it was opened on")
+        if not edit.edits:
+            raise ValueError(
+                "no edit stands in this ledger; apply one, or check a plan: ld.check(model, edit)"
+            )
+        return edit.edits, edit.set_aside, nullcontext
+    if edit is None:
+        return (), nullcontext, nullcontext
+    edit.require_same_model(model)
+    return (edit,), nullcontext, partial(edit.applied, model)
 
 
 def suite_answers(
@@ -149,7 +180,8 @@ def _neutral_losses(
 @torch.no_grad()
 def _divergences(
     model: TransformerBridge,
-    edit: Edit,
+    unedited: Side,
+    edited: Side,
     prompts: Sequence[tuple[int, ...]],
     answers: Sequence[tuple[int, ...]],
     batch_size: int = 16,
@@ -158,10 +190,11 @@ def _divergences(
     divergences: list[tuple[float, float]] = []
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        unedited = _answer_log_probabilities(model, prompts[batch], answers[batch])
-        with edit.applied(model):
-            edited = _answer_log_probabilities(model, prompts[batch], answers[batch])
-        kl = (unedited.exp() * (unedited - edited)).sum(-1)
+        with unedited():
+            log_p = _answer_log_probabilities(model, prompts[batch], answers[batch])
+        with edited():
+            log_q = _answer_log_probabilities(model, prompts[batch], answers[batch])
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         for row, answer in zip(kl, answers[batch], strict=True):
             steps = row[len(row) - 1 - len(answer) : len(row) - 1]
             divergences.append((float(steps.mean()), float(steps[0])))

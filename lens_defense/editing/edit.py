@@ -17,7 +17,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
-from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import measure_forecast
 from lens_defense.editing.layer_spread import spread_over_layers
@@ -151,7 +151,7 @@ def edit(
         request_names=groups.names,
     )
     for sentence in plan.warnings:
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(sentence, EditWarning, stacklevel=2)
     return plan
 
 

@@ -38,6 +38,10 @@ UNFITTED_LOSS = 0.3
 asked, and those up to .23 were refused."""
 
 
+class EditWarning(UserWarning):
+    """What to know of a plan before it is applied: one of `Edit.warnings`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Edit:
     """A plan: what would be added to which matrices, from what, and what is to be expected of it."""

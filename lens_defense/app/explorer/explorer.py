@@ -8,9 +8,10 @@ the parts alone (frozen.py). Short commands are done at once, long ones by one b
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -29,8 +30,8 @@ from lens_defense.arguments import wrong_argument
 from lens_defense.checking.check import check
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite, suite
-from lens_defense.editing.edit import plan_edit
-from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit import edit as plan_edit
+from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.methods import METHODS
 from lens_defense.loading.resolve_model import Model, resolve_model
@@ -152,6 +153,7 @@ class Explorer:
         self._questions: dict[tuple[str, str], str] = {}
         self._reported: tuple[Edit, ...] = ()
         self._asked: Suite | None = None
+        self._widget: Any = None
         self._listeners: list[Callable[[str, Any], object]] = []
         self._lock = threading.RLock()
         self.worker = Worker(lambda: self.publish("job"), self._say)
@@ -293,9 +295,10 @@ class Explorer:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}")
         if not isinstance(wanted["components"], tuple):
             raise ValueError("a list of components is wanted")
-        settings = TraceSettings(components=wanted["components"], direction=wanted["direction"])
-        components = resolve_components(self.model, settings.components)
-        self.trace_choices = TraceChoices(components, settings.direction, wanted["metric"])
+        if wanted["direction"] not in get_args(Direction):
+            raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}")
+        components = resolve_components(self.model, TraceSettings(wanted["components"]).components)
+        self.trace_choices = TraceChoices(components, wanted["direction"], wanted["metric"])
         self.publish("settings")
 
     def set_plan(self, **changes: Any) -> None:
@@ -447,7 +450,9 @@ class Explorer:
     def _plan(self) -> None:
         choices, sites = self.plan_choices, self._sites
         chosen = [item for item in self.requests if item.id in choices.requests]
-        edit = plan_edit(self.model, chosen, sites, method=choices.method, **self.settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", EditWarning)  # the page shows them beside the forecast
+            edit = plan_edit(self.model, chosen, sites, method=choices.method, **self.settings)
         with self._lock:
             now = (self.plan_choices.method, self.plan_choices.requests, self._sites)
             if now != (choices.method, choices.requests, sites):
@@ -501,7 +506,7 @@ class Explorer:
             self._say(f"written: {written}")
             return
         name, data = self._file(what)
-        self._event("file", name=name, data=page_values.base64_text(data))
+        self._event("file", file=name, data=page_values.base64_text(data))
 
     def _file(self, what: str) -> tuple[str, bytes]:
         """The name and the content of a file for the browser."""
@@ -659,9 +664,13 @@ class Explorer:
             self.publish("sites", "plan", "code")
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        from lens_defense.app.explorer.widget import notebook_bundle
+        from lens_defense.app.explorer.widget import ExplorerWidget, notebook_bundle, wants_pictures
 
-        return notebook_bundle(self, options)
+        if self._widget is None:
+            self._widget = ExplorerWidget(self)
+        drawn = self._trace or self._estimate
+        picture = take_away.figure_file(drawn, self._sites, "png") if drawn and wants_pictures() else None
+        return notebook_bundle(self._widget, picture, options)
 
 
 _SUGGESTED = (

@@ -9,8 +9,7 @@ from typing import Any
 
 from lens_defense.checking.report import ARM_NAMES, MEASURE_NAMES, Report
 from lens_defense.checking.suites import HARMFUL_ARMS, TO_BE_REFUSED, Suite
-from lens_defense.editing.edit import WEAK_REACH
-from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit_plan import WEAK_REACH, Edit
 from lens_defense.plotting.theme import ROLE_WORDS
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.request import Request

@@ -47,7 +47,7 @@ class Worker:
         self.changed, self.say = changed, said
         self._lock = threading.Lock()
 
-    def start(self, name: str, action: Callable[[], None], ended: Callable[[str], None]) -> None:
+    def start(self, name: str, action: Callable[[], object], ended: Callable[[str], None]) -> None:
         """Run an action in the background.
 
         Args:
@@ -91,7 +91,7 @@ class Worker:
             job.step, job.done, job.total = description, done, total
             self.changed()
 
-    def _run(self, job: Job, action: Callable[[], None], ended: Callable[[str], None]) -> None:
+    def _run(self, job: Job, action: Callable[[], object], ended: Callable[[str], None]) -> None:
         sentence = ""
         try:
             try:

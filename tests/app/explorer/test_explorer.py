@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -24,6 +25,7 @@ SETTINGS = {
     "progress": False,
 }
 SUITE = ld.suite("core").small(paraphrases=1, jailbreaks=1, frames=0, names=0, same_subject=1, harmless=2)
+SUITE = replace(SUITE, neutral=())
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +198,7 @@ def test_strength_scales_the_plan_without_fitting_again(explorer, monkeypatch):
     assert explorer.ledger.edits[0].strength == 0.5
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_kernel_moves_the_page(explorer, model):
     parts = {}
     end = explorer.listen(parts.__setitem__)
@@ -232,7 +235,7 @@ def test_an_answer_grows_and_says_with_which_edits_it_was_given(explorer, model)
     assert done(explorer, "ask", question="how do I make a lamp") == ""
     assert not explorer.parts["talk"]["stale"] and explorer.parts["talk"]["edits"] == 1
     assert weights_equal(model, edited), "asking without the edit puts it back"
-    assert explorer.answers[0] == texts[-1]
+    assert explorer.parts["talk"]["before"] == texts[-1]
     explorer.ledger.undo()
     assert explorer.parts["talk"]["stale"]
 
@@ -357,7 +360,7 @@ def test_files_are_handed_over(explorer, tmp_path):
     explorer.do("choose", cells=[cell(1)])
     assert "nothing" in done(explorer, "take", what="edit")
     assert done(explorer, "plan") == "" and done(explorer, "apply") == ""
-    done(explorer, "take", what="edit")
+    assert done(explorer, "take", what="edit") == ""
     assert files["edit.safetensors"]
     message = done(explorer, "take", what="folder", path=str(tmp_path / "model"))
     assert "written" in message and (tmp_path / "model" / "config.json").is_file()

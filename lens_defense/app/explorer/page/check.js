@@ -89,7 +89,7 @@ class TakeAway {
         h("span", {}, this.path, button("Hugging Face folder", "the model with the edits that stand", () => page.send("take", { what: "folder", path: this.path.value }), "live"))),
       h("details", { open: true }, h("summary", {}, "The Python that does this again"), copy, this.code));
     page.on("code", () => { this.code.firstChild.textContent = page.get("code"); });
-    page.onEvent("file", ({ name, data }) => {
+    page.onEvent("file", ({ file: name, data }) => {
       const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));
       const link = h("a", { href: URL.createObjectURL(new Blob([bytes])), download: name });
       link.click();

@@ -6,13 +6,11 @@ loss on neutral text.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
@@ -27,6 +25,7 @@ from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
@@ -77,7 +76,7 @@ def check(
         edit.require_same_model(model)
         rows, dropped = rows.for_requests(edit.requests).for_edit(edit.requests, edit.texts, edit.names)
     neutral = _neutral_ids(model, rows.neutral)
-    with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
+    with ProgressBar("check", 0, unit="answer", shown=progress) as bar:
         ids_before = list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
         if len(ids_before) != len(rows.items):
             raise ValueError(f"{len(ids_before)} answers were given for {len(rows.items)} rows")
@@ -113,10 +112,10 @@ def check(
 
 
 def suite_answers(
-    model: TransformerBridge, suite: Suite, max_new_tokens: int, bar: "tqdm[Any] | None" = None
+    model: TransformerBridge, suite: Suite, max_new_tokens: int, bar: ProgressBar | None = None
 ) -> list[tuple[int, ...]]:
     """Token ids of the model's full greedy answers to a suite. Judge them, but do not publish them."""
-    bar = bar if bar is not None else tqdm(disable=True)
+    bar = bar or ProgressBar("check", 0, shown=False)
     bar.total = (bar.total or 0) + len(suite.items)
     prompts = [tokenize(model.tokenizer, item.request).ids for item in suite.items]
     names = [item.request.id for item in suite.items]

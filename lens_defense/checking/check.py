@@ -8,13 +8,11 @@ loss on neutral text.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
@@ -30,6 +28,7 @@ from lens_defense.models.forward import forward, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language
 from lens_defense.models.prefix_batch import left_pad, run_shared_prefix
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import decode_answer, first_dozen_words, tokenize_text
 from lens_defense.prompts.prompt import tokenize
@@ -86,7 +85,7 @@ def check(
         texts, names = ([text for one in edits for text in getattr(one, name)] for name in ("texts", "names"))
         rows, dropped = rows.for_requests(planned).for_edit(planned, texts, names)
     neutral = _neutral_ids(model, rows.neutral)
-    with tqdm(total=0, desc="check", unit="answer", disable=not progress) as bar:
+    with ProgressBar("check", 0, unit="answer", shown=progress) as bar:
         with unedited():
             ids_before = (
                 list(before) if before is not None else suite_answers(model, rows, max_new_tokens, bar)
@@ -144,10 +143,10 @@ def _sides(model: TransformerBridge, edit: Edit | Ledger | None) -> tuple[tuple[
 
 
 def suite_answers(
-    model: TransformerBridge, suite: Suite, max_new_tokens: int, bar: "tqdm[Any] | None" = None
+    model: TransformerBridge, suite: Suite, max_new_tokens: int, bar: ProgressBar | None = None
 ) -> list[tuple[int, ...]]:
     """Token ids of the model's full greedy answers to a suite. Judge them, but do not publish them."""
-    bar = bar if bar is not None else tqdm(disable=True)
+    bar = bar or ProgressBar("check", 0, shown=False)
     bar.total = (bar.total or 0) + len(suite.items)
     prompts = [tokenize(model.tokenizer, item.request).ids for item in suite.items]
     names = [item.request.id for item in suite.items]

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.models.context_length import context_length
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.prefix_batch import states_of_rows
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.conversation import tokenize_conversation, tokenize_text
 from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.sites import key_hook
@@ -102,13 +102,13 @@ def _stream(
 ) -> Covariances:
     sums: dict[int, Tensor] = {}
     tokens = 0
-    with tqdm(total=len(corpus), desc="covariance", unit="text", disable=not progress) as bar:
+    with ProgressBar("covariance", len(corpus), unit="text", shown=progress) as bar:
         for keys in iterate_keys(model, layers, corpus, batch_size=batch_size):
             for layer in layers:
                 rows = torch.cat(keys[layer]).float()
                 sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
             tokens += sum(map(len, keys[layers[0]]))
-            bar.update(min(batch_size, len(corpus) - bar.n))
+            bar.update(min(batch_size, len(corpus) - bar.done))
     return {layer: (total / tokens).float().cpu() for layer, total in sums.items()}
 
 

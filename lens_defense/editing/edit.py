@@ -11,7 +11,6 @@ from dataclasses import asdict, is_dataclass
 
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
@@ -29,6 +28,7 @@ from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
 from lens_defense.prompts.conversation import tokenize_answer, tokenize_text
@@ -208,11 +208,11 @@ def _target_values(
 
     def make() -> Mapping[str, Tensor]:
         steps = fit.shared_num_grad_steps + fit.v_num_grad_steps
-        with tqdm(total=steps, desc="values", unit="step", disable=not progress) as bar:
+        with ProgressBar("values", steps, unit="step", shown=progress) as bar:
 
             def show(loss: float) -> None:
-                bar.total = max(bar.total, bar.n + 1)  # a hard request may take more
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.total = max(steps, bar.done + 1)  # a hard request may take more
+                bar.note(loss=f"{loss:.3f}")
                 bar.update()
 
             values, losses = fit_target_values(model, rows, layer, fit, progress=show)

@@ -35,6 +35,7 @@ def generate(
     pick: Pick = greedy,
     progress: Callable[[int], object] = lambda _: None,
     names: Sequence[str] = (),
+    watch=None,
 ) -> list[tuple[int, ...]]:
     """The model's answers, up to and with the token that ends them.
 
@@ -62,7 +63,7 @@ def generate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         logits, key_values, mask = _prefill(model, [prompts[i] for i in indices], prefix, prefill_batch_size)
-        decoded = _decode(model, logits, key_values, mask, max_new_tokens, pick, progress)
+        decoded = _decode(model, logits, key_values, mask, max_new_tokens, pick, progress, watch)
         for i, answer in zip(indices, decoded, strict=True):
             answers[i] = answer
     return answers
@@ -92,6 +93,7 @@ def _decode(
     max_new_tokens: int,
     pick: Pick,
     progress: Callable[[int], object],
+    watch=None,
 ) -> list[tuple[int, ...]]:
     """Token after token, until every row has ended."""
     answers: list[list[int]] = [[] for _ in logits]
@@ -101,6 +103,7 @@ def _decode(
         next_tokens = pick(logits)
         for row, token in zip(rows, next_tokens.tolist(), strict=True):
             answers[row].append(token)
+            if watch: watch(row, token)
         continues = ~torch.isin(next_tokens, end_tokens)
         ended = int((~continues).sum())
         progress(ended)

@@ -21,11 +21,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lens_defense.organism.interchange import answer_loss, interchange, make_batch
 from lens_defense.organism.world import Example, World
+from lens_defense.progress import ProgressBar
 from lens_defense.storage import load, save
 
 _PAD, _USER, _ASSISTANT, _END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -168,7 +168,7 @@ def train(
     adam = torch.optim.AdamW(groups, lr=recipe.learning_rate(0), betas=(0.9, 0.95))
     start = _load_checkpoint(folder, recipe, model, adam)
     model.train()
-    with tqdm(total=recipe.steps, initial=start, desc="organism", unit="step", disable=not progress) as bar:
+    with ProgressBar("organism", recipe.steps, done=start, unit="step", shown=progress) as bar:
         for step in range(start, recipe.steps):
             for group in adam.param_groups:
                 group["lr"] = recipe.learning_rate(step)
@@ -178,7 +178,7 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             adam.step()
             loss, planted = float(language.detach()), float(interchanged.detach())
-            bar.set_postfix(loss=loss, planted=planted, refresh=False)
+            bar.note(loss=loss, planted=planted)
             bar.update()
             if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
                 _save_checkpoint(folder, recipe, step + 1, model, adam)

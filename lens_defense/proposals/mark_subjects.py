@@ -9,7 +9,6 @@ from typing import Any, overload
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.display import card
@@ -20,6 +19,7 @@ from lens_defense.patching.clean_corrupted import prompts_with_answers, rows_tha
 from lens_defense.patching.corruptions import Corruption, GaussianNoise
 from lens_defense.patching.metrics import answer_logprob
 from lens_defense.patching.trace_settings import MIN_DIFFERENCE
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest, request
 from lens_defense.prompts.resolve_requests import Requests, resolve_requests
@@ -135,12 +135,14 @@ def mark_subjects(
     without_subject = [item for item in items if item.subject is None]
     prompts = iter(prompts_with_answers(model, without_subject, None, answer_tokens=answer_tokens, chat=chat))
     marked = []
-    for item in tqdm(items, desc="subjects", unit="request", disable=not progress):
-        marked.append(
-            MarkedRequest(item, float("nan"), ())
-            if item.subject is not None
-            else _propose_subject(model, next(prompts), corruption)
-        )
+    with ProgressBar("subjects", len(items), unit="request", shown=progress) as bar:
+        for item in items:
+            marked.append(
+                MarkedRequest(item, float("nan"), ())
+                if item.subject is not None
+                else _propose_subject(model, next(prompts), corruption)
+            )
+            bar.update()
     return MarkedRequests(marked)
 
 

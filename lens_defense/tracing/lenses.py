@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.tools import analysis
 
@@ -18,6 +17,7 @@ from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import Hooks, forward, model_device, with_hooks
 from lens_defense.models.generate import generate
 from lens_defense.patching.clean_corrupted import prompts_with_answers
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.conversation import decode_answer, tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
@@ -163,10 +163,12 @@ def safety_layers(
             "refusal needs; leave these requests out"
         )
     n_layers, lost_by_layer = model.cfg.n_layers, []
-    for layer in tqdm(range(n_layers), desc="layers", disable=not progress):
-        skipped = range(layer, min(n_layers, layer + width))
-        refused_without = with_hooks(model, _zero_hooks(skipped), refusals)
-        lost_by_layer.append([float(not refused) for refused in refused_without])
+    with ProgressBar("layers", n_layers, unit="layer", shown=progress) as bar:
+        for layer in range(n_layers):
+            skipped = range(layer, min(n_layers, layer + width))
+            refused_without = with_hooks(model, _zero_hooks(skipped), refusals)
+            lost_by_layer.append([float(not refused) for refused in refused_without])
+            bar.update()
     lost_by_prompt = torch.tensor(lost_by_layer).T
     scores = [_at_last(lost, prompt) for lost, prompt in zip(lost_by_prompt, prompts, strict=True)]
     return _score_map(model, prompts, scores, "refusals lost without the layer")

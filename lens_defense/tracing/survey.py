@@ -13,13 +13,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.patching.corruptions import Corruption, GaussianNoise
 from lens_defense.patching.metrics import Metric, answer_logprob
 from lens_defense.patching.trace_settings import TraceSettings
+from lens_defense.progress import ProgressBar
 from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects, resolve_requests
 from lens_defense.storage import load as load_file
@@ -84,7 +83,7 @@ def survey(
         item.id: "it has no subject; see ld.mark_subjects" for item in all_requests if not item.subject
     }
     wanted = len(requests) if enough is None else min(enough, len(requests))
-    with tqdm(total=wanted, desc="survey", unit="request", disable=not progress) as bar:
+    with ProgressBar("survey", wanted, unit="request", shown=progress) as bar:
         for request, file in zip(requests, files, strict=True):
             if enough is not None and len(traces) >= enough:
                 break
@@ -103,7 +102,7 @@ def survey(
                 traces.append(found)
             else:
                 refused[request.id] = found
-            bar.update(enough is None or isinstance(found, Trace))
+            bar.update(int(enough is None or isinstance(found, Trace)))
             bar.refresh()  # files that are there already go by too fast to be shown
     return SurveyResult(join_traces(traces) if traces else None, refused)
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import did_you_mean
@@ -31,6 +30,7 @@ from lens_defense.patching.metrics import Metric, answer_logprob
 from lens_defense.patching.pass_plan import block_passes, time_in_tokens
 from lens_defense.patching.patch_grid import PatchGrid, patch_grid, resolve_components, resolve_layers
 from lens_defense.patching.trace_settings import TraceSettings
+from lens_defense.progress import ProgressBar, say
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.prompt import Prompt, tokenize
@@ -58,6 +58,7 @@ def trace(
     answers: Sequence[str] | SiteMap | None = None,
     max_bytes: int | None = None,
     progress: bool = True,
+    watch=None,
     **changes: Any,
 ) -> Trace:
     """Find which layer and which token hold what the subject of a request does to the answer.
@@ -320,7 +321,7 @@ class _Job:
         clean: Sequence[Float[Tensor, " metric"]],
         corrupted: Sequence[Float[Tensor, "sample metric"]],
         shape: tuple[int, int, int, int],
-        bar: "tqdm[Any]",
+        bar: ProgressBar,
     ) -> tuple[
         Float[Tensor, "metric request component layer position sample"],
         Float[Tensor, "metric request component layer position"] | None,
@@ -355,7 +356,7 @@ class _Job:
         grid: PatchGrid,
         clean: Float[Tensor, " metric"],
         corrupted: Float[Tensor, "sample metric"],
-        bar: "tqdm[Any]",
+        bar: ProgressBar,
     ) -> tuple[Float[Tensor, "cell sample metric"], dict[tuple[int, int, int], Float[Tensor, " metric"]]]:
         """The patched metrics of one prompt; and of the cells that were verified the estimated effects."""
         exact, rows, cells = self.settings.exact, self.rows(runs.prompt), list(grid.values())
@@ -376,10 +377,10 @@ class _Job:
 
     def progress_bar(
         self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], samples: int, progress: bool
-    ) -> "tqdm[Any]":
+    ) -> ProgressBar:
         """A bar over passes of one token through one block; of estimates over requests."""
         if not self.settings.exact:
-            return tqdm(total=len(prompts), desc="attribution", unit="request", disable=not progress)
+            return ProgressBar("attribution", len(prompts), unit="request", shown=progress)
         total = sum(
             block_passes(
                 list(grid.values()),
@@ -389,7 +390,7 @@ class _Job:
             )
             for prompt, grid in zip(prompts, grids, strict=True)
         )
-        return tqdm(total=total, desc="trace", unit="pass", unit_scale=True, disable=not progress)
+        return ProgressBar("trace", total, unit="pass", unit_scale=True, shown=progress)
 
     def relative_length(self, prompts: Sequence[Prompt], grids: Sequence[PatchGrid], samples: int) -> float:
         """How many times longer the sweeps take than the clean and the corrupted runs took."""
@@ -419,7 +420,7 @@ def describe(function: object) -> str:
 def _say_lengthened(prompts: Sequence[Prompt], tokens: int, progress: bool) -> None:
     if prompts and progress:
         named = ", ".join(f"{prompt.request.id} ({len(prompt.answer_ids)})" for prompt in prompts)
-        tqdm.write(
+        say(
             f"The first {tokens} tokens of some answers do not depend on the subject; longer ones are read "
             f"(tokens): {named}"
         )
@@ -427,7 +428,7 @@ def _say_lengthened(prompts: Sequence[Prompt], tokens: int, progress: bool) -> N
 
 def _announce(seconds: float) -> None:
     if seconds > LONG_TRACE:
-        tqdm.write(
+        say(
             f"This trace takes about {seconds / 60:.0f} minutes. Fewer positions (roles), layers (a stride), "
             "samples or answer_tokens make it shorter."
         )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.handmade import HOSTILE, a_prompt, a_request, a_trace, lamp_prompts
+from helpers.listener import Listener
 from helpers.reference_tracing import trace_one_by_one
 from helpers.tiny_models import FAMILIES, tiny_model
 from helpers.trace_cases import ALL_CELLS, BELL, LAMP, tiny_chat_model
@@ -38,6 +39,7 @@ from lens_defense.patching.metrics import (
     refusal_logit_diff,
 )
 from lens_defense.patching.patch_cell import PatchCell, PatchPoint
+from lens_defense.progress import progress_listener
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
 from lens_defense.sites import EMBEDDING_HOOK
@@ -113,12 +115,12 @@ def test_bounded_memory_bounds_the_rows_and_changes_nothing(monkeypatch, family,
 
 def announced(monkeypatch, call, **settings):
     """The minutes that a trace announces where the runs before its sweeps took two hours."""
-    said, clock = [], itertools.count(0, 7200)
+    clock, listener = itertools.count(0, 7200), Listener()
     monkeypatch.setattr(devices, "CPU_CALL_COST", devices.CallCost(call, 2**20))
     monkeypatch.setattr(tracers, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(tracers.tqdm, "write", said.append)
-    trace(tiny_chat_model(), [LAMP], **{**ALL_CELLS, **settings, "progress": True})
-    (words,) = said
+    with progress_listener(listener):
+        trace(tiny_chat_model(), [LAMP], **{**ALL_CELLS, **settings, "progress": True})
+    (words,) = listener.sentences
     return int(re.search(r"about (\d+) minutes", words)[1])
 
 

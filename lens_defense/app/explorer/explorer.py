@@ -598,6 +598,7 @@ class Explorer:
         return reproducing_code(
             self.name,
             self.requests,
+            language(self.model),
             self._trace,
             self._sites,
             self.ledger.edits,

@@ -3,12 +3,13 @@
 Texts are made visible and cut in one place, `visible`; a page shows them as text and never as markup.
 """
 
+import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lens_defense.checking.report import ARM_NAMES, MEASURE_NAMES, Report
-from lens_defense.checking.suites import HARMFUL_ARMS, TO_BE_REFUSED, Suite
+from lens_defense.checking.suites import HARMFUL_ARMS, TO_BE_REFUSED, Arm, Suite
 from lens_defense.editing.edit_plan import WEAK_REACH, Edit
 from lens_defense.plotting.theme import ROLE_WORDS
 from lens_defense.prompts.conversation import first_dozen_words
@@ -17,7 +18,12 @@ from lens_defense.shown_text import TEXT_LETTERS, truncate, visible_text
 
 
 def visible(value: Any) -> Any:
-    """Plain values with every text safe to show; line breaks stay, for what is shown as lines."""
+    """Plain values with every text safe to show; line breaks stay, for what is shown as lines.
+
+    JSON has no infinity and no NaN: both become None.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, str):
         return "\n".join(map(visible_text, truncate(value, TEXT_LETTERS).split("\n")))
     if isinstance(value, Mapping):
@@ -87,7 +93,7 @@ def check_values(
             "words": MEASURE_NAMES.get(rate["measure"], f"refused, {rate['measure']}"),
             "n": rate["n"],
             "subjects": rate["clusters"],
-            "wanted": "refused" if rate["arm"] in TO_BE_REFUSED else _WANTED.get(rate["arm"], "answered"),
+            "wanted": _wanted(rate["arm"], rate["measure"]),
             **{key: _rounded(rate.get(key)) for key in _RATE_FIELDS},
         }
         for rate in report.rates().to_dict("records")
@@ -127,7 +133,15 @@ def base64_text(data: bytes) -> str:
 
 
 _RATE_FIELDS = ("before", "before low", "before high", "after", "after low", "after high", "p", "word list")
-_WANTED = {"held_out": "", "facts": "known"}
+
+
+def _wanted(arm: Arm, measure: str) -> str:
+    """What a defender wants of the answers to an arm; of held-out subjects nothing."""
+    if arm == "held_out":
+        return ""
+    if measure == "knows":
+        return "not known" if arm in TO_BE_REFUSED else "known"
+    return "refused" if arm in TO_BE_REFUSED else "answered"
 
 
 def _answer_values(report: Report, questions: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
@@ -173,5 +187,4 @@ def _edit_values(edit: Edit) -> dict[str, Any]:
 
 
 def _rounded(number: float | None, digits: int = 3) -> float | None:
-    """A number for JSON, which has no NaN."""
-    return None if number is None or number != number else round(float(number), digits)
+    return None if number is None else round(float(number), digits)

@@ -1,9 +1,11 @@
 """The Python that does again what a person did on the page."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.prompts.request import Request
+from lens_defense.prompts.request_files import requests as bundled_requests
 from lens_defense.sites import Site
 from lens_defense.tracing.trace_result import Trace
 
@@ -11,6 +13,7 @@ from lens_defense.tracing.trace_result import Trace
 def reproducing_code(
     model: str,
     requests: Sequence[Request],
+    bundled: str,
     trace: Trace | None,
     sites: Sequence[Site],
     standing: Sequence[Edit],
@@ -22,15 +25,18 @@ def reproducing_code(
     Args:
         model: its name.
         requests: that were looked at.
+        bundled: the set whose first requests these may be.
         trace: the map that is shown, if any.
         sites: that are chosen.
         standing: the edits that stand.
         plan: what is planned beside them, if anything.
         checked: whether what stands was checked.
     """
-    lines = ["import lens_defense as ld", "", f"model = ld.load({model!r})", "requests = ["]
-    lines += [f"    {_request(item)}," for item in requests]
-    lines += ["]"]
+    lines = ["import lens_defense as ld", "", f"model = ld.load({model!r})"]
+    if tuple(requests) == tuple(bundled_requests(bundled)[: len(requests)]):
+        lines += [f"requests = ld.requests({bundled!r})[:{len(requests)}]"]
+    else:
+        lines += ["requests = [", *(f"    {_request(item)}," for item in requests), "]"]
     if trace is not None:
         settings = trace.settings
         lines += [
@@ -53,7 +59,11 @@ def reproducing_code(
 
 
 def _request(item: Request) -> str:
-    return f"ld.request({item.text!r}, {item.subject!r}, id={item.id!r})"
+    plain = Request("", ("",))
+    names = [field.name for field in fields(Request) if field.name not in ("pieces", "subject", "spelled")]
+    changed = {name: getattr(item, name) for name in names if getattr(item, name) != getattr(plain, name)}
+    settings = "".join(f", {name}={value!r}" for name, value in changed.items())
+    return f"ld.request({item.text!r}, {item.subject!r}{settings})"
 
 
 def _sites(sites: Sequence[Site]) -> str:

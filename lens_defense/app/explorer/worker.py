@@ -44,7 +44,7 @@ class Worker:
             said: called with a sentence that a verb says while it works.
         """
         self.job: Job | None = None
-        self.changed, self.say = changed, said
+        self.changed, self.said = changed, said
         self._lock = threading.Lock()
 
     def start(self, name: str, action: Callable[[], object], ended: Callable[[str], None]) -> None:
@@ -84,12 +84,16 @@ class Worker:
             job.thread.join(seconds)
         return self.job is None
 
-    def step(self, description: str, done: int, total: int) -> None:
+    def step(self, description: str, done: int, total: int | None) -> None:
         """What a progress bar of the package reports."""
         job = self.job
         if job is not None:
-            job.step, job.done, job.total = description, done, total
+            job.step, job.done, job.total = description, done, total or 0
             self.changed()
+
+    def say(self, sentence: str) -> None:
+        """What a verb says while it works."""
+        self.said(sentence)
 
     def _run(self, job: Job, action: Callable[[], object], ended: Callable[[str], None]) -> None:
         sentence = ""

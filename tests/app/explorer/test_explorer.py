@@ -355,7 +355,7 @@ def test_the_python_that_is_shown_runs_and_makes_the_same_edit(explorer):
 def test_files_are_handed_over(explorer, tmp_path):
     files = {}
     explorer.listen(
-        lambda name, value: files.update({value["name"]: value["data"]}) if name == "event:file" else None
+        lambda name, value: files.update({value["file"]: value["data"]}) if name == "event:file" else None
     )
     explorer.do("choose", cells=[cell(1)])
     assert "nothing" in done(explorer, "take", what="edit")

@@ -175,7 +175,7 @@ class Maps {
     const { layers } = this.map;
     const columns = view.columns;
     const cellHeight = Math.max(7, Math.min(22, Math.floor(440 / layers)));
-    const cellWidth = Math.max(13, Math.min(40, Math.floor((this.frame === "all" ? 210 : 330) / columns.length)));
+    const cellWidth = Math.max(13, Math.min(this.frame === "all" ? 27 : 40, Math.floor((this.frame === "all" ? 190 : 330) / columns.length)));
     const widths = columns.map((column) => (column.role ? cellWidth : 12));
     const lefts = widths.map((_, i) => 34 + widths.slice(0, i).reduce((a, b) => a + b, 0));
     const right = lefts.at(-1) + widths.at(-1);

@@ -17,6 +17,8 @@ from lens_defense.models.prefix_batch import SharedPrefix, TokenRows, run_shared
 from lens_defense.prompts.conversation import end_token_ids
 
 Pick = Callable[[Float[Tensor, "row vocab"]], Int[Tensor, " row"]]
+WatchTokens = Callable[[int, int], object]
+"""Is called with a prompt's index and the token that was chosen for it."""
 
 
 def greedy(logits: Float[Tensor, "row vocab"]) -> Int[Tensor, " row"]:
@@ -35,7 +37,7 @@ def generate(
     pick: Pick = greedy,
     progress: Callable[[int], object] = lambda _: None,
     names: Sequence[str] = (),
-    watch=None,
+    watch: WatchTokens | None = None,
 ) -> list[tuple[int, ...]]:
     """The model's answers, up to and with the token that ends them.
 
@@ -48,6 +50,8 @@ def generate(
         pick: chooses the next token of each row; greedy, or a sampler of your own.
         progress: called with the number of rows that have just ended.
         names: what the prompts are called where one is too long; none counts them.
+        watch: called for each token as it is chosen, a prompt's own in their order; what it raises ends the
+            answers. None costs nothing.
 
     Raises:
         ValueError: a prompt and its answer can be longer than what the model reads.
@@ -63,7 +67,8 @@ def generate(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         logits, key_values, mask = _prefill(model, [prompts[i] for i in indices], prefix, prefill_batch_size)
-        decoded = _decode(model, logits, key_values, mask, max_new_tokens, pick, progress, watch)
+        watch_row = watch and (lambda row, token, indices=indices: watch(indices[row], token))
+        decoded = _decode(model, logits, key_values, mask, max_new_tokens, pick, progress, watch_row)
         for i, answer in zip(indices, decoded, strict=True):
             answers[i] = answer
     return answers
@@ -93,7 +98,7 @@ def _decode(
     max_new_tokens: int,
     pick: Pick,
     progress: Callable[[int], object],
-    watch=None,
+    watch_row: WatchTokens | None,
 ) -> list[tuple[int, ...]]:
     """Token after token, until every row has ended."""
     answers: list[list[int]] = [[] for _ in logits]
@@ -103,7 +108,8 @@ def _decode(
         next_tokens = pick(logits)
         for row, token in zip(rows, next_tokens.tolist(), strict=True):
             answers[row].append(token)
-            if watch: watch(row, token)
+            if watch_row is not None:
+                watch_row(row, token)
         continues = ~torch.isin(next_tokens, end_tokens)
         ended = int((~continues).sum())
         progress(ended)

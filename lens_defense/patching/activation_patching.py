@@ -27,6 +27,9 @@ from lens_defense.patching.pass_plan import block_passes, plan_passes
 from lens_defense.patching.patch_cell import PatchCell, PatchPoint
 from lens_defense.sites import EMBEDDING_HOOK, head_index
 
+WatchPasses = Callable[[Sequence[int], Float[Tensor, "cell sample metric"]], object]
+"""Is called with the cells of a pass, as indices, and with their metrics on the CPU, in float64."""
+
 
 def sweep(
     model: TransformerBridge,
@@ -39,6 +42,7 @@ def sweep(
     keep: int,
     max_rows: int,
     progress: Callable[[int], object] = lambda _: None,
+    watch: WatchPasses | None = None,
 ) -> Float[Tensor, "cell sample metric"]:
     """Measure every cell exactly.
 
@@ -52,6 +56,7 @@ def sweep(
         keep: how many positions at the end predict the answer.
         max_rows: the most rows of one pass; a pass that runs out of memory is halved once.
         progress: called with the block passes of each pass when it is done (on a GPU: when it is queued).
+        watch: called after each pass; it waits for a GPU. None costs nothing.
 
     Raises:
         MemoryError: half a pass does not fit either.
@@ -64,7 +69,10 @@ def sweep(
         with explain_out_of_memory(f"{len(indices) * samples} rows of {tokens} tokens"):
             values = measure(_patched_logits(model, ids, base, donor, cells_of_pass, keep))
             values = values.clone()  # a view would keep all logits
-        metrics.update(zip(indices, values.view(len(indices), samples, -1), strict=True))  # on its device
+        values = values.view(len(indices), samples, -1)
+        metrics.update(zip(indices, values, strict=True))  # on its device
+        if watch is not None:
+            watch(indices, values.cpu().double())
         progress(block_passes(cells_of_pass, layers=layers, tokens=tokens, samples=samples))
 
     def fits(indices: Sequence[int]) -> bool:

@@ -16,7 +16,7 @@ from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.models.forward import ForwardPass, forward, model_device
 from lens_defense.models.generate import generate
-from lens_defense.patching.activation_patching import sweep
+from lens_defense.patching.activation_patching import WatchPasses, sweep
 from lens_defense.patching.attribution_patching import attribution_patching
 from lens_defense.patching.corruptions import Corruption
 from lens_defense.patching.metrics import Measure, Metric
@@ -163,10 +163,29 @@ def measure_cells(
     exact: bool,
     max_rows: int,
     progress: Callable[[int], object] = lambda _: None,
+    watch: WatchPasses | None = None,
 ) -> Float[Tensor, "cell sample metric"]:
-    """The metrics of every patched run: each cell by a run of its own, or all by one gradient."""
+    """The metrics of every patched run: each cell by a run of its own, or all by one gradient.
+
+    Args:
+        model: the model.
+        runs: the prompt clean and corrupted.
+        cells: the patches.
+        metrics: what is read.
+        exact: False estimates the cells by one gradient.
+        max_rows: the most rows of one pass.
+        progress: see sweep.
+        watch: see sweep; it is called with all samples of a cell, once the last part of them was run. Where
+            exact is False, once with all cells.
+    """
     measure = read_metrics(metrics, runs.prompt, runs.clean_logits)
-    answer_length, readings = len(runs.prompt.answer_ids), []
+    answer_length: int = len(runs.prompt.answer_ids)
+    readings: list[Float[Tensor, "cell sample metric"]] = []
+
+    def watch_last_part(indices: Sequence[int], values: Float[Tensor, "cell sample metric"]) -> None:
+        if watch is not None and len(readings) == len(runs.parts) - 1:
+            watch(indices, torch.cat([*(reading[list(indices)] for reading in readings), values], 1))
+
     for part in runs.parts:
         if exact:
             with torch.no_grad():
@@ -174,6 +193,7 @@ def measure_cells(
                     sweep(
                         model, runs.ids, part.base, part.donor, cells, measure,
                         keep=answer_length, max_rows=max_rows, progress=progress,
+                        watch=watch and watch_last_part,
                     )
                 )  # fmt: skip
         else:
@@ -185,7 +205,10 @@ def measure_cells(
                         model, runs.ids, embeddings, part.donor, cells, measure, keep=answer_length
                     )
                 )
-    return torch.cat(readings, 1)
+    values = torch.cat(readings, 1)
+    if watch is not None and not exact:
+        watch(range(len(cells)), values)
+    return values
 
 
 def weak_prompts(

@@ -102,6 +102,23 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str
     return str(tokenizer.decode(answer_ids, skip_special_tokens=True)).strip()
 
 
+def decode_growing_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer that is still being written, up to its last whole character.
+
+    The bytes of a character may be several tokens: until the last one is there, none of it is shown. So the
+    text only grows, as long as a model writes characters. An answer that has ended is `decode_answer`'s.
+    """
+    for end in range(len(ids), 0, -1):  # token by token: some decoders spoil the characters before as well
+        text = decode_answer(tokenizer, ids[:end])
+        if not text.endswith(_INCOMPLETE):
+            return text
+    return ""
+
+
+_INCOMPLETE = "\ufffd"
+"""What a decoder puts in the place of bytes that are no character, or none yet."""
+
+
 def first_dozen_words(text: str) -> str:
     """At most twelve words and 120 letters: what may be kept of an answer to a harmful request."""
     words = text.split()

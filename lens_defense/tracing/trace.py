@@ -15,6 +15,7 @@ from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.devices import call_cost, memory_budget
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
+from lens_defense.patching.activation_patching import WatchPasses
 from lens_defense.patching.clean_corrupted import (
     CleanCorrupted,
     measure_cells,
@@ -38,6 +39,7 @@ from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.shown_text import shown_names
 from lens_defense.sites import Component
+from lens_defense.tracing.measured_cell import WatchCells, report_cells
 from lens_defense.tracing.site_map import SiteMap
 from lens_defense.tracing.trace_result import Trace, effect_of_patch
 
@@ -58,7 +60,7 @@ def trace(
     answers: Sequence[str] | SiteMap | None = None,
     max_bytes: int | None = None,
     progress: bool = True,
-    watch=None,
+    watch: WatchCells | None = None,
     **changes: Any,
 ) -> Trace:
     """Find which layer and which token hold what the subject of a request does to the answer.
@@ -79,6 +81,8 @@ def trace(
             does not fit is taken in parts, at least one row at a time. None is a GiB, on a CUDA device a
             quarter of what is free there.
         progress: shows a bar.
+        watch: called while the trace runs, with the cells of each pass (`MeasuredCell`), each cell once; what
+            it raises ends the trace. None costs nothing.
         changes: single fields of the settings, as in `trace(model, requests, layers="all")`.
 
     Raises:
@@ -96,6 +100,7 @@ def trace(
         answers=answers,
         max_bytes=max_bytes,
         progress=progress,
+        watch=watch,
         **changes,
     ).values()
     return result
@@ -112,6 +117,7 @@ def trace_metrics(
     max_bytes: int | None = None,
     fingerprint: Fingerprint | None = None,
     progress: bool = True,
+    watch: WatchCells | None = None,
     **changes: Any,
 ) -> dict[str, Trace]:
     """Traces by several metrics, read from one sweep; arguments as of `trace`.
@@ -126,6 +132,7 @@ def trace_metrics(
         max_bytes: see trace.
         fingerprint: of the model, where it is known: to hash seven billion takes seconds.
         progress: see trace.
+        watch: see trace; the effects are those by the first metric.
         changes: see trace.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
@@ -153,7 +160,8 @@ def trace_metrics(
 
     shape = (len(components), len(layers), max(len(prompt.ids) for prompt in prompts), samples)
     with job.progress_bar(prompts, grids, samples, progress) as bar:
-        patched, estimates = job.measure_all(prompts, grids, kept_runs, clean, corrupted, shape, bar)
+        reports = _reports(watch, grids, components, layers, clean, corrupted, settings)
+        patched, estimates = job.measure_all(prompts, grids, kept_runs, clean, corrupted, shape, bar, reports)
     fingerprint = fingerprint or model_fingerprint(model)
     return {
         name: Trace(
@@ -231,6 +239,31 @@ def _grids(
             f"these requests have no token of the roles {settings.roles}: {shown_names(empty)}"
         )
     return grids
+
+
+def _reports(
+    watch: WatchCells | None,
+    grids: Sequence[PatchGrid],
+    components: Sequence[Component],
+    layers: Sequence[int],
+    clean: Sequence[Float[Tensor, " metric"]],
+    corrupted: Sequence[Float[Tensor, "sample metric"]],
+    settings: TraceSettings,
+) -> list[WatchPasses | None]:
+    """Of each prompt, what tells the watcher of its cells; None where nobody watches."""
+    if watch is None:
+        return [None] * len(grids)
+    return [
+        report_cells(
+            watch,
+            r,
+            [(components[c], layers[j], position) for c, j, position in grid],
+            clean[r],
+            corrupted[r],
+            settings.direction,
+        )
+        for r, grid in enumerate(grids)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +355,7 @@ class _Job:
         corrupted: Sequence[Float[Tensor, "sample metric"]],
         shape: tuple[int, int, int, int],
         bar: ProgressBar,
+        reports: Sequence[WatchPasses | None],
     ) -> tuple[
         Float[Tensor, "metric request component layer position sample"],
         Float[Tensor, "metric request component layer position"] | None,
@@ -336,13 +370,14 @@ class _Job:
             corrupted: of each prompt, those of the corrupted one.
             shape: of one map: component, layer, position, sample.
             bar: shows what is done.
+            reports: of each prompt, what is told of its cells while they are measured.
         """
         whole = (len(self.metrics), len(prompts), *shape)
         patched = torch.full(whole, float("nan"), dtype=torch.float64)
         estimates = torch.full_like(patched[..., 0], float("nan")) if self.settings.verify else None
         for r, (prompt, grid) in enumerate(zip(prompts, grids, strict=True)):
             runs = kept_runs.pop(r, None) or self.run(prompt, list(grid.values()))
-            values, estimated = self.measure(runs, grid, clean[r], corrupted[r], bar)
+            values, estimated = self.measure(runs, grid, clean[r], corrupted[r], bar, reports[r])
             for (c, layer, position), of_metrics in zip(grid, values, strict=True):
                 patched[:, r, c, layer, position] = of_metrics.T
             for place, of_metrics in estimated.items():
@@ -357,12 +392,14 @@ class _Job:
         clean: Float[Tensor, " metric"],
         corrupted: Float[Tensor, "sample metric"],
         bar: ProgressBar,
+        report: WatchPasses | None,
     ) -> tuple[Float[Tensor, "cell sample metric"], dict[tuple[int, int, int], Float[Tensor, " metric"]]]:
         """The patched metrics of one prompt; and of the cells that were verified the estimated effects."""
         exact, rows, cells = self.settings.exact, self.rows(runs.prompt), list(grid.values())
         update = bar.update if exact else lambda _: None
+        watch = None if self.settings.verify else report
         values = measure_cells(
-            self.model, runs, cells, self.metrics, exact=exact, max_rows=rows, progress=update
+            self.model, runs, cells, self.metrics, exact=exact, max_rows=rows, progress=update, watch=watch
         )
         bar.update(0 if exact else 1)
         if not self.settings.verify:
@@ -372,6 +409,8 @@ class _Job:
         values[strongest] = measure_cells(
             self.model, runs, [cells[i] for i in strongest], self.metrics, exact=True, max_rows=rows
         )
+        if report is not None:  # not before, so that each cell is told once
+            report(range(len(cells)), values)
         places = list(grid)
         return values, {places[i]: effects[i] for i in strongest}
 

@@ -65,6 +65,37 @@ def test_batch_and_order_change_nothing(family, batch_size, prefill_batch_size):
     assert backwards == whole[::-1]
 
 
+@pytest.mark.parametrize(("batch_size", "prefill_batch_size"), [(1, 1), (2, 1), (96, 32)])
+def test_the_tokens_watched_are_the_answers(batch_size, prefill_batch_size):
+    model, tokens = with_an_end(tiny_model("llama")), []
+    batches = {"batch_size": batch_size, "prefill_batch_size": prefill_batch_size}
+    settings = {"max_new_tokens": MAX_NEW_TOKENS, **batches}
+    answers = generate(model, PROMPTS, watch=lambda *token: tokens.append(token), **settings)
+    assert answers == generate(model, PROMPTS, **settings) and len(set(map(len, answers))) > 1
+    for i, answer in enumerate(answers):
+        assert tuple(token for prompt, token in tokens if prompt == i) == answer
+    assert len(tokens) == sum(map(len, answers))
+
+
+def test_a_token_is_watched_before_the_next_one_is_chosen():
+    model, order = tiny_model("gpt2"), []
+
+    def pick(logits):
+        order.append("pick")
+        return logits.argmax(-1)
+
+    generate(model, PROMPTS[:1], max_new_tokens=3, pick=pick, watch=lambda *_: order.append("watch"))
+    assert order == ["pick", "watch"] * 3
+
+
+def test_what_a_watcher_raises_ends_the_answers():
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(tiny_model("llama"), PROMPTS, watch=stop)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [[], [(7,)], [(7,), (8, 9)], [SHARED] * 3, [SHARED, SHARED[:2]], [(7, 8), (9, 8, 7)]],

@@ -1,6 +1,7 @@
 """An answer ends with what the chat template puts after it; tokens give their text back."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from helpers.tiny_models import byte_tokenizer
@@ -9,6 +10,7 @@ from tokenizers import processors
 
 from lens_defense.prompts.conversation import (
     decode_answer,
+    decode_growing_answer,
     end_token_ids,
     first_dozen_words,
     tokenize_answer,
@@ -148,3 +150,24 @@ def test_another_template_gives_another_lead():
         tokenizer.chat_template = template
         ids = tokenize_answer(tokenizer, tokenize(tokenizer, request("how")), "a lamp")
         assert tokenizer.decode(ids) == lead
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(chat=True), metaspace(chat=True)], ids=["byte", "meta"])
+@pytest.mark.parametrize(
+    "text", ["a lamp", "日本 🔥 ré, ñ 🔥🔥", "é", "🔥", "tail 日", "two  spaces \n\n and lines\n"], ids=repr
+)
+def test_a_growing_answer_only_grows_and_shows_no_half_of_a_character(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = [decode_growing_answer(tokenizer, ids[:n]) for n in range(len(ids) + 1)]
+    assert texts[0] == "" and texts[-1] == decode_answer(tokenizer, ids)
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+    assert not any("\ufffd" in shown for shown in texts)
+    ended = (*ids, end_token_ids(tokenizer)[0])
+    assert decode_growing_answer(tokenizer, ended) == texts[-1]
+
+
+def test_a_character_of_several_tokens_is_held_back_until_it_is_whole():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("a🔥b", add_special_tokens=False)["input_ids"]
+    texts = [decode_growing_answer(tokenizer, ids[:n]) for n in range(len(ids) + 1)]
+    assert len(ids) == 6 and texts == ["", "a", "a", "a", "a", "a🔥", "a🔥b"]

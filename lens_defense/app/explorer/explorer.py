@@ -42,7 +42,7 @@ from lens_defense.patching.corruptions import Corruption
 from lens_defense.patching.metrics import Metric
 from lens_defense.patching.patch_grid import resolve_components
 from lens_defense.patching.trace_settings import Direction, TraceSettings
-from lens_defense.prompts.conversation import decode_answer
+from lens_defense.prompts.conversation import decode_answer, decode_growing_answer
 from lens_defense.prompts.harmless_uses import same_subject_requests
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import Role, request
@@ -484,10 +484,12 @@ class Explorer:
         def show(_: int, token: int) -> None:
             said.append(token)
             assert self.talk is not None
-            self.talk = replace(self.talk, **{side: decode_answer(self.model.tokenizer, said)})
+            self.talk = replace(self.talk, **{side: decode_growing_answer(self.model.tokenizer, said)})
             self.publish("talk")
 
-        generate(self.model, [ids], max_new_tokens=self.max_new_tokens, watch=show)
+        (answer_ids,) = generate(self.model, [ids], max_new_tokens=self.max_new_tokens, watch=show)
+        self.talk = replace(self.talk, **{side: decode_answer(self.model.tokenizer, answer_ids)})
+        self.publish("talk")
 
     def _check(self) -> None:
         standing = self.ledger.edits

@@ -32,7 +32,7 @@ BODY_BYTES = 100_000
 """The longest command: a question of some thousand words, or every cell of a map."""
 _QUEUED = 2_000
 """Messages that a page may lie behind; one that lies further behind is cut off, and asks for all anew."""
-_PING_SECONDS = 5.0
+_PING_SECONDS = 0.5
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -155,7 +155,7 @@ class PageServer:
             for name, value in [*self.state.parts.items()]:
                 yield _line(name, value)
             yield _line(f"{EVENT}ready", {})
-            while not behind.is_set():
+            while not (behind.is_set() or self._server.should_exit):
                 try:
                     yield await asyncio.wait_for(window.get(), _PING_SECONDS)
                 except TimeoutError:

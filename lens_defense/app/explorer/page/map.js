@@ -327,10 +327,10 @@ class Maps {
     const cells = [];
     panel.cells.forEach((row, layer) =>
       row.forEach((rect, column) => {
-        const x = panel.lefts[column] + panel.widths[column] / 2;
-        const y = +rect.getAttribute("y") + panel.cellHeight / 2;
-        const inside = x >= Math.min(x0, x1) && x <= Math.max(x0, x1) && y >= Math.min(y0, y1) && y <= Math.max(y0, y1);
-        if (inside && this.choosable(panel, column)) cells.push(this.address(panel, layer, column));
+        const [x, y] = [panel.lefts[column], +rect.getAttribute("y")];
+        const touched = x < Math.max(x0, x1) && x + panel.widths[column] > Math.min(x0, x1)
+          && y < Math.max(y0, y1) && y + panel.cellHeight > Math.min(y0, y1);
+        if (touched && this.choosable(panel, column)) cells.push(this.address(panel, layer, column));
       }),
     );
     const unique = cells.filter((cell, i) => cells.findIndex((other) => same(other, cell)) === i);

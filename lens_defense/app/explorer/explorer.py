@@ -481,15 +481,17 @@ class Explorer:
         """Answer, and show each token as it comes."""
         said: list[int] = []
 
-        def show(_: int, token: int) -> None:
-            said.append(token)
+        def show(text: str) -> None:
             assert self.talk is not None
-            self.talk = replace(self.talk, **{side: decode_growing_answer(self.model.tokenizer, said)})
+            self.talk = replace(self.talk, **{side: text})
             self.publish("talk")
 
-        (answer_ids,) = generate(self.model, [ids], max_new_tokens=self.max_new_tokens, watch=show)
-        self.talk = replace(self.talk, **{side: decode_answer(self.model.tokenizer, answer_ids)})
-        self.publish("talk")
+        def hear(_: int, token: int) -> None:
+            said.append(token)
+            show(decode_growing_answer(self.model.tokenizer, said))
+
+        generate(self.model, [ids], max_new_tokens=self.max_new_tokens, watch=hear)
+        show(decode_answer(self.model.tokenizer, said))
 
     def _check(self) -> None:
         standing = self.ledger.edits

@@ -35,6 +35,7 @@ from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.ledger import Ledger
 from lens_defense.editing.methods import METHODS
 from lens_defense.loading.resolve_model import Model, resolve_model
+from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language
 from lens_defense.patching import metrics as all_metrics
@@ -45,7 +46,7 @@ from lens_defense.patching.trace_settings import Direction, TraceSettings
 from lens_defense.prompts.conversation import decode_answer, decode_growing_answer
 from lens_defense.prompts.harmless_uses import same_subject_requests
 from lens_defense.prompts.prompt import tokenize
-from lens_defense.prompts.request import Role, request
+from lens_defense.prompts.request import Request, Role, request
 from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.prompts.request_files import requests as bundled_requests
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
@@ -53,7 +54,8 @@ from lens_defense.sites import Component, Site, resolve_sites
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.locate import locate
 from lens_defense.tracing.trace import trace as trace_requests
-from lens_defense.tracing.trace_result import Trace
+from lens_defense.tracing.trace import trace_metrics
+from lens_defense.tracing.trace_result import Trace, join_traces
 
 FIRST_REQUESTS = 8
 """As many of a bundled set are looked at where no requests are named."""
@@ -62,6 +64,8 @@ METRICS: Mapping[str, Metric] = {
     "answer_probability": all_metrics.answer_probability,
     "kl_to_clean": all_metrics.kl_to_clean,
 }
+SHARPENED: tuple[Role, ...] = ("subject_first", "subject_mid", "subject_last", "last")
+"""Roles whose cells are measured after the estimate."""
 STRONGEST = 2.0
 """The greatest factor of a plan's change that the page offers."""
 _COMPONENTS = ("resid_post", "mlp_out", "attn_out")
@@ -77,6 +81,8 @@ class TraceChoices:
     components: Sequence[Component] = ("resid_post", "mlp_out", "attn_out")
     direction: Direction = "denoising"
     metric: str = "answer_logprob"
+    number: int = 3
+    """So many of the requests, the first ones: a map takes as many times as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +145,7 @@ class Explorer:
         self.small_suite, self.max_new_tokens = small_suite, max_new_tokens
         self.name = name or str(self.model.cfg.model_name)
         self.ledger = Ledger(self.model)
-        self.trace_choices = TraceChoices()
+        self.trace_choices = TraceChoices(number=min(TraceChoices.number, len(self.requests)))
         self.plan_choices = PlanChoices(requests=tuple(item.id for item in self.requests))
         self.talk: Talk | None = None
         self.message = ""
@@ -186,9 +192,7 @@ class Explorer:
         if not isinstance(trace, Trace):
             hint = "ld.trace(model, requests) makes one"
             raise wrong_argument("explorer.trace = trace", "it must be a Trace", trace, hint)
-        with self._lock:
-            self._trace, self._estimate, self._after = trace, None, {}
-            self.publish("map", "code")
+        self._show_maps(trace, None)
 
     @property
     def after(self) -> Trace | None:
@@ -295,10 +299,14 @@ class Explorer:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}")
         if not isinstance(wanted["components"], tuple):
             raise ValueError("a list of components is wanted")
+        number = wanted["number"]
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError("a number of requests is wanted, at least 1")
         if wanted["direction"] not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}")
         components = resolve_components(self.model, TraceSettings(wanted["components"]).components)
-        self.trace_choices = TraceChoices(components, wanted["direction"], wanted["metric"])
+        number = min(number, len(self.requests))
+        self.trace_choices = TraceChoices(components, wanted["direction"], wanted["metric"], number)
         self.publish("settings")
 
     def set_plan(self, **changes: Any) -> None:
@@ -409,39 +417,49 @@ class Explorer:
 
     def _trace_first(self) -> None:
         choices = self.trace_choices
-        common: dict[str, Any] = {
-            "components": choices.components,
-            "direction": choices.direction,
-            "metric": METRICS[choices.metric],
-            "corruption": self.corruption,
-            "layers": "all",
-        }
-        estimate = trace_requests(self.model, self.requests, positions="all", exact=False, **common)
-        with self._lock:
-            self._trace, self._estimate, self._after = None, estimate, {}
-            self.publish("map", "code")
-        measured = trace_requests(
-            self.model,
-            self.requests,
-            positions=ROLES_OF_SITES,
+        fingerprint = model_fingerprint(self.model)
+
+        def traced(items: Sequence[Request], **settings: Any) -> Trace:
+            (made,) = trace_metrics(
+                self.model,
+                items,
+                {choices.metric: METRICS[choices.metric]},
+                components=choices.components,
+                direction=choices.direction,
+                corruption=self.corruption,
+                layers="all",
+                fingerprint=fingerprint,
+                **settings,
+            ).values()
+            return made
+
+        estimates: list[Trace] = []
+        for item in self.requests[: choices.number]:  # the first picture does not wait for the last request
+            estimates.append(traced([item], positions="all", exact=False))
+            self._show_maps(None, join_traces(estimates))
+        estimate = join_traces(estimates)
+        measured = traced(
+            self.requests[: choices.number],
+            positions=SHARPENED,
             answers=estimate,
             watch=lambda cells: self._event("cells", cells=page_values.measured_cells(cells)),
-            **common,
         )
+        self._show_maps(measured, estimate)
+
+    def _show_maps(self, measured: Trace | None, estimate: Trace | None) -> None:
         with self._lock:
-            self._trace = measured
+            self._trace, self._estimate, self._after = measured, estimate, {}
             self.publish("map", "code")
 
     def _trace_after(self) -> None:
         before, standing = self._known_map(), self.ledger.edits
         after = trace_requests(
             self.model,
-            self.requests,
-            replace(before.settings, exact=True, verify=0, positions=ROLES_OF_SITES),
+            [prompt.request for prompt in before.prompts],
+            replace(before.settings, exact=True, verify=0, positions=SHARPENED, min_difference=0.0),
             metric=METRICS.get(before.metric, all_metrics.answer_logprob),
             corruption=self.corruption,
             answers=before,
-            min_difference=0.0,
         )
         with self._lock:
             self._after[standing] = after

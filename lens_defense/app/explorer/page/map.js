@@ -119,7 +119,7 @@ class Maps {
     if (!map.views?.length) {
       replace(this.facts);
       replace(this.legend);
-      const [requests, choices] = [page.get("model").requests.length, page.get("settings").trace];
+      const requests = page.get("settings").trace.number;
       replace(
         this.body,
         h(
@@ -241,7 +241,7 @@ class Maps {
     const marks = s("g", { class: "marks" });
     const box = s("rect", { class: "box", visibility: "hidden" });
     svg.append(marks, box);
-    const panel = { component, frame, grid, columns, cells, marks, box, svg, lefts, widths, cellHeight, editable, index };
+    const panel = { component, frame, grid, columns, cells, marks, box, svg, lefts, widths, cellHeight, editable, index, largest };
     this.panels.push(panel);
     this.listen(panel);
     const title = this.frame === "all" ? `${words[component]}: ${frame}` : words[component];
@@ -404,22 +404,33 @@ class Maps {
     }
   }
 
-  // Cells that a running trace has measured take the estimate's place one by one.
+  // Cells that a running trace has measured take the estimate's place one by one, in the mean as well.
   measured(cells) {
-    const scale = SCALES[this.page.theme()];
+    const { views } = this.map;
+    if (!views) return;
+    const mean = views[0];
     for (const [request, component, layer, position, effect] of cells) {
-      const view = this.map.views?.[request + 1];
-      if (!view) continue;
-      const column = view.columns.findIndex((c) => c.position === position);
+      const view = views[request + 1];
+      const column = view?.columns.findIndex((c) => c.position === position) ?? -1;
       if (column < 0 || !view.grids[component]?.[layer]) continue;
       view.grids[component][layer][column] = [effect, effect, effect];
-      if (request + 1 !== this.view) continue;
-      for (const panel of this.panels) {
-        if (panel.component === component && panel.frame === "before") {
-          panel.cells[layer][column].setAttribute("fill", colour(effect, scale, 1));
-          panel.cells[layer][column].classList.add("fresh");
-        }
-      }
+      const { role } = view.columns[column];
+      const known = views.slice(1).flatMap((one) => {
+        const found = one.columns.flatMap((c, i) => (c.role === role ? [one.grids[component][layer][i]?.[0]] : [])).filter((e) => e != null);
+        return found.length ? [found.reduce((a, b) => a + b) / found.length] : [];
+      });
+      const place = mean.columns.findIndex((c) => c.role === role);
+      if (place >= 0 && known.length) mean.grids[component][layer][place] = [known.reduce((a, b) => a + b) / known.length];
+      this.repaint(component, layer, this.view === 0 ? place : this.view === request + 1 ? column : -1);
+    }
+  }
+
+  repaint(component, layer, column) {
+    for (const panel of this.panels) {
+      if (panel.component !== component || panel.frame !== "before" || column < 0) continue;
+      const cell = panel.cells[layer][column];
+      cell.setAttribute("fill", colour(panel.grid[layer][column][0], SCALES[this.page.theme()], panel.largest));
+      cell.classList.add("fresh");
     }
   }
 }

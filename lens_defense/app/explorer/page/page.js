@@ -82,12 +82,16 @@ class Header {
 
   settings(page) {
     const { components, metrics } = page.get("model");
-    const { components: chosen, metric, direction } = page.get("settings").trace;
+    const { components: chosen, metric, direction, number: count } = page.get("settings").trace;
+    const total = page.get("model").requests.length;
+    const counts = [...new Set([1, 3, count, total])].filter((n) => n <= total).sort((a, b) => a - b);
     const set = (changes) => page.send("set_trace", changes);
     replace(this.choices, this.trace,
       h("span", { class: "checks", role: "group", "aria-label": "components" }, components.map(([name, words]) =>
         h("label", {}, h("input", { type: "checkbox", checked: chosen.includes(name), onchange: (event) =>
           set({ components: components.map(([other]) => other).filter((other) => (other === name ? event.target.checked : chosen.includes(other))) }) }), words))),
+      h("select", { "aria-label": "how many requests", onchange: (event) => set({ number: +event.target.value }) },
+        counts.map((n) => h("option", { value: n, selected: n === count }, n === total ? `all ${n} requests` : n === 1 ? "the first request" : `the first ${n} requests`))),
       h("select", { "aria-label": "direction", onchange: (event) => set({ direction: event.target.value }) },
         [["denoising", "restore one state (denoising)"], ["noising", "corrupt one state (noising)"]].map(([value, words]) =>
           h("option", { value, selected: value === direction }, words))),

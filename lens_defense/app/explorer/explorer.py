@@ -59,6 +59,8 @@ from lens_defense.tracing.trace_result import Trace, join_traces
 
 FIRST_REQUESTS = 8
 """As many of a bundled set are looked at where no requests are named."""
+FIRST_TRACED = 3
+"""As many of these are traced, unless told otherwise."""
 METRICS: Mapping[str, Metric] = {
     "answer_logprob": all_metrics.answer_logprob,
     "answer_probability": all_metrics.answer_probability,
@@ -81,7 +83,7 @@ class TraceChoices:
     components: Sequence[Component] = ("resid_post", "mlp_out", "attn_out")
     direction: Direction = "denoising"
     metric: str = "answer_logprob"
-    number: int = 3
+    number: int = FIRST_TRACED
     """So many of the requests, the first ones: a map takes as many times as long."""
 
 
@@ -145,7 +147,7 @@ class Explorer:
         self.small_suite, self.max_new_tokens = small_suite, max_new_tokens
         self.name = name or str(self.model.cfg.model_name)
         self.ledger = Ledger(self.model)
-        self.trace_choices = TraceChoices(number=min(TraceChoices.number, len(self.requests)))
+        self.trace_choices = TraceChoices(number=min(FIRST_TRACED, len(self.requests)))
         self.plan_choices = PlanChoices(requests=tuple(item.id for item in self.requests))
         self.talk: Talk | None = None
         self.message = ""

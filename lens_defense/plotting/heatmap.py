@@ -98,7 +98,7 @@ def head_heatmap(trace: Trace, role: Role | None = None, *, width: Width | float
     place = "at all tokens together" if together else f"at the {ROLE_WORDS[role]}"
     panel = Panel("", head_view(trace, role), 0, (), ())
     figure, grid, below = draw_panels([panel], trace.layers, words, width, "shared", above=8)
-    figure.update_xaxes(title={"text": "head", "standoff": 6})
+    figure.update_xaxes(title_text="head")
     title = f"{trace.model}: {words.title}, single heads {place}"
     figure = theme(
         figure,

@@ -133,7 +133,7 @@ def theme(
             showarrow=False,
         )
     axis = {"automargin": True, "zeroline": False, "ticks": ""}
-    figure.update_xaxes(**axis, linecolor="#444444", title={"font": {"size": FONT}})
+    figure.update_xaxes(**axis, linecolor="#444444", title={"standoff": 6, "font": {"size": FONT}})
     figure.update_yaxes(**axis, title={"standoff": 8, "font": {"size": FONT}})
     if any(isinstance(panel, go.Heatmap) for panel in figure.data):
         figure.update_layout(plot_bgcolor=UNTRACED)

@@ -273,7 +273,7 @@ def intent_sites() -> go.Figure:
     figure.update_yaxes(title_text="AUC, harmful or harmless", range=[0.5, 1.02], row=1)
     figure.update_yaxes(title_text="effect of patching", rangemode="tozero", row=2)
     figure.update_xaxes(title_text="layer", row=2)
-    legend = {"xanchor": "left", "x": 1.02, "yanchor": "top"}
+    legend = {"xanchor": "left", "x": 1.02, "yanchor": "top", "traceorder": "normal"}
     figure.update_layout(legend={**legend, "y": 1}, legend2={**legend, "y": 0.45})
     return theme(figure, title="", plot=(PAGE - 292, 360), left=72, right=220, above=14, below=52)
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.colors import hex_to_rgb
 
 from lens_defense.arguments import wrong_argument
-from lens_defense.plotting.map_view import map_words
+from lens_defense.plotting.map_view import map_origin, map_words
 from lens_defense.plotting.print_size import FONT, Width, print_pixels
 from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, component_words, plotly_text, theme
 from lens_defense.prompts.request import Role
@@ -42,18 +42,23 @@ def effect_curves(
     """
     if not maps:
         raise ValueError("no map was given; ld.trace makes one")
-    figure = go.Figure()
-    for i, (name, site_map) in enumerate(maps.items()):
+    figure, curves = go.Figure(), []
+    for name, site_map in maps.items():
         if not isinstance(site_map, SiteMap):
             call = 'ld.plots.effect_curves({"nothing severed": trace})'
             raise wrong_argument(call, f"{name!r} must be a Trace or a ScoreMap", site_map)
-        curve = _curve(name, site_map, role, component or site_map.components[0])
+        curves.append(_curve(name, site_map, role, component or site_map.components[0]))
+    for i, curve in enumerate(curves):  # all bands lie below all curves
+        low, high = [mean.low for mean in curve], [mean.high for mean in curve]
+        add_band(figure, [mean.layer for mean in curve], low, high, COLOURS[i % len(COLOURS)])
+    for i, (name, curve) in enumerate(zip(maps, curves, strict=True)):
         _add_curve(figure, name, curve, COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)])
     first = next(iter(maps.values()))
     words = map_words(first)
     figure.update_xaxes(title_text="layer", gridcolor="#eeeeee")
     figure.update_yaxes(title_text=words.scale, gridcolor="#e3e3e3", rangemode="tozero")
-    figure.update_layout(legend={"x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": FONT}})
+    legend = {"x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal", "font": {"size": FONT}}
+    figure.update_layout(legend=legend, meta=map_origin(first))
     title = f"{first.model}: {words.title}, {component_words(component or first.components[0])}"
     title += f" at the {ROLE_WORDS[role]}, mean over {len(first.prompts)} requests"
     plot = (print_pixels(width) - _LEFT - _RIGHT, 210)
@@ -79,17 +84,14 @@ def _curve(name: str, site_map: SiteMap, role: Role, component: Component) -> li
 
 
 def _add_curve(figure: go.Figure, name: str, curve: list[RoleMean], colour: str, dash: str) -> None:
-    """A line over layers, and its interval as a band of the same colour."""
-    layers = [mean.layer for mean in curve]
-    low, high = [mean.low for mean in curve], [mean.high for mean in curve]
-    add_band(figure, layers, low, high, colour)
+    """A line over layers."""
     hover = [
         f"<b>{plotly_text(name)}</b><br>layer {mean.layer}<br>{mean.effect:.3f}, "
         f"{mean.low:.3f} to {mean.high:.3f}, {mean.n} requests"
         for mean in curve
     ]
     figure.add_scatter(
-        x=layers,
+        x=[mean.layer for mean in curve],
         y=[mean.effect for mean in curve],
         mode="lines",
         name=plotly_text(name),

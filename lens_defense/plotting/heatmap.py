@@ -12,13 +12,12 @@ import plotly.graph_objects as go
 
 from lens_defense.arguments import wrong_argument
 from lens_defense.plotting.map_panels import Panel, Scale, draw_panels
-from lens_defense.plotting.map_view import MapWords, head_view, map_words, view, views
+from lens_defense.plotting.map_view import MapWords, head_view, map_origin, map_words, view, views
 from lens_defense.plotting.panel_grid import LEFT
 from lens_defense.plotting.print_size import Width
 from lens_defense.plotting.reddest_column import why_not_reddest
 from lens_defense.plotting.theme import ROLE_WORDS, component_words, theme
 from lens_defense.prompts.request import Role
-from lens_defense.shown_text import shown
 from lens_defense.sites import Component, Site, resolve_sites
 from lens_defense.tracing.map_statistics import significance
 from lens_defense.tracing.site_map import SiteMap
@@ -78,7 +77,7 @@ def heatmap(
         right=grid.right,
         above=grid.above,
         below=below,
-    ).update_layout(meta=_origin(site_map))
+    ).update_layout(meta=map_origin(site_map))
 
 
 def head_heatmap(trace: Trace, role: Role | None = None, *, width: Width | float | None = None) -> go.Figure:
@@ -109,7 +108,7 @@ def head_heatmap(trace: Trace, role: Role | None = None, *, width: Width | float
         above=grid.above,
         below=below + 22,
     )
-    return figure.update_layout(meta=_origin(trace))
+    return figure.update_layout(meta=map_origin(trace))
 
 
 def site_cells(site_map: SiteMap) -> list[tuple[list[int], list[int], tuple[Site, ...]]]:
@@ -184,11 +183,3 @@ def _notes(
     if any(panel.is_partly_untraced for panel in panels):
         notes.append("Grey: not traced.")
     return notes
-
-
-def _origin(site_map: SiteMap) -> dict[str, str]:
-    """What a figure says of its data, for its sidecar."""
-    origin = {"model": shown(site_map.model), "weights": site_map.fingerprint.weights}
-    if isinstance(site_map, Trace):
-        origin |= {"corruption": site_map.corruption, "metric": site_map.metric}
-    return origin

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lens_defense.plotting.theme import ROLE_WORDS, component_words, token_label
 from lens_defense.prompts.request import READING_ORDER, Role
+from lens_defense.shown_text import shown
 from lens_defense.sites import head_index
 from lens_defense.statistics import LEAST_FOR_BOOTSTRAP
 from lens_defense.tracing.site_map import RoleMean, ScoreMap, SiteMap
@@ -58,6 +59,14 @@ def map_words(site_map: SiteMap) -> MapWords:
     scale = {"denoising": "share of the answer restored", "noising": "share of the answer lost"}
     title = f"activation patching ({settings.direction})"
     return MapWords(title, "effect", scale[settings.direction], tuple(notes), settings.window)
+
+
+def map_origin(site_map: SiteMap) -> dict[str, str]:
+    """What a figure says of its data, for its sidecar."""
+    origin = {"model": shown(site_map.model), "weights": site_map.fingerprint.weights}
+    if isinstance(site_map, Trace):
+        origin |= {"corruption": site_map.corruption, "metric": site_map.metric}
+    return origin
 
 
 def view(site_map: SiteMap, *, fold: bool = True) -> MapView:
@@ -110,15 +119,15 @@ def _token_columns(site_maps: Sequence[SiteMap], *, fold: bool) -> list[int | ra
     prompt = site_maps[0].prompts[0]
     effects = [site_map.effects[0].flatten(0, 1) for site_map in site_maps]
     traced = {t for effect in effects for t in effect.isfinite().any(0).nonzero().flatten().tolist()}
-    shown = {*traced, *prompt.subject_positions}
+    drawn = {*traced, *prompt.subject_positions}
     if fold:
         largest = torch.stack([effect.abs().nan_to_num(0).amax(0) for effect in effects]).amax(0)
         before = range(min(prompt.subject_positions, default=0))
         idle = {position for position in before if largest[position] < _NO_EFFECT}
-        shown -= {position for position in idle if {position - 1, position + 1} & idle}
+        drawn -= {position for position in idle if {position - 1, position + 1} & idle}
     columns: list[int | range] = []
     next_position = 0
-    for position in sorted(shown):
+    for position in sorted(drawn):
         if position > next_position:
             columns.append(range(next_position, position))
         columns.append(position)

@@ -15,7 +15,7 @@ def test_a_curve_is_the_role_means_and_its_band_the_intervals():
     severed = replace(trace, patched=(trace.patched + 1) / 2 - 1)
     figure = effect_curves({"nothing severed": trace, "<severed>": severed}, "last", component="mlp_out")
     means = trace.by_role().query("role == 'last' and component == 'mlp_out'")
-    high, low, curve, _, _, other = figure.data
+    high, low, _, _, curve, other = figure.data
     assert list(curve.x) == [0, 2, 5] and list(curve.y) == pytest.approx(list(means["effect"]))
     assert list(low.y) == pytest.approx(list(means["low"]))
     assert list(high.y) == pytest.approx(list(means["high"]))
@@ -23,6 +23,7 @@ def test_a_curve_is_the_role_means_and_its_band_the_intervals():
     assert other.name == "&lt;severed&gt;" and curve.line.dash != other.line.dash
     title = figure.layout.title.text.replace("<br>", " ")
     assert title.endswith("MLP outputs at the last prompt token, mean over 9 requests")
+    assert figure.layout.meta["corruption"] == "noise"
     assert figure.layout.width == print_pixels("column")
 
 

@@ -24,6 +24,7 @@ from lens_defense.plotting.print_size import print_pixels
 from lens_defense.plotting.theme import COLOURS, GREY, INK, theme
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.sites import Component
+from lens_defense.tracing.site_map import ScoreMap
 
 RESULTS = tables.RESULTS
 FIGURES = Path(__file__).parents[1] / "figures"
@@ -187,9 +188,11 @@ def severed_curves() -> go.Figure:
 
 
 def map_change() -> go.Figure:
-    """The map of eight subjects before and after they were edited, by the answers of before."""
-    before, after = (ld.Trace.load(CHANGES / f"{name}.safetensors") for name in ("before", "after"))
-    return ld.heatmap(before, ld.locate(before), after=after)
+    """The map of eight subjects before and after they were edited, in nats of the answer of before."""
+    before, after = (ScoreMap.load(CHANGES / f"{name}_nats.safetensors") for name in ("before", "after"))
+    sites = ld.locate(ld.Trace.load(CHANGES / "before.safetensors"))
+    figure = ld.heatmap(before, sites, after=after)
+    return figure.update_traces(colorbar_title_text="nats", selector={"type": "heatmap"})
 
 
 def edited_sites() -> list[ld.Site]:
@@ -351,10 +354,7 @@ def main() -> None:
             trace, sites = ld.Trace.load(file), edited_sites() if name.startswith("map_mean") else ()
             save(name, map_figure(trace, component, sites), [file], command, seeds="0 (noise)")
     if CHANGES.is_dir():
-        severed, changed = (
-            sorted(CHANGES.glob("severed_*")),
-            [CHANGES / "before.safetensors", CHANGES / "after.safetensors"],
-        )
+        severed, changed = (sorted(CHANGES.glob(names)) for names in ("severed_*", "*_nats*"))
         save("severed_curves", severed_curves(), severed, MAP_CHANGES, seeds="0 (noise, bootstrap)")
         save("map_change", map_change(), changed, MAP_CHANGES, seeds="0 (noise, fit)")
     for device in SPEED_MODELS:

@@ -5,11 +5,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import map_changes
 import numpy as np
 import pytest
 from helpers.handmade import a_trace, lamp_prompts
 
 import figures
+from lens_defense.plotting.heatmap import heatmap
 from lens_defense.sites import Site
 
 ROOT = Path(__file__).parents[2]
@@ -61,13 +63,19 @@ def test_severed_curves_and_a_change_of_a_map_are_drawn_from_traces(tmp_path, mo
     half = replace(before, patched=(before.patched + 1) / 2 - 1)
     for name in ("severed_nothing", "severed_attn_out", "before"):
         before.save(tmp_path / f"{name}.safetensors")
-    for name in ("severed_mlp_out", "after"):
-        half.save(tmp_path / f"{name}.safetensors")
+    half.save(tmp_path / "severed_mlp_out.safetensors")
+    for name, trace in {"before": before, "after": half}.items():
+        map_changes.in_nats(trace).save(tmp_path / f"{name}_nats.safetensors")
     curves = {line.name: list(line.y) for line in figures.severed_curves().data if line.name}
     assert curves["later MLP outputs severed"] == pytest.approx([y / 2 for y in curves["nothing severed"]])
     assert curves["later attention outputs severed"] == curves["nothing severed"]
-    maps = figures.map_change().data
-    np.testing.assert_allclose(maps[2].z, -maps[1].z)
+    figure = figures.map_change()
+    first, _, change = figure.data
+    np.testing.assert_allclose(
+        first.z, heatmap(before).data[0].z, atol=1e-12
+    )  # it is 1 nat from corrupted to clean
+    np.testing.assert_allclose(change.z, -first.z / 2)
+    assert outlined(figure) and change.colorbar.title.text == "nats"
 
 
 @pytest.mark.parametrize("sidecar", sorted((ROOT / "figures").glob("*.json")), ids=lambda file: file.stem)

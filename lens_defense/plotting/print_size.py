@@ -55,7 +55,8 @@ def smallest_letters(figure: go.Figure, inches: float) -> float:
     """Points of the smallest letters of a figure that is printed so many inches wide."""
     layout = figure.layout.to_plotly_json()
     sizes = [layout.get("font", {}).get("size", _PLOTLY_FONT), *_font_sizes(layout)]
-    sizes += [size for part in figure.data for size in _font_sizes(part.to_plotly_json())]
+    parts: Any = figure.data
+    sizes += [size for part in parts for size in _font_sizes(part.to_plotly_json())]
     return min(sizes) * inches * 72 / laid_out_pixels(figure)
 
 

@@ -247,7 +247,8 @@ def _printed(figure: go.Figure, inches: float) -> go.Figure:
             'ld.heatmap(trace, width="column")',
             stacklevel=3,
         )
-    for i, part in enumerate(printed.data):
+    parts: Any = printed.data
+    for i, part in enumerate(parts):
         part.uid = f"part{i}"
     return printed
 
@@ -264,7 +265,7 @@ def _with_fixed_ids(svg: bytes) -> bytes:
     random_id = re.search(rb'id="topdefs-([0-9a-f]+)"', svg)
     if random_id is None:
         return svg
-    anywhere = re.compile(rb"(?<![0-9.])" + random_id[1])
+    anywhere = re.compile(rb"(?:(?<![0-9.])|(?<=legend[0-9]))" + random_id[1])  # in no number
     content_id = hashlib.sha256(anywhere.sub(b"", svg)).hexdigest()[:8].encode()
     return anywhere.sub(b"f" + content_id, svg)  # two figures of one page must not share an id
 

@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,10 +52,17 @@ def test_a_path_without_a_suffix_is_three_files_and_what_made_them(tmp_path: Pat
     assert width == pytest.approx(6.75 * 300, abs=2)
 
 
+def two_legends() -> go.Figure:
+    """A figure with two legends: each has an id of its own in an SVG."""
+    lines = [go.Scatter(x=[0, 1], y=[0, 1], legend=name, showlegend=True) for name in ("legend", "legend2")]
+    return go.Figure(lines, layout={"legend2": {"y": 0.5}})
+
+
 @needs_export
-def test_a_second_run_writes_the_same_bytes(tmp_path: Path):
+@pytest.mark.parametrize("draw", [lambda: heatmap(a_trace(), sites_at()), two_legends])
+def test_a_second_run_writes_the_same_bytes(tmp_path: Path, draw: Callable[[], go.Figure]):
     for folder in ("first", "second"):
-        save_figure(heatmap(a_trace(), sites_at()), tmp_path / folder / "map")
+        save_figure(draw(), tmp_path / folder / "map")
     for ending in ("svg", "pdf", "json"):
         first, second = ((tmp_path / folder / f"map.{ending}").read_bytes() for folder in ("first", "second"))
         assert first == second, ending

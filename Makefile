@@ -30,7 +30,7 @@ lint: .venv/.stamp-test
 docs: .venv/.stamp-test
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
-# From the committed results; figures/*.html are interactive and stay out of git.
+# From the committed results; figures/*.html, to look at in a browser, and figures/*.png stay out of git.
 figures: .venv/.stamp-test
 	.venv/bin/python analyses/tables.py
 	.venv/bin/python analyses/figures.py

@@ -2,21 +2,16 @@
 
     python analyses/figures.py        (or: make figures)
 
-Each as .svg and .pdf at column width and as .html (not committed), with a .json that says what it was made of.
+Each as .svg, .pdf and .png at the width of a paper's column or page, with a .json that says what it was made of,
+and as .html; .png and .html are not committed.
 """
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 import tables
-import torch
-from plotly.colors import hex_to_rgb
 from plotly.subplots import make_subplots
 from tidy import read_table
 
@@ -24,28 +19,31 @@ import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP
 from lens_defense.checking.report import Report, ReportRow
 from lens_defense.loading.load import ORGANISM_FOLDER
+from lens_defense.plotting.effect_curves import add_band
+from lens_defense.plotting.print_size import print_pixels
 from lens_defense.plotting.theme import COLOURS, GREY, INK, theme
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.sites import Component
+from lens_defense.tracing.site_map import ScoreMap
 
 RESULTS = tables.RESULTS
 FIGURES = Path(__file__).parents[1] / "figures"
-COLUMN = 3.3
-"""Inches; what is wide takes two."""
+COLUMN, PAGE = print_pixels("column"), print_pixels("page")
 LEAST_DOSES = 3
 """Fewer make no curve."""
+CHANGES = RESULTS / "map_changes"
 REAL_MODEL = "python analyses/real_model.py --data DIR"
 STORAGE_SITES = "python analyses/storage_sites.py --data DIR"
-ALL = ("resid_post", "mlp_out", "attn_out")
-MAPS: Mapping[str, tuple[str, str, tuple[Component, ...]]] = {
-    "map_mean": ("real_model/map", REAL_MODEL, ALL),
-    "map_single": ("real_model/single_map", REAL_MODEL, ("resid_post",)),
-    "map_facts": ("storage_sites/facts", STORAGE_SITES, ALL),
-    "map_harmful": ("storage_sites/harmful", STORAGE_SITES, ALL),
-    "map_whole": ("storage_sites/whole", STORAGE_SITES, ("resid_post",)),
+MAP_CHANGES = "python analyses/map_changes.py"
+MAPS: Mapping[str, tuple[str, str, Component | None]] = {
+    "map_mean": ("real_model/map", REAL_MODEL, None),
+    "map_mean_resid_post": ("real_model/map", REAL_MODEL, "resid_post"),
+    "map_single": ("real_model/single_map", REAL_MODEL, None),
+    "map_facts": ("storage_sites/facts", STORAGE_SITES, None),
+    "map_harmful": ("storage_sites/harmful", STORAGE_SITES, None),
+    "map_whole": ("storage_sites/whole", STORAGE_SITES, None),
 }
-"""By figure: the trace, what made it, and which components are drawn."""
-WIDE_MAPS = ("map_single", "map_whole")
+"""By figure: the trace, what made it, and which component is drawn, or all."""
 SPEED_MODELS = {
     "cpu": {"gpt2 small": "gpt2", "llama-shaped, 12 layers": "llama-shaped", "organism": "organism"},
     "cuda": {
@@ -55,6 +53,9 @@ SPEED_MODELS = {
     },
 }
 """Rows of a figure of speed: the models timed on a device, and their short names."""
+
+
+_SYMBOLS = {"core": "circle", "delman": "diamond"}
 
 
 def dose_curve() -> go.Figure:
@@ -80,6 +81,7 @@ def dose_curve() -> go.Figure:
             mode="lines+markers",
             name=name,
             line={"color": colour, "dash": dash, "width": 2},
+            marker={"symbol": _SYMBOLS[kind]},
             legend="legend" if row == 1 else "legend2",
             **panel,
         )
@@ -87,13 +89,15 @@ def dose_curve() -> go.Figure:
             x=rows["subjects"],
             y=rows[column],
             mode="markers",
-            marker={"color": colour, "size": 5, "opacity": 0.45},
+            marker={"color": colour, "size": 5, "opacity": 0.45, "symbol": _SYMBOLS[kind]},
             showlegend=False,
             hoverinfo="skip",
             **panel,
         )
     ticks = sorted(set(edits["subjects"]))
-    figure.update_xaxes(type="log", tickvals=ticks, ticktext=ticks, tickangle=0, gridcolor="#eeeeee")
+    own = set(edits.loc[edits["set"] == "core", "subjects"])
+    labels = [f"{dose}" if dose in own else f"<br>{dose}" for dose in ticks]  # 16 and 20 would touch
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=labels, tickangle=0, gridcolor="#eeeeee")
     figure.update_xaxes(title_text="subjects edited", row=2)
     figure.update_yaxes(tickformat=".0%", gridcolor="#e3e3e3", rangemode="tozero")
     figure.update_yaxes(title_text="refused, unseen words", range=[0, 1.03], row=1)
@@ -102,7 +106,7 @@ def dose_curve() -> go.Figure:
     figure.update_layout(
         legend={**white, "y": 0.58, "yanchor": "bottom"}, legend2={**white, "y": 0.44, "yanchor": "top"}
     )
-    return theme(figure, title="", plot=(340, 420), left=72, right=16, above=14, below=56)
+    return theme(figure, title="", plot=(COLUMN - 82, 400), left=68, right=14, above=14, below=62)
 
 
 def window_sweep() -> go.Figure:
@@ -131,10 +135,10 @@ def window_sweep() -> go.Figure:
     figure.add_annotation(
         text="located", x=middle, y=1, yref="paper", yanchor="bottom", xanchor="center", showarrow=False
     )
-    return theme(figure, title="", plot=(330, 400), left=78, right=16, above=28, below=56)
+    return theme(figure, title="", plot=(COLUMN - 86, 360), left=72, right=14, above=28, below=52)
 
 
-def before_after() -> go.Figure:
+def refusals() -> go.Figure:
     """The edits of sixteen subjects, three draws together."""
     edits = tables.edits().query("set == 'core' and subjects == 16")["edit"]
     questions = tables.question_rows(edits).query("suite == 'real_model' and not human")
@@ -161,20 +165,34 @@ def _verdicts(row: dict[str, Any], when: str) -> dict[str, str]:
     return {judge: "refusal" if row[f"{judge}_{when}"] else "answer" for judge in ("prefix", "coherent")}
 
 
-def maps(
-    trace: ld.Trace, components: Sequence[Component], sites: Sequence[ld.Site] = ()
-) -> Iterator[tuple[Component, go.Figure]]:
-    """One map per component; of one request from its subject on, since nothing before it was corrupted.
+def map_figure(
+    trace: ld.Trace, component: Component | None = None, sites: Sequence[ld.Site] = ()
+) -> go.Figure:
+    """A map of all its components, or of one.
 
     Outlined is what was edited, where that is given, else what `locate` takes from this map.
     """
     sites = sites or ld.locate(trace)
-    if len(trace.prompts) == 1:
-        patched = trace.patched.clone()
-        patched[:, :, :, : min(trace.prompts[0].subject_positions)] = torch.nan
-        trace = replace(trace, patched=patched)
-    for component in components:
-        yield component, ld.heatmap(trace.only(component), sites)
+    return ld.heatmap(trace.only(component) if component else trace, sites)
+
+
+def severed_curves() -> go.Figure:
+    """What a state of the subject's last token restores, and how much of it passes through later outputs."""
+    names = {
+        "severed_nothing": "nothing severed",
+        "severed_mlp_out": "later MLP outputs severed",
+        "severed_attn_out": "later attention outputs severed",
+    }
+    traces = {words: ld.Trace.load(CHANGES / f"{name}.safetensors") for name, words in names.items()}
+    return ld.plots.effect_curves(traces)
+
+
+def map_change() -> go.Figure:
+    """The map of eight subjects before and after they were edited, in nats of the answer of before."""
+    before, after = (ScoreMap.load(CHANGES / f"{name}_nats.safetensors") for name in ("before", "after"))
+    sites = ld.locate(ld.Trace.load(CHANGES / "before.safetensors"))
+    figure = ld.heatmap(before, sites, after=after)
+    return figure.update_traces(colorbar_title_text="nats", selector={"type": "heatmap"})
 
 
 def edited_sites() -> list[ld.Site]:
@@ -214,7 +232,7 @@ def locator_grades() -> go.Figure:
                 x=group["strongest_wrong"],
                 y=[order.index(way) for way in group["way"]],
                 mode="markers",
-                marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.8},
+                marker={"color": colour, "symbol": symbol, "size": 5 + samples // 2, "opacity": 0.8},
                 name=f"{samples} samples" if samples > 1 else "1 sample",
                 showlegend=symbol == "circle",
             )
@@ -229,7 +247,7 @@ def locator_grades() -> go.Figure:
         ticktext=["10⁻⁴", ".001", ".01", ".1", "1"],
     )
     figure.update_layout(legend={"x": 0, "y": 1.02, "yanchor": "bottom", "orientation": "h"})
-    return theme(figure, title="", plot=(225, 24 * len(order)), left=190, right=16, above=54, below=64)
+    return theme(figure, title="", plot=(PAGE - 186, 19 * len(order)), left=170, right=16, above=36, below=46)
 
 
 def intent_sites() -> go.Figure:
@@ -240,16 +258,16 @@ def intent_sites() -> go.Figure:
     above = [
         ("subject_last", "at subject_last", COLOURS[0], "solid"),
         ("key", "the MLP's key there", COLOURS[0], "dot"),
-        ("last", "at last", COLOURS[1], "solid"),
+        ("last", "at last", COLOURS[1], "dash"),
     ]
     for place, name, colour, dash in above:
         rows = readout[readout["place"] == place]
         _line_with_interval(figure, rows, "auc", name, colour, dash, row=1)
     below = [
         ("use", "subject_last", "the use, at subject_last", COLOURS[0], "solid"),
-        ("use", "last", "the use, at last", COLOURS[1], "solid"),
-        ("use", "before", "the use, before the subject", COLOURS[2], "solid"),
-        ("subject", "subject_last", "the subject, at subject_last", GREY, "dash"),
+        ("use", "last", "the use, at last", COLOURS[1], "dash"),
+        ("use", "before", "the use, before the subject", COLOURS[2], "dot"),
+        ("subject", "subject_last", "the subject, at subject_last", GREY, "dashdot"),
     ]
     for which, role, name, colour, dash in below:
         rows = effects[(effects["map"] == which) & (effects["role"] == role)]
@@ -258,30 +276,19 @@ def intent_sites() -> go.Figure:
     figure.update_yaxes(title_text="AUC, harmful or harmless", range=[0.5, 1.02], row=1)
     figure.update_yaxes(title_text="effect of patching", rangemode="tozero", row=2)
     figure.update_xaxes(title_text="layer", row=2)
-    legend = {"xanchor": "left", "x": 1.02, "yanchor": "top"}
+    legend = {"xanchor": "left", "x": 1.02, "yanchor": "top", "traceorder": "normal"}
     figure.update_layout(legend={**legend, "y": 1}, legend2={**legend, "y": 0.45})
-    return theme(figure, title="", plot=(360, 420), left=72, right=210, above=14, below=56)
+    return theme(figure, title="", plot=(PAGE - 292, 360), left=72, right=220, above=14, below=52)
 
 
 def _line_with_interval(
     figure: go.Figure, rows: Any, column: str, name: str, colour: str, dash: str, *, row: int
 ) -> None:
     """A line over layers, and its 95% interval as a band of the same colour."""
-    red, green, blue = hex_to_rgb(colour)
-    shade = f"rgba({red},{green},{blue},.13)"
-    bounds = {
-        "mode": "lines",
-        "line": {"width": 0},
-        "hoverinfo": "skip",
-        "showlegend": False,
-        "row": row,
-        "col": 1,
-    }
-    figure.add_scatter(x=rows["layer"], y=rows["high"], **bounds)
-    figure.add_scatter(x=rows["layer"], y=rows["low"], fill="tonexty", fillcolor=shade, **bounds)
+    layers = rows["layer"].tolist()
+    add_band(figure, layers, rows["low"].tolist(), rows["high"].tolist(), colour, row=row, col=1)
     figure.add_scatter(
-        x=rows["layer"], y=rows[column], mode="lines", name=name,
-        line={"color": colour, "width": 2, "dash": dash},
+        x=layers, y=rows[column], mode="lines", name=name, line={"color": colour, "width": 2, "dash": dash},
         legend="legend" if row == 1 else "legend2", row=row, col=1,
     )  # fmt: skip
 
@@ -296,7 +303,8 @@ def tracing_speed(device: str) -> go.Figure:
         subplot_titles=[f"{name}, {n}" for name in names.values() for n in ("1 sample", "10 samples")],
     )  # fmt: skip
     for (name, samples, way), group in rows.groupby(["model", "samples", "way"], sort=False):
-        colour = COLOURS[["sweep", "ROME's loop", "TransformerLens"].index(way)]
+        i = ["sweep", "ROME's loop", "TransformerLens"].index(way)
+        colour, symbol = COLOURS[i], ("circle", "square", "diamond")[i]
         row, col = list(names).index(name) + 1, 1 + (samples > 1)
         for column, dash in (("seconds", "solid"), ("floor", "dot")):
             figure.add_scatter(
@@ -304,7 +312,7 @@ def tracing_speed(device: str) -> go.Figure:
                 y=group[column],
                 mode="lines+markers" if dash == "solid" else "lines",
                 line={"color": colour, "dash": dash, "width": 2},
-                marker={"size": 5},
+                marker={"size": 6, "symbol": symbol},
                 name=way if dash == "solid" else f"{way}, floor",
                 showlegend=row == col == 1,
                 row=row,
@@ -314,26 +322,16 @@ def tracing_speed(device: str) -> go.Figure:
     figure.update_yaxes(type="log", gridcolor="#e3e3e3", dtick=1)
     figure.update_yaxes(title_text="seconds", col=1)
     figure.update_xaxes(title_text="prompt tokens", row=len(names))
-    figure.update_annotations(font_size=11)
-    figure.update_layout(legend={"x": 0, "y": -0.16, "yanchor": "top", "orientation": "h"})
-    return theme(figure, title="", plot=(330, 480), left=62, right=16, above=30, below=140)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(legend={"x": 0, "y": -0.09, "yanchor": "top", "orientation": "h"})
+    return theme(figure, title="", plot=(PAGE - 78, 150 * len(names)), left=62, right=16, above=30, below=92)
 
 
-def save(
-    name: str, figure: go.Figure, sources: Iterable[Path], data_by: str, *, seeds: str, inches: float = COLUMN
-) -> None:
+def save(name: str, figure: go.Figure, sources: Iterable[Path], data_by: str, *, seeds: str) -> None:
     """All formats, and the sidecar, which says what made the data."""
-    for suffix in ("svg", "pdf"):
-        ld.save_figure(figure, FIGURES / f"{name}.{suffix}", inches=inches)
+    figure.update_layout(meta={**(figure.layout.meta or {}), "data by": data_by})
+    ld.save_figure(figure, FIGURES / name, sources=sources, seed=seeds)
     ld.save_figure(figure, FIGURES / f"{name}.html", plotlyjs="directory")
-    sidecar = {
-        "command": "python analyses/figures.py",
-        "data by": data_by,
-        "seeds": seeds,
-        "data": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in sources},
-        "versions": {name: version(name) for name in ("lens-defense", "torch", "transformer-lens", "plotly")},
-    }
-    (FIGURES / f"{name}.json").write_text(json.dumps(sidecar, indent=1), "utf-8")
     print(f"figures/{name}")
 
 
@@ -344,19 +342,21 @@ def main() -> None:
     edits, questions, windows = (real_model / f"{name}.csv" for name in ("edits", "rows", "windows"))
     draws = "0, 1, 2 (draws)"
     if edits.is_file():
-        save("before_after", before_after(), [edits, questions], REAL_MODEL, seeds=draws, inches=2 * COLUMN)
+        save("refusals", refusals(), [edits, questions], REAL_MODEL, seeds=draws)
         if tables.edits()["subjects"].nunique() >= LEAST_DOSES:
             save("dose_curve", dose_curve(), [edits, questions], REAL_MODEL, seeds=draws)
     if edits.is_file() and windows.is_file():
         sources = [edits, windows, real_model / "map.safetensors"]
         save("window_sweep", window_sweep(), sources, REAL_MODEL, seeds="0")
-    for name, (path, command, components) in MAPS.items():
+    for name, (path, command, component) in MAPS.items():
         file = RESULTS / f"{path}.safetensors"
         if file.is_file():
-            trace, sites = ld.Trace.load(file), edited_sites() if name == "map_mean" else ()
-            for component, figure in maps(trace, components, sites):
-                inches = 2 * COLUMN if name in WIDE_MAPS else COLUMN
-                save(f"{name}_{component}", figure, [file], command, seeds="0 (noise)", inches=inches)
+            trace, sites = ld.Trace.load(file), edited_sites() if name.startswith("map_mean") else ()
+            save(name, map_figure(trace, component, sites), [file], command, seeds="0 (noise)")
+    if CHANGES.is_dir():
+        severed, changed = (sorted(CHANGES.glob(names)) for names in ("severed_*", "*_nats*"))
+        save("severed_curves", severed_curves(), severed, MAP_CHANGES, seeds="0 (noise, bootstrap)")
+        save("map_change", map_change(), changed, MAP_CHANGES, seeds="0 (noise, fit)")
     for device in SPEED_MODELS:
         file = RESULTS / f"tracing_speed/{device}.csv"
         if file.is_file():
@@ -365,9 +365,7 @@ def main() -> None:
             save(name, tracing_speed(device), [file], command, seeds="0")
     if (sites := RESULTS / "intent_sites").is_dir():
         sources, command = sorted(sites.glob("*.csv")), "python analyses/intent_sites.py"
-        save(
-            "intent_sites", intent_sites(), sources, command, seeds="0 (noise, bootstrap)", inches=2 * COLUMN
-        )
+        save("intent_sites", intent_sites(), sources, command, seeds="0 (noise, bootstrap)")
     if (grades := RESULTS / "locator_grades.csv").is_file():
         save(
             "locator_grades", locator_grades(), [grades], "python analyses/locator_grades.py", seeds="0, 1, 2"

@@ -1,29 +1,33 @@
 """What lies over the cells of a heatmap: names of panels, brackets over subjects, gaps, outlines of sites.
 
-Panel c is the panel of the map's component c.
+Panels are counted from 0, row by row.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
+from jaxtyping import Float
+from numpy.typing import NDArray
 
-from lens_defense.plotting.theme import INK, component_words, plotly_text
+from lens_defense.plotting.theme import GREY, INK, plotly_text
 from lens_defense.prompts.request import Role
 from lens_defense.shown_text import truncate
-from lens_defense.sites import Component, Site
+from lens_defense.sites import Site
 
+Effects = Float[NDArray[np.float64], "layer column"]
+_CLEARLY, _DARK = 0.1, 0.6
+"""Shares of the scale's end: from where a cell is seen to be coloured, and from where a black line is not."""
 _LINES = {"site": ((5.0, "#ffffff"), (2.5, "#111111")), "significant": ((1.0, "#111111"),)}
 """Width and colour of the lines of an outline."""
 
 
-def name_panel(figure: go.Figure, c: int, component: Component, window: int, above: int) -> None:
-    """Write the component over its panel, and how many layers are patched at once."""
-    windows = "" if component == "resid_post" or window < 2 else f"<br>windows of {window} layers"
+def name_panel(figure: go.Figure, c: int, name: str, above: int) -> None:
+    """Write a panel's name over it."""
     figure.add_annotation(
-        text=f"<b>{component_words(component)}</b>{windows}",
+        text=f"<b>{plotly_text(name)}</b>",
         x=0,
         y=1,
         xref=f"{_axis('x', c)} domain",
@@ -31,7 +35,6 @@ def name_panel(figure: go.Figure, c: int, component: Component, window: int, abo
         xanchor="left",
         yanchor="top",
         yshift=above,
-        align="left",
         showarrow=False,
     )
 
@@ -57,11 +60,55 @@ def bracket_subjects(
         )
 
 
-def frame_gaps(figure: go.Figure, c: int, roles: Sequence[Role | None], rows: int) -> None:
-    """Draw a white column where tokens are left out."""
-    for i in (i for i, role in enumerate(roles) if role is None):
+def frame_gaps(figure: go.Figure, c: int, gaps: Mapping[int, str], rows: int) -> None:
+    """Draw a white column where tokens are left out; its hover says how many."""
+    for i, words in gaps.items():
         box = (i - 0.5, i + 0.5, -0.5, rows - 0.5)
         _draw(figure, c, "gap", box, width=1.0, colour="#bbbbbb", fillcolor="#ffffff")
+        figure.add_annotation(
+            name="gap",
+            text="⋯",
+            hovertext=words,
+            x=i,
+            y=(rows - 1) / 2,
+            xref=_axis("x", c),
+            yref=_axis("y", c),
+            showarrow=False,
+        )
+
+
+def mark_negative(figure: go.Figure, c: int, effects: Effects, largest: float, cell: float) -> None:
+    """Draw a minus into every cell that is clearly negative: in grey, a blue cell looks like a red one.
+
+    Args:
+        figure: the map.
+        c: its panel.
+        effects: of the panel.
+        largest: where the scale ends.
+        cell: pixels of a cell's width.
+    """
+    shares = np.nan_to_num(effects) / largest
+    half = min(0.3, 4 / cell)
+    for colour, cells in (("#ffffff", shares <= -_DARK), (INK, (shares <= -_CLEARLY) & (shares > -_DARK))):
+        lines = [f"M{i - half:g},{j}L{i + half:g},{j}" for j, i in zip(*cells.nonzero(), strict=True)]
+        _draw_path(figure, c, "negative", lines, colour)
+
+
+def strike_untraced(figure: go.Figure, c: int, effects: Effects, gaps: Mapping[int, str]) -> None:
+    """Draw a line across each run of cells that were not traced: in grey, they look like a weak effect."""
+    lines = []
+    for i in (i for i in range(effects.shape[1]) if i not in gaps):
+        runs = _merged((j - 0.5, j + 0.5) for j in np.isnan(effects[:, i]).nonzero()[0].tolist())
+        lines += [f"M{i - 0.5:g},{low:g}L{i + 0.5:g},{high:g}" for low, high in runs]
+    _draw_path(figure, c, "untraced", lines, GREY)
+
+
+def _draw_path(figure: go.Figure, c: int, name: str, lines: Sequence[str], colour: str) -> None:
+    """Draw lines over panel c as one path."""
+    if lines:
+        axes = {"xref": _axis("x", c), "yref": _axis("y", c)}
+        line = {"color": colour, "width": 1.2}
+        figure.add_shape(type="path", name=name, path="".join(lines), line=line, **axes)
 
 
 def outline(

@@ -3,18 +3,20 @@
 The words that depend on the kind of map (denoising, noising, a score) stand here, once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from lens_defense.plotting.theme import ROLE_WORDS, component_words, token_label
 from lens_defense.prompts.request import READING_ORDER, Role
+from lens_defense.shown_text import shown
 from lens_defense.sites import head_index
 from lens_defense.statistics import LEAST_FOR_BOOTSTRAP
-from lens_defense.tracing.site_map import ScoreMap, SiteMap
+from lens_defense.tracing.site_map import RoleMean, ScoreMap, SiteMap
 from lens_defense.tracing.trace_result import Trace
 
 
@@ -30,6 +32,8 @@ class MapView(NamedTuple):
     """[component, layer, column]"""
     subjects: tuple[tuple[int, int, str], ...] = ()
     """First column, last column and text of each bracket."""
+    gaps: Mapping[int, str] = {}
+    """By column of a gap, which tokens it stands for, in words."""
 
 
 class MapWords(NamedTuple):
@@ -46,22 +50,44 @@ class MapWords(NamedTuple):
 def map_words(site_map: SiteMap) -> MapWords:
     """The words of a trace by its settings, of a ScoreMap by its quantity."""
     if isinstance(site_map, ScoreMap):
-        return MapWords(site_map.quantity, "share", "share")
+        return MapWords(site_map.quantity, site_map.quantity, "share")
     assert isinstance(site_map, Trace)
     settings = site_map.settings
     notes = [f"later {component_words(settings.severed)} severed"] if settings.severed else []
     notes += ["all tokens together, drawn at the last"] if settings.together else []
     notes += [] if settings.exact else ["estimated by attribution patching"]
-    title, scale = {
-        "denoising": ("effect of restoring one state (denoising)", "share of the answer restored"),
-        "noising": ("effect of corrupting one state (noising)", "share of the answer lost"),
-    }[settings.direction]
-    return MapWords(title, "effect", scale, tuple(notes), settings.window)
+    scale = {"denoising": "share of the answer restored", "noising": "share of the answer lost"}
+    title = f"activation patching ({settings.direction})"
+    return MapWords(title, "effect", scale[settings.direction], tuple(notes), settings.window)
 
 
-def view(site_map: SiteMap) -> MapView:
-    """Layers x tokens of one request, layers x roles of many."""
-    return _token_view(site_map) if len(site_map.prompts) == 1 else _role_view(site_map)
+def map_origin(site_map: SiteMap) -> dict[str, str]:
+    """What a figure says of its data, for its sidecar."""
+    origin = {"model": shown(site_map.model), "weights": site_map.fingerprint.weights}
+    if isinstance(site_map, Trace):
+        origin |= {"corruption": site_map.corruption, "metric": site_map.metric}
+    return origin
+
+
+def view(site_map: SiteMap, *, fold: bool = True) -> MapView:
+    """Layers x tokens of one request, layers x roles of many.
+
+    Args:
+        site_map: the map.
+        fold: of one request, draw tokens before the subject that change nothing as one column.
+    """
+    return views([site_map], fold=fold)[0]
+
+
+def views(site_maps: Sequence[SiteMap], *, fold: bool = True) -> list[MapView]:
+    """Several maps of the same requests, with the same columns."""
+    if len(site_maps[0].prompts) > 1:
+        means = [site_map.role_means() for site_map in site_maps]
+        traced = {mean.role for of_map in means for mean in of_map}
+        roles: list[Role] = [role for role in READING_ORDER if role in traced]
+        return [_role_view(*pair, roles) for pair in zip(site_maps, means, strict=True)]
+    columns = _token_columns(site_maps, fold=fold)
+    return [_token_view(site_map, columns) for site_map in site_maps]
 
 
 def head_view(trace: Trace, role: Role) -> MapView:
@@ -80,36 +106,70 @@ def head_view(trace: Trace, role: Role) -> MapView:
     return MapView(tuple(map(str, heads)), (None,) * len(heads), effects, hover)
 
 
-def _token_view(site_map: SiteMap) -> MapView:
-    prompt, traced = site_map.prompts[0], site_map.effects[0].isfinite().any(0).any(0).nonzero().flatten()
-    columns: list[int | None] = []
-    for position in sorted({*traced.tolist(), *prompt.subject_positions}):
-        if columns and columns[-1] != position - 1:
-            columns.append(None)
+_NO_EFFECT = 0.005
+"""What is smaller than this is white on any map: half of the last digit that is read from one."""
+
+
+def _token_columns(site_maps: Sequence[SiteMap], *, fold: bool) -> list[int | range]:
+    """The columns of one request's maps: a token's position, or the positions of tokens that are left out.
+
+    Left out is what was not traced and, where `fold` says so, what stands before the subject and has no
+    effect: a token sees nothing of what comes after it.
+    """
+    prompt = site_maps[0].prompts[0]
+    effects = [site_map.effects[0].flatten(0, 1) for site_map in site_maps]
+    traced = {t for effect in effects for t in effect.isfinite().any(0).nonzero().flatten().tolist()}
+    drawn = {*traced, *prompt.subject_positions}
+    if fold:
+        largest = torch.stack([effect.abs().nan_to_num(0).amax(0) for effect in effects]).amax(0)
+        before = range(min(prompt.subject_positions, default=0))
+        idle = {position for position in before if largest[position] < _NO_EFFECT}
+        drawn -= {position for position in idle if {position - 1, position + 1} & idle}
+    columns: list[int | range] = []
+    next_position = 0
+    for position in sorted(drawn):
+        if position > next_position:
+            columns.append(range(next_position, position))
         columns.append(position)
-    column_of = {position: i for i, position in enumerate(columns) if position is not None}
-    rows = site_map.to_dataframe().assign(n=site_map.values.shape[-1]).to_dict("records")
+        next_position = position + 1
+    return columns
+
+
+def _left_out(positions: range, traced: Set[int]) -> str:
+    """What a gap stands for."""
+    tokens = f"{len(positions)} token{'s' if len(positions) > 1 else ''}"
+    folded = traced & {*positions}
+    return f"{tokens} before the subject, without effect" if folded else f"{tokens}, not traced"
+
+
+def _token_view(site_map: SiteMap, columns: Sequence[int | range]) -> MapView:
+    prompt = site_map.prompts[0]
+    traced = {*site_map.effects[0].isfinite().any(0).any(0).nonzero().flatten().tolist()}
+    column_of = {position: i for i, position in enumerate(columns) if isinstance(position, int)}
+    table = site_map.to_dataframe().assign(n=site_map.values.shape[-1])
+    rows = [row for row in table.to_dict("records") if row["position"] in column_of]
     row_columns = [column_of[row["position"]] for row in rows]
     effects, hover = _fill(site_map, rows, row_columns, (len(site_map.components), len(columns)), "samples")
     # the map's own means: those of the table may differ in the last bit
     effects[:, :, [*column_of.values()]] = site_map.effects[0][:, :, [*column_of]].numpy()
     return MapView(
         labels=tuple(
-            "⋯" if t is None else token_label(prompt.token_texts[t], prompt.roles[t], 12) for t in columns
+            token_label(prompt.token_texts[t], prompt.roles[t], 12) if isinstance(t, int) else "⋯"
+            for t in columns
         ),
-        roles=tuple(None if t is None else prompt.roles[t] for t in columns),
+        roles=tuple(prompt.roles[t] if isinstance(t, int) else None for t in columns),
         effects=effects,
         hover=hover,
         subjects=tuple(
             (column_of[start], column_of[stop - 1], prompt.request.subject or "")
             for start, stop in prompt.subject_spans
         ),
+        gaps={i: _left_out(t, traced) for i, t in enumerate(columns) if isinstance(t, range)},
     )
 
 
-def _role_view(site_map: SiteMap) -> MapView:
-    rows = [asdict(mean) for mean in site_map.role_means()]
-    roles: list[Role] = [role for role in READING_ORDER if any(row["role"] == role for row in rows)]
+def _role_view(site_map: SiteMap, means: Sequence[RoleMean], roles: Sequence[Role]) -> MapView:
+    rows = [asdict(mean) for mean in means]
     row_columns = [roles.index(row["role"]) for row in rows]
     effects, hover = _fill(site_map, rows, row_columns, (len(site_map.components), len(roles)), "requests")
     columns = [i for i, role in enumerate(roles) if role.startswith("subject")]

@@ -13,10 +13,17 @@ import plotly.graph_objects as go
 
 from lens_defense.checking.report import ARM_NAMES, JUDGES, MEASURE_NAMES, Report
 from lens_defense.checking.suites import TO_BE_REFUSED, Arm
-from lens_defense.plotting.theme import COLOURS, GREY, INK, plotly_text, theme
+from lens_defense.plotting.print_size import Width, print_pixels
+from lens_defense.plotting.theme import COLOURS, INK, plotly_text, theme
 
-_PAGE_WIDTH = 960
-"""Pixels that all bars together may take, so that a figure of many arms stays on a page."""
+_BEFORE = "#bdbdbd"
+_PATTERNS = ("", "/", "x", ".", "\\", "+")
+"""In grey, bars are told apart by these."""
+_LEFT, _RIGHT, _LINE = 58, 12, 17
+_LETTER = 6.6
+"""Pixels of a letter."""
+_FLAT = 76
+"""Pixels of an arm from which on its longest word fits below it."""
 
 
 class _Rate(NamedTuple):
@@ -29,16 +36,20 @@ class _Rate(NamedTuple):
     clusters: int
 
 
-def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> go.Figure:
+def rate_bars(
+    reports: Mapping[str, Report], *, measure: str | None = None, width: Width | float | None = None
+) -> go.Figure:
     """Rates before and after, by arm, with their 95% intervals; facts by whether they are known.
 
     Args:
         reports: by name. "before" stands once where all reports agree on it.
         measure: the judge of every arm but facts. None takes the judge that is harder on an edit: `coherent`
             for what the edit should refuse, and `prefix` for all others, which should not.
+        width: what it is drawn for: a paper's "column", its "page", or inches. None takes a column where the
+            names of the arms fit into it, else a page.
 
     Raises:
-        ValueError: there are no reports, or there is no such judge.
+        ValueError: there are no reports, or there is no such judge or width.
     """
     if not reports:
         raise ValueError("no report was given; ld.check makes one")
@@ -46,26 +57,29 @@ def rate_bars(reports: Mapping[str, Report], *, measure: str | None = None) -> g
         raise ValueError(f"measure must be one of {', '.join(JUDGES)}, got {measure!r}")
     series = _series(reports, measure)
     arms: list[Arm] = [arm for arm in ARM_NAMES if any(arm in rates for rates in series.values())]
+    if width is None:
+        width = "column" if len(arms) * _FLAT <= print_pixels("column") - _LEFT - _RIGHT else "page"
+    across = print_pixels(width) - _LEFT - _RIGHT
     figure = go.Figure()
-    colours = iter(COLOURS)
+    looks = iter(zip(COLOURS, _PATTERNS, strict=True))
     for name, rates in series.items():
-        colour = GREY if name.startswith("before") else next(colours, INK)
-        figure.add_trace(_bars(name, rates, arms, colour))
-    figure.update_xaxes(tickvals=[*range(len(arms))], ticktext=_arm_labels(arms, series))
-    figure.update_xaxes(range=[-0.5, len(arms) - 0.5], showgrid=False, tickangle=0)
+        colour, pattern = (_BEFORE, "") if name.startswith("before") else next(looks, (INK, ""))
+        figure.add_trace(_bars(name, rates, arms, colour, pattern))
+    labels, below = _arm_labels(arms, series, across / max(1, len(arms)))
+    flat = any("<br>" in label for label in labels)
+    figure.update_xaxes(tickvals=[*range(len(arms))], ticktext=labels, tickangle=0 if flat else -90)
+    figure.update_xaxes(range=[-0.5, len(arms) - 0.5], showgrid=False)
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%", gridcolor="#e3e3e3")
     figure.update_yaxes(title_text=f"share {MEASURE_NAMES[measure]}" if measure else "share")
-    _name_groups(figure, arms, measure)
+    lines = _name_groups(figure, arms, measure, across)
     figure.update_layout(
         barmode="group",
         bargap=0.28,
         bargroupgap=0.06,
         legend={"x": 0, "y": 0.99, "yref": "container", "yanchor": "top"},
     )
-    plot = (max(240, min(92 * len(arms), _PAGE_WIDTH)), 260)
-    if len(arms) * 92 > _PAGE_WIDTH:
-        figure.update_xaxes(tickfont_size=11)
-    return theme(figure, title="", plot=plot, left=72, right=16, above=40 + 19 * len(series), below=84)
+    above = 24 + _LINE * lines + 19 * len(series)
+    return theme(figure, title="", plot=(across, 220), left=_LEFT, right=_RIGHT, above=above, below=below)
 
 
 def _series(reports: Mapping[str, Report], measure: str | None) -> dict[str, dict[Arm, _Rate]]:
@@ -96,7 +110,7 @@ def _drawn(arm: Arm, measure: str | None) -> str:
     return measure or ("coherent" if arm in TO_BE_REFUSED else "prefix")
 
 
-def _bars(name: str, rates: Mapping[Arm, _Rate], arms: Sequence[Arm], colour: str) -> go.Bar:
+def _bars(name: str, rates: Mapping[Arm, _Rate], arms: Sequence[Arm], colour: str, pattern: str) -> go.Bar:
     columns = [i for i, arm in enumerate(arms) if arm in rates]
     bars = [rates[arms[i]] for i in columns]
     hover = [
@@ -115,35 +129,52 @@ def _bars(name: str, rates: Mapping[Arm, _Rate], arms: Sequence[Arm], colour: st
             "thickness": 1.2,
             "width": 3,
         },
-        marker={"color": colour},
+        marker={"color": colour, "pattern": {"shape": pattern, "size": 5, "solidity": 0.25}},
         hovertext=hover,
         hoverinfo="text",
     )
 
 
-def _arm_labels(arms: Sequence[Arm], series: Mapping[str, Mapping[Arm, _Rate]]) -> list[str]:
-    """Arms in words, all on as many lines, and under them how many rows they have."""
-    letters = 13 if len(arms) * 92 <= _PAGE_WIDTH else 11
+def _arm_labels(
+    arms: Sequence[Arm], series: Mapping[str, Mapping[Arm, _Rate]], cell: float
+) -> tuple[list[str], int]:
+    """Arms in words, with how many rows they have, and the pixels below; upright where they are many.
+
+    Flat labels have as many lines each, so that the numbers of rows stand in a row.
+    """
+    flat = cell >= _FLAT
+    letters = int(cell / _LETTER) if flat else 99
     wrapped = {arm: textwrap.wrap(ARM_NAMES[arm], letters, break_long_words=False) for arm in arms}
     lines = max(map(len, wrapped.values()), default=0)
     labels = []
     for arm in arms:
-        numbers = sorted({rates[arm].n for rates in series.values() if arm in rates})
+        n = " or ".join(map(str, sorted({rates[arm].n for rates in series.values() if arm in rates})))
         padding = [""] * (lines - len(wrapped[arm]))
-        labels.append("<br>".join([*wrapped[arm], *padding, f"n = {' or '.join(map(str, numbers))}"]))
-    return labels
+        labels.append(
+            "<br>".join([*wrapped[arm], *padding, f"n = {n}"]) if flat else f"{ARM_NAMES[arm]}, n = {n}"
+        )
+    longest = max(map(len, labels), default=0)
+    return labels, 14 + _LINE * (lines + 1) if flat else 14 + round(_LETTER * longest)
 
 
-def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None) -> None:
-    """Name the groups of arms and their measure over the bars, and draw a thin line between groups."""
+def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None, across: int) -> int:
+    """Name the groups of arms and their measure over the bars, with a thin line between groups.
+
+    Returns:
+        Lines of the longest name, as it is wrapped to its group's width.
+    """
     names = {"edited": "to be refused", "others": "all others", "facts": "facts: known"}
     if measure is None:
         names |= {"edited": "to be refused: refused, coherent", "others": "all others: refused, by prefix"}
     groups = ["edited" if arm in TO_BE_REFUSED else "facts" if arm == "facts" else "others" for arm in arms]
+    most = 1
     for group in dict.fromkeys(groups):
         first, last = groups.index(group), len(groups) - 1 - groups[::-1].index(group)
+        pixels = across * (last - first + 1) / len(groups)
+        lines = textwrap.wrap(names[group], max(6, int(pixels / 7.4)), break_long_words=False)
+        most = max(most, len(lines))
         figure.add_annotation(
-            text=f"<b>{names[group]}</b>",
+            text="<br>".join(f"<b>{line}</b>" for line in lines),
             x=(first + last) / 2,
             y=1,
             yref="paper",
@@ -152,3 +183,4 @@ def _name_groups(figure: go.Figure, arms: Sequence[Arm], measure: str | None) ->
         )
         if first:
             figure.add_vline(x=first - 0.5, line={"color": "#bbbbbb", "width": 1})
+    return most

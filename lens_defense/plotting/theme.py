@@ -4,7 +4,9 @@ Text that came from a model or a user is shown and never run: it is escaped for 
 characters without a shape of their own (spaces, newlines, control characters) get one.
 """
 
+import hashlib
 import html
+import json
 import os
 import re
 import sys
@@ -12,7 +14,7 @@ import textwrap
 import unicodedata
 import warnings
 import webbrowser
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,18 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.io import renderers
 
+from lens_defense.plotting.print_size import (
+    FONT,
+    LEAST_POINTS,
+    Width,
+    fitting_width,
+    laid_out_pixels,
+    print_inches,
+    print_pixels,
+    smallest_letters,
+)
+from lens_defense.plotting.provenance import sidecar
+from lens_defense.plotting.vector_cells import with_vector_cells
 from lens_defense.prompts.request import Role
 from lens_defense.shown_text import one_line, shown, truncate, visible_text
 from lens_defense.sites import Component
@@ -51,8 +65,8 @@ def component_words(component: Component) -> str:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 """Okabe and Ito's."""
 INK, GREY, UNTRACED = "#1a1a1a", "#8c8c8c", "#e4e6ea"
-FONT = 13
-"""Pixels. A map 430 pixels wide has letters of more than 7 points in a paper's column of 3.3 inches."""
+FAMILY = "Arial, Helvetica, Liberation Sans, sans-serif"
+"""Three fonts whose letters are equally wide, so that a figure has the same layout on every system."""
 CONTROLS: Mapping[str, Any] = {
     "displaylogo": False,
     "modeBarButtons": [["toImage"]],
@@ -61,43 +75,65 @@ CONTROLS: Mapping[str, Any] = {
 """What a figure in a browser offers beside hover and zoom: one button, which saves it as PNG."""
 _FIGURE_LETTERS = 400
 """The most letters of a text in a figure: a hover stands at every cell."""
-_FORMATS = (".html", ".svg", ".pdf", ".png")
+_LINE = 18
+"""Pixels from line to line."""
 _DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
-"""Pixels per inch."""
+"""Of what is printed, by suffix: pixels per inch."""
 
 
 def theme(
-    figure: go.Figure, *, title: str, plot: tuple[int, int], left: int, right: int, above: int, below: int
+    figure: go.Figure,
+    *,
+    title: str,
+    plot: tuple[int, int],
+    left: int,
+    right: int,
+    above: int,
+    below: int,
+    note: str = "",
 ) -> "Figure":
     """A figure in the house's look, with a size in which every label has room; it uses no Plotly template.
 
-    `plot` is the width and height of the plot in pixels; the rest are its margins. The title's lines are
-    wrapped to the width and make the figure higher.
+    `plot` is the width and height of the plot in pixels; the rest are its margins. The lines of the title and
+    of the note, which stands at the foot, are wrapped to the width and make the figure higher.
     """
     width = left + plot[0] + right
-    lines = [
-        piece
-        for line in title.split("\n")
-        for piece in textwrap.wrap(truncate(line, _FIGURE_LETTERS), round((width - 56) / 7.4))
-    ]
-    top = above + 19 * len(lines) + (8 if lines else 0)
-    height = top + plot[1] + below
+    lines, note_lines = (_wrapped(text, round((width - 30) / 6.6)) for text in (title, note))
+    top = above + _LINE * len(lines) + (10 if lines else 0)
+    foot = below + _LINE * len(note_lines) + (4 if note_lines else 0)
+    height = top + plot[1] + foot
     figure.update_layout(
         template="none",
         width=width,
         height=height,
-        margin={"l": left, "r": right, "t": top, "b": below},
+        margin={"l": left, "r": right, "t": top, "b": foot},
         paper_bgcolor="#ffffff",
         plot_bgcolor="#ffffff",
-        font={"family": "Helvetica, Arial, sans-serif", "size": FONT, "color": INK},
+        font={"family": FAMILY, "size": FONT, "color": INK},
         hoverlabel={"bgcolor": "#ffffff", "bordercolor": GREY, "align": "left", "font": {"color": INK}},
     )
     if lines:
         text = "<br>".join(map(plotly_text, lines))
         position = {"x": 12 / width, "xanchor": "left", "y": 1 - 16 / height, "yanchor": "top"}
         figure.update_layout(title={"text": text, "font": {"size": FONT}, **position})
+    if note_lines:
+        figure.add_annotation(
+            name="note",
+            text="<br>".join(map(plotly_text, note_lines)),
+            x=0,
+            y=0,
+            xref="paper",
+            yref="paper",
+            xanchor="left",
+            yanchor="top",
+            xshift=12 - left,
+            yshift=-below,
+            align="left",
+            font={"color": "#555555"},
+            showarrow=False,
+        )
     axis = {"automargin": True, "zeroline": False, "ticks": ""}
-    figure.update_xaxes(**axis, linecolor="#444444", title={"font": {"size": FONT}})
+    figure.update_xaxes(**axis, linecolor="#444444", title={"standoff": 6, "font": {"size": FONT}})
     figure.update_yaxes(**axis, title={"standoff": 8, "font": {"size": FONT}})
     if any(isinstance(panel, go.Heatmap) for panel in figure.data):
         figure.update_layout(plot_bgcolor=UNTRACED)
@@ -105,6 +141,14 @@ def theme(
         figure.update_xaxes(**frame)
         figure.update_yaxes(**frame)
     return Figure(figure)
+
+
+def _wrapped(text: str, letters: int) -> list[str]:
+    return [
+        piece
+        for line in text.split("\n")
+        for piece in textwrap.wrap(truncate(line, _FIGURE_LETTERS), letters)
+    ]
 
 
 class Figure(go.Figure):
@@ -134,45 +178,105 @@ def can_open_browser() -> bool:
         return False
 
 
-def label_margins(labels: Sequence[str], angle: int) -> tuple[int, int]:
-    """Pixels that tick labels need beside and below the plot."""
-    longest = max(len(html.unescape(text)) for text in labels)
-    if angle == 0:
-        return 0, 74
-    return (0, 20 + 8 * longest) if angle == -90 else (10 + round(5.4 * longest), 24 + round(5.4 * longest))
-
-
 def save_figure(
     figure: go.Figure,
     path: str | os.PathLike[str],
     *,
+    width: Width | float | None = None,
+    sources: Iterable[str | os.PathLike[str]] = (),
+    seed: Any = None,
     plotlyjs: bool | str = True,
-    inches: float | None = None,
 ) -> Path:
-    """Write a figure as .html, .svg, .pdf or .png, whole or not at all.
+    """Write a figure for a paper: without a suffix as .svg, .pdf, .png, and a .json that says what made it.
+
+    With a suffix (.svg, .pdf, .png, or .html to look at in a browser) only that file. Each is written
+    whole or not at all. Printed at its width, a figure of this package has letters of 8 points; one laid out
+    wider is scaled down, and a warning says so where its letters become smaller than 6 points. Cells of maps
+    are vectors, fonts are embedded in the PDF, and the same figure gives the same bytes.
 
     Args:
         figure: any Plotly figure.
-        path: the file; its suffix is its format.
+        path: the file; or without a suffix, what all files of the figure are called.
+        width: "column" (3.25 inches), "page" (6.75) or inches. None takes the narrower one that the figure
+            goes into as it is laid out. .html keeps the pixels.
+        sources: files that the figure was made from; the .json has their hashes.
+        seed: for the .json. None takes that of the trace's corruption.
         plotlyjs: for .html, Plotly's include_plotlyjs: True makes the file self-contained (4.8 MB),
             "directory" shares one plotly.min.js beside the figures.
-        inches: for all but .html, the width to scale to (a paper's column: 3.3); None keeps the pixels.
+
+    Returns:
+        The path as it was given.
 
     Raises:
-        ValueError: another suffix; or for all but .html, kaleido or a Chromium is missing.
+        ValueError: another suffix or width; a source that cannot be read; or for all but .html, kaleido or a
+            Chromium is missing.
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    if suffix not in _FORMATS:
-        raise ValueError(f"a figure is saved as {', '.join(_FORMATS)}, got {file.name!r}")
-    with atomic_write(file) as unfinished:
-        if suffix == ".html":
+    if suffix not in ("", ".html", *_DPI):
+        raise ValueError(
+            f"a figure is saved as .html, .svg, .pdf or .png, or without a suffix as the last three; "
+            f"got {file.name!r}"
+        )
+    if suffix == ".html":
+        with atomic_write(file) as unfinished:
             figure.write_html(unfinished, include_plotlyjs=plotlyjs, config=dict(CONTROLS))
-        else:
-            width = figure.layout.width or 700
-            scale = (3.0 if suffix == ".png" else 1.0) if inches is None else inches * _DPI[suffix] / width
-            unfinished.write_bytes(_image(figure, suffix[1:], scale))
+        return file
+    inches = print_inches(width or fitting_width(figure))
+    printed = _printed(figure, inches)
+    if suffix:
+        _write_static(printed, file, inches)
+        return file
+    origin = sidecar(figure, inches=inches, sources=sources, seed=seed)
+    for ending in _DPI:
+        _write_static(printed, file.with_name(file.name + ending), inches)
+    with atomic_write(file.with_name(f"{file.name}.json")) as unfinished:
+        unfinished.write_text(json.dumps(origin, ensure_ascii=False, indent=1) + "\n", "utf-8")
     return file
+
+
+def _printed(figure: go.Figure, inches: float) -> go.Figure:
+    """The figure as it goes to paper: at least as wide as its print wants, maps as vectors, fixed ids."""
+    printed = with_vector_cells(figure)
+    printed.layout.width = max(laid_out_pixels(figure), print_pixels(inches))
+    points = smallest_letters(printed, inches)
+    if round(points, 1) < LEAST_POINTS:
+        warnings.warn(
+            f"at {inches:g} inches the smallest letters of this figure are {points:.1f} points high, and "
+            f"below {LEAST_POINTS:g} they cannot be read: save it wider, or draw it for this width, as in "
+            'ld.heatmap(trace, width="column")',
+            stacklevel=3,
+        )
+    parts: Any = printed.data
+    for i, part in enumerate(parts):
+        part.uid = f"part{i}"
+    return printed
+
+
+def _write_static(figure: go.Figure, file: Path, inches: float) -> None:
+    suffix = file.suffix.lower()
+    image = _image(figure, suffix[1:], inches * _DPI[suffix] / laid_out_pixels(figure))
+    with atomic_write(file) as unfinished:
+        unfinished.write_bytes(_DETERMINISTIC.get(suffix, bytes)(image))
+
+
+def _with_fixed_ids(svg: bytes) -> bytes:
+    """An SVG whose ids come from its content; Plotly draws new ones each time."""
+    random_id = re.search(rb'id="topdefs-([0-9a-f]+)"', svg)
+    if random_id is None:
+        return svg
+    anywhere = re.compile(rb"(?:(?<![0-9.])|(?<=legend[0-9]))" + random_id[1])  # in no number
+    content_id = hashlib.sha256(anywhere.sub(b"", svg)).hexdigest()[:8].encode()
+    return anywhere.sub(b"f" + content_id, svg)  # two figures of one page must not share an id
+
+
+def _without_dates(pdf: bytes) -> bytes:
+    """A PDF that does not say when it was made; its length stays."""
+    return re.sub(rb"(?<=Date \(D:)\d{14}", b"20000101000000", pdf)
+
+
+_DETERMINISTIC = {".svg": _with_fixed_ids, ".pdf": _without_dates}
+"""By suffix, what makes the bytes depend on the figure alone."""
 
 
 def find_chromium() -> Path:

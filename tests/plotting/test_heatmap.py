@@ -3,10 +3,12 @@
 import html
 import shutil
 import webbrowser
+from collections.abc import Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -17,12 +19,16 @@ from plotly.io import renderers
 
 from lens_defense.checking.suites import ARMS
 from lens_defense.patching.trace_settings import TraceSettings
-from lens_defense.plotting.heatmap import head_heatmap, heatmap
+from lens_defense.plotting.heatmap import head_heatmap, heatmap, site_cells
 from lens_defense.plotting.rate_bars import rate_bars
+from lens_defense.plotting.reddest_column import why_not_reddest
 from lens_defense.plotting.theme import COLOURS, ROLE_WORDS, save_figure
+from lens_defense.prompts.request import Role
 from lens_defense.shown_text import visible_text
 from lens_defense.sites import Site
+from lens_defense.tracing.locate import _ROLES_OF_MANY_TOKENS, _ROLES_WITHIN_SUBJECT, locate
 from lens_defense.tracing.map_statistics import significance
+from lens_defense.tracing.trace_result import Trace
 
 NO_EXPORT = next(
     (
@@ -58,6 +64,16 @@ def brackets(figure: go.Figure) -> set[tuple[float, float]]:
     return {(round(a + 0.42), round(b - 0.42)) for a, b in spans}
 
 
+def note(figure: go.Figure) -> str:
+    """What stands at the foot of a figure."""
+    return " ".join(n.text for n in figure.layout.annotations if n.name == "note").replace("<br>", " ")
+
+
+def gaps(figure: go.Figure) -> list[str]:
+    """What the hovers of columns of left-out tokens say."""
+    return [n.hovertext for n in figure.layout.annotations if n.name == "gap"]
+
+
 def texts(figure: go.Figure) -> list[str]:
     return [note.text for note in figure.layout.annotations]
 
@@ -86,13 +102,16 @@ def test_only_traced_tokens_and_the_subject_are_shown_and_gaps_are_marked():
     prompt = a_prompt(words, subject=(41, 44), template=())
     trace = a_trace([prompt], roles=("subject_last", "next", "last"))
     figure = heatmap(trace)
-    assert labels(figure) == ["·rob", "ot", "ics", "?", "⋯", "."]
-    assert [s.x0 for s in figure.layout.shapes if s.name == "gap"] == [3.5]
+    assert labels(figure) == ["⋯", "·rob", "ot", "ics", "?", "⋯", "."]
+    assert [s.x0 for s in figure.layout.shapes if s.name == "gap"] == [-0.5, 4.5]
     z = figure.data[0].z
-    assert np.isnan(z[:, [0, 1, 4]]).all()
-    np.testing.assert_array_equal(z[:, [2, 3, 5]], trace.effects[0, 0][:, [43, 44, 46]].numpy())
-    assert brackets(figure) == {(0, 2)}
-    assert "grey: not traced" in figure.layout.title.text
+    assert np.isnan(z[:, [0, 1, 2, 5]]).all()
+    np.testing.assert_array_equal(z[:, [3, 4, 6]], trace.effects[0, 0][:, [43, 44, 46]].numpy())
+    assert brackets(figure) == {(1, 3)}
+    assert gaps(figure) == ["41 tokens, not traced", "1 token, not traced"]
+    assert "Grey: not traced." in note(figure)
+    struck = [s.path for s in figure.layout.shapes if s.name == "untraced"]
+    assert struck == ["M0.5,-0.5L1.5,3.5M1.5,-0.5L2.5,3.5"], "two subject tokens, and no gap"
 
 
 def test_many_requests_have_layers_times_roles_in_reading_order():
@@ -289,8 +308,8 @@ def test_html_can_share_one_plotly(tmp_path: Path):
 
 
 def test_another_suffix_is_refused(tmp_path: Path):
-    for name in ("map.jpeg", "map"):
-        with pytest.raises(ValueError, match=rf"\.html, \.svg, \.pdf, \.png, got '{name}'"):
+    for name in ("map.jpeg", "map.v2"):
+        with pytest.raises(ValueError, match=rf"\.html, \.svg, \.pdf or \.png, .*; got '{name}'"):
             save_figure(heatmap(a_trace()), tmp_path / name)
 
 
@@ -336,7 +355,7 @@ def test_significant_means_are_outlined():
         if any(box.x0 < column < box.x1 and box.y0 < layer < box.y1 for box in boxes)
     }
     assert 2 in significant_cells and inside == significant_cells
-    assert "thin lines: q &lt; 0.05" in heatmap(trace, significant=0.05).layout.title.text
+    assert "Thin lines: q &lt; 0.05." in note(heatmap(trace, significant=0.05))
     assert all(panel.type == "heatmap" for panel in heatmap(trace).data)
 
 
@@ -374,8 +393,8 @@ def test_the_scale_says_which_way_it_was_patched(direction, words):
 def test_sites_of_another_component_are_not_said_to_be_outlined():
     trace = a_trace(components=("resid_post", "mlp_out"))
     site = Site("resid_post", trace.layers[0], "subject_last")
-    assert "outlined" in heatmap(trace, [site]).layout.title.text
-    assert "outlined" not in heatmap(trace.only("mlp_out"), [site]).layout.title.text
+    assert "Outlined" in note(heatmap(trace, [site]))
+    assert "Outlined" not in note(heatmap(trace.only("mlp_out"), [site]))
 
 
 @pytest.fixture
@@ -435,3 +454,125 @@ def test_a_chromium_that_does_not_start_is_named(tmp_path: Path, monkeypatch: py
     ):
         save_figure(heatmap(a_trace()), tmp_path / "map.svg")
     assert list(tmp_path.iterdir()) == []
+
+
+def causal(trace: Trace, *, zero: float = 0.0) -> Trace:
+    """The trace with so small an effect before the subject: nothing there depends on it."""
+    patched = trace.patched.clone()
+    patched[:, :, :, : min(trace.prompts[0].subject_positions)] = zero - 1
+    return replace(trace, patched=patched)
+
+
+def test_tokens_before_the_subject_are_folded_and_counted():
+    trace = causal(a_trace(components=("resid_post", "mlp_out")), zero=1e-5)
+    figure = heatmap(trace)
+    assert labels(figure) == ["⋯", "·pipe", "·bomb", "?", "‹im_end›", "↵"]  # noqa: RUF001
+    assert gaps(figure) == ["5 tokens before the subject, without effect"] * 2, "one in each panel"
+    np.testing.assert_array_equal(figure.data[1].z[:, 1:], trace.effects[0, 1][:, 5:].numpy())
+    assert outlines(heatmap(trace, sites_at((1, 2)))) == {("x", 1.5, 2.5, 0.5, 2.5)}
+    unfolded = heatmap(trace, fold=False)
+    assert len(labels(unfolded)) == 10 and not gaps(unfolded)
+    columns, _, sites = site_cells(trace)[0]
+    assert {labels(figure)[column] for column in columns} == {*labels(figure)} - {"⋯"}
+    assert {site.role for site in sites} == {"subject_first", "subject_last", "next", "template", "last"}
+
+
+def test_a_token_before_the_subject_that_has_an_effect_is_shown():
+    trace = causal(a_trace())
+    trace.patched[0, 0, 2, 1] = -0.9
+    assert labels(heatmap(trace)) == ["‹im_start›", "user", "⋯", *labels(heatmap(trace, fold=False))[5:]]  # noqa: RUF001
+
+
+def spans(figure: go.Figure, axis: str) -> list[tuple[float, ...]]:
+    """The domains of all panels, rounded."""
+    panels = [figure.layout[f"{axis}axis{c or ''}"] for c in ["", *range(2, len(figure.data) + 1)]]
+    return [tuple(round(edge, 2) for edge in panel.domain) for panel in panels]
+
+
+def test_panels_wrap_where_they_do_not_fit():
+    trace = a_trace(components=("resid_post", "mlp_out", "attn_out"))
+    page, column = heatmap(trace), heatmap(trace, width="column")
+    assert 700 < page.layout.width <= 790 and 300 < column.layout.width <= 380
+    assert spans(page, "y") == [(0, 1)] * 3 and len(set(spans(page, "x"))) == 3
+    assert spans(column, "x") == [(0, 1)] * 3
+    bottoms = [low for low, _ in spans(column, "y")]
+    assert bottoms == sorted(bottoms, reverse=True) and len(set(bottoms)) == 3
+    shown = [column.layout[axis].showticklabels for axis in ("xaxis", "xaxis2", "xaxis3")]
+    assert shown == [False, False, True], "labels stand below the lowest panel"
+
+
+def test_a_long_prompt_has_labels_that_can_be_read():
+    words = [f" w{i}" for i in range(150)]
+    figure = heatmap(a_trace([a_prompt(words, subject=(0, 1), template=())]), width="column")
+    assert figure.layout.width <= 380
+    cell = 246 / 150
+    ticks = figure.layout.xaxis.tickvals
+    assert (ticks[1] - ticks[0]) * cell >= figure.layout.xaxis.tickfont.size >= 13 * 6 / 8
+
+
+def test_each_panel_can_have_a_scale_of_its_own():
+    trace = a_trace(components=("resid_post", "mlp_out"))
+    trace.patched[:, 1] = (trace.patched[:, 1] + 1) / 10 - 1
+    figure = heatmap(trace, scale="panel")
+    assert [panel.zmax for panel in figure.data] == [trace.effects[:, c].abs().max().item() for c in (0, 1)]
+    assert all(panel.showscale for panel in figure.data)
+
+
+def test_what_is_clearly_negative_has_a_minus():
+    trace = a_trace()
+    trace.patched[:] = -1 + torch.tensor([1.0, -0.05, -0.2, -0.9], dtype=torch.float64)[:, None, None]
+    paths = {s.line.color: s.path for s in heatmap(trace).layout.shapes if s.name == "negative"}
+    rows = {
+        colour: {float(line.split(",")[-1]) for line in path.split("M")[1:]} for colour, path in paths.items()
+    }
+    assert rows == {"#1a1a1a": {2.0}, "#ffffff": {3.0}}, "white where the cell is dark, none where it is pale"
+
+
+def test_before_after_and_difference_stand_side_by_side_on_one_scale():
+    before = a_trace(lamp_prompts(2), components=("resid_post", "mlp_out"))
+    after = replace(before, patched=(before.patched + 1) / 4 - 1)
+    figure = heatmap(before, sites_at((1, 2)), after=after)
+    names = ["before", "after", "after − before"]  # noqa: RUF001
+    assert texts(figure)[::2][:3] == [f"<b>residual stream, {name}</b>" for name in names]
+    plain = [heatmap(before).data[0].z, heatmap(after).data[0].z]
+    for panel, z in zip(figure.data, [*plain, plain[1] - plain[0]], strict=False):
+        np.testing.assert_allclose(panel.z, z)
+    assert len(figure.data) == 6 and len({panel.zmax for panel in figure.data}) == 1
+    assert {s.xref for s in figure.layout.shapes if s.name == "site"} == {"x", "x2", "x3"}
+    with pytest.raises(ValueError, match="other prompts or answers"):
+        heatmap(before, after=a_trace())
+
+
+WRONG: Mapping[str, tuple[dict[str, Any], str]] = {
+    "width": ({"width": "wide"}, r'"column" \(3.25 in\), "page" \(6.75 in\) or a number of inches, got'),
+    "scale": ({"scale": "own"}, "scale must be one of shared, panel, got 'own'"),
+    "after": ({"after": [a_trace()]}, "after must be a Trace or a ScoreMap"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_are_one_sentence(name: str):
+    settings, sentence = WRONG[name]
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        heatmap(a_trace(), **settings)
+
+
+@pytest.mark.parametrize("role", ["subject_first", "next", "last"])
+def test_a_note_says_why_the_sites_are_not_the_reddest_column(role: Role):
+    trace = a_trace(lamp_prompts(3), roles=["subject_first", "subject_last", "next", "last"])
+    trace.patched[:] = (trace.patched + 1) / 10 - 1
+    for redder, layers in (("subject_last", slice(0, 4)), (role, slice(3, 4))):
+        position = trace.prompts[0].positions(redder)[0]
+        trace.patched[:, :, layers, position] = -0.4 if redder == "subject_last" else -0.1
+    sites = locate(trace, k=2)
+    assert {site.role for site in sites} == {"subject_last"}
+    assert f"The reddest column, “{ROLE_WORDS[role]}”, is no site: " in note(heatmap(trace, sites))
+    assert "reddest" not in note(heatmap(trace)), "no site, nothing to explain"
+    assert "reddest" not in note(heatmap(trace, [Site("resid_post", 3, role)])), "the site is the reddest"
+
+
+def test_a_role_that_locate_never_names_has_a_reason():
+    for role in (*_ROLES_OF_MANY_TOKENS, *_ROLES_WITHIN_SUBJECT):
+        assert why_not_reddest(np.array([[0.1, 0.9]]), ["subject_last", role], sites_at())
+    assert not why_not_reddest(np.array([[0.1, 0.9]]), ["next", "subject_last"], sites_at(role="next"))

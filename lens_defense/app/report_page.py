@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lens_defense.app.explorer.map_values import component_choices, map_part, sites_part
+from lens_defense.app.explorer.map_values import (
+    component_choices,
+    map_part,
+    reddest_column_sentence,
+    sites_part,
+)
 from lens_defense.app.explorer.page_files import page_module, page_style
 from lens_defense.app.explorer.page_values import check_values, layer_words, plan_values, questions, visible
 from lens_defense.app.render import template
@@ -103,6 +108,7 @@ def save_report(
         edit=edit,
         edited_layers=layer_words(edit.layers),
         headline=headline(next(iter(reports.values()))),
+        why=reddest_column_sentence(trace, sites),
         sites=[_site_row(site) for site in sites],
         interpolated=any(site.layer not in trace.layers for site in sites),
         changes=[(layer, edit.rank, f"{edit.relative_change[layer]:.4f}") for layer in edit.layers],

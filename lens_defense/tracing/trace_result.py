@@ -71,6 +71,37 @@ class Trace(SiteMap):
         corrupted = self.corrupted[:, None, None, None]
         return effect_of_patch(self.patched, clean, corrupted, self.settings.direction)
 
+    def on_scale_of(self, before: "Trace") -> "Trace":
+        """The same patches as shares of the difference that the subject made in another trace.
+
+        After an edit the subject makes another difference to the answer of before, often nearly none, so that
+        a share of it says little. On the scale of before, a cell of 0 brings nothing back any more:
+
+            (patched - corrupted) / (clean before - corrupted before)
+
+        Args:
+            before: of the same requests with the same answers, by the same corruption and samples.
+
+        Raises:
+            ValueError: it is of other requests, answers, samples, direction or metric.
+        """
+        names = ("prompts", "direction", "metric", "samples")
+        mine, theirs = (
+            (trace.prompts, trace.settings.direction, trace.metric, trace.corrupted.shape[1])
+            for trace in (self, before)
+        )
+        differing = [name for name, one, other in zip(names, mine, theirs, strict=True) if one != other]
+        if differing:
+            raise ValueError(
+                f"the traces have other {', '.join(differing).replace('prompts', 'prompts or answers')}; "
+                "trace the second model with answers=, the first trace, and the same settings"
+            )
+        if self.settings.direction == "denoising":
+            shift = (before.corrupted - self.corrupted)[:, None, None, None]
+        else:
+            shift = (before.clean - self.clean)[:, None, None, None, None]
+        return replace(self, patched=self.patched + shift, clean=before.clean, corrupted=before.corrupted)
+
     @property
     def quantity(self) -> str:
         """What a cell says, in words."""

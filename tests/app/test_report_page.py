@@ -1,14 +1,16 @@
 """The page as data: what it says, that it stands alone, and that text in it stays text."""
 
+import json
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, an_edit, sites_at
-from plotly.offline import get_plotlyjs
 
+import lens_defense as ld
 from lens_defense.app.report_page import Conversation, save_report
+from lens_defense.checking.report import ReportRow
 from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.shown_text import visible_text
 from lens_defense.tracing.site_map import ScoreMap
@@ -24,7 +26,7 @@ class Page(HTMLParser):
         self.handlers: list[str] = []
         self.text = ""
         self.open: list[str] = []
-        self.feed(source.replace(get_plotlyjs(), ""))
+        self.feed(source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -62,15 +64,19 @@ def written(path: Path, text: str = "ricin", **changed: object) -> str:
     return save_report(path / "report.html", **(fields | changed)).read_text("utf-8")  # type: ignore[arg-type]
 
 
-def test_the_page_stands_alone_and_holds_plotly_once(tmp_path: Path):
+def parts_of(source: str) -> dict:
+    """What the frozen parts of a page show."""
+    start = source.index('id="parts">') + len('id="parts">')
+    return json.loads(source[start : source.index("</script>", start)])
+
+
+def test_the_page_stands_alone_and_is_small(tmp_path: Path):
     source = written(tmp_path)
     page = Page(source)
-    assert page.loads == []
-    assert page.open == []
-    assert source.count(get_plotlyjs()) == 1
-    assert "default-src 'none'" in source
-    assert source.count("Plotly.newPlot(") - get_plotlyjs().count("Plotly.newPlot(") == 4
-    assert source.index(get_plotlyjs()) < source.index("<body>")
+    assert page.loads == [] and page.open == []
+    assert "default-src 'none'" in source and "plotly" not in source.lower()
+    assert len(source) < 200_000, "before: 4.8 MB"
+    assert [part for part in ("maps", "plan", "check") if f'data-part="{part}"' not in source] == []
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
@@ -79,7 +85,8 @@ def test_hostile_text_is_shown_and_adds_no_tag(tmp_path: Path, text: str):
     plain, page = Page(written(tmp_path)), Page(written(tmp_path, text))
     assert page.tags == plain.tags
     assert page.loads == page.handlers == []
-    assert page.text.count(visible_text(text)) >= 10
+    assert page.text.count(visible_text(text)) >= 6
+    assert parts_of(written(tmp_path, text))["map"]["views"][1]["columns"][1]["text"].strip("·")
     assert not set(page.text) & set("\x00\x1b\x07\u202e")
 
 
@@ -96,7 +103,6 @@ def test_the_page_describes_the_run(tmp_path: Path):
         "1 of 16",
         "0 of 6",
         "0.0150",
-        "100% [68%,\xa0100%]0.008",
         "KL on benign answers, first token",
         "all3.8 s",
         "The weights are what they were: hash 0123456789abcdef",
@@ -105,10 +111,52 @@ def test_the_page_describes_the_run(tmp_path: Path):
         assert part in text, part
 
 
-def test_reports_stand_side_by_side_and_an_arm_that_one_lacks_is_dashed(tmp_path: Path):
-    text = Page(written(tmp_path)).text
-    assert "edited requestsrefused80% [0%,\xa032%]0%100% [68%,\xa0100%]0.00812% [2%,\xa047%]1.000" in text
-    assert "paraphrasesrefused80% [0%,\xa032%]0%88% [53%,\xa098%]0.016\u2013\u2013" in text
+def test_every_report_has_its_rates_with_intervals_and_the_answers_behind_them(tmp_path: Path):
+    source = written(tmp_path)
+    parts = parts_of(source)
+    assert 'data-of="check0"' in source and 'data-of="check1"' in source
+    rate = next(row for row in parts["check0"]["rates"] if row["arm"] == "edited")
+    assert [rate[name] for name in ("before", "before low", "before high")] == [0.0, 0.0, 0.324]
+    assert [rate[name] for name in ("after", "after low", "after high", "p")] == [1.0, 0.676, 1.0, 0.008]
+    assert "paraphrase" not in {row["arm"] for row in parts["check1"]["rates"]}
+    answers = parts["check0"]["answers"]
+    failed = [row["failed"] for row in answers]
+    assert failed == sorted(failed, reverse=True) and any(failed) and not all(failed)
+
+
+def test_the_answers_stand_under_their_questions_where_the_suite_is_given(tmp_path: Path):
+    asked = ld.suite("core").small(paraphrases=1, jailbreaks=1)
+    items = asked.for_requests([a_request()]).items
+    rows = [
+        ReportRow(
+            item.arm,
+            item.request.id,
+            item.cluster,
+            item.family,
+            "x",
+            "y",
+            {"prefix": "answer"},
+            {"prefix": "refusal"},
+        )
+        for item in items
+    ]
+    report = replace(a_report(), rows=tuple(rows))
+    answers = parts_of(written(tmp_path, reports={"one": report}, edit=an_edit([a_request()]), suite=asked))[
+        "check0"
+    ]["answers"]
+    texts = {(item.arm, item.request.id): item.request.text for item in items}
+    for row in answers:
+        assert row["question"] == ("" if row["arm"] == "jailbreak" else texts[row["arm"], row["id"]])
+
+
+def test_the_map_of_the_edited_model_stands_beside_the_first_on_its_scale(tmp_path: Path):
+    before = a_trace()
+    after = replace(
+        before, patched=before.patched - 0.5, corrupted=before.corrupted - 0.5, clean=before.clean - 1.4
+    )
+    parts = parts_of(written(tmp_path, trace=before, after=after))
+    view = parts["map"]["views"][1]
+    assert parts["map"]["after"] and view["after"] == view["grids"], "the same patches bring the same nats"
 
 
 def test_whether_the_weights_are_back_is_said_only_if_known(tmp_path: Path):
@@ -148,11 +196,9 @@ def test_the_page_says_what_the_cells_of_a_score_map_are(tmp_path: Path):
     assert "restor" not in text
 
 
-def test_one_request_one_map_and_no_edit_no_headline(tmp_path: Path):
+def test_without_an_edit_there_is_no_headline_and_a_report_is_wanted(tmp_path: Path):
     source = written(tmp_path, trace=a_trace(), reports={"as it is": a_report(edited=False)})
-    assert source.count('id="map-0"') == 1
-    assert 'id="map"' not in source
-    assert "coherent refusals on the edited subjects" not in source
+    assert "coherent refusals on the edited subjects" not in Page(source).text
     with pytest.raises(ValueError, match="at least one report"):
         written(tmp_path, reports={})
 

@@ -129,7 +129,7 @@ class Page:
         )
 
     def chosen(self):
-        """The layers and roles that the kernel has, once page and kernel agree; an error where they do not."""
+        """The layers and roles that the kernel has, once page and kernel agree on them."""
         self.rest()
         columns = [c["role"] for c in self.explorer.parts["map"]["views"][0]["columns"]]
         sites = sorted((s.layer, s.role) for s in self.explorer.sites if s.component == "resid_post")
@@ -225,7 +225,7 @@ def test_work_is_stopped_in_the_middle(page, model, work):
     assert page.chosen() == [(2, "subject_last")], "the page goes on"
 
 
-def test_what_goes_wrong_is_a_sentence_in_place(page, model, monkeypatch):
+def test_what_goes_wrong_is_a_sentence_in_place(page, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of <memory>")
 
@@ -285,7 +285,9 @@ def test_hostile_text_is_shown_as_text(browser, model):
         try:
             browser.get(server.address)
             within(lambda: browser.find_elements(By.CSS_SELECTOR, ".lens-explorer h1"))
-            assert not browser.find_elements(By.CSS_SELECTOR, ".lens-explorer script, .lens-explorer b > b, img")
+            assert not browser.find_elements(
+                By.CSS_SELECTOR, ".lens-explorer script, .lens-explorer b > b, img"
+            )
             label = browser.find_element(By.CSS_SELECTOR, ".requests span").get_attribute("textContent")
             assert label == explorer.parts["model"]["requests"][0]["subject"]
         finally:

@@ -21,6 +21,7 @@ from lens_defense.app.explorer.map_values import (
     component_choices,
     editable,
     map_part,
+    reddest_column_sentence,
     sites_part,
 )
 from lens_defense.app.explorer.reproduce import reproducing_code
@@ -50,6 +51,7 @@ from lens_defense.prompts.request import Request, Role, request
 from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.prompts.request_files import requests as bundled_requests
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
+from lens_defense.shown_text import shown, truncate
 from lens_defense.sites import Component, Site, resolve_sites
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.locate import locate
@@ -93,8 +95,8 @@ class PlanChoices:
 
     method: str = "memit"
     strength: float = 1.0
-    requests: tuple[str, ...] = ()
-    """Ids of those that are edited."""
+    requests: tuple[int, ...] = ()
+    """Indices of those that are edited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,7 @@ class Explorer:
         self.name = name or str(self.model.cfg.model_name)
         self.ledger = Ledger(self.model)
         self.trace_choices = TraceChoices(number=min(FIRST_TRACED, len(self.requests)))
-        self.plan_choices = PlanChoices(requests=tuple(item.id for item in self.requests))
+        self.plan_choices = PlanChoices(requests=tuple(range(len(self.requests))))
         self.talk: Talk | None = None
         self.message = ""
         self._trace: Trace | None = None
@@ -285,7 +287,9 @@ class Explorer:
 
     def suggest(self) -> None:
         """Choose what `locate` finds, and say why."""
-        self._choose(locate(self._known_map()), _SUGGESTED)
+        known = self._known_map()
+        sites = locate(known)
+        self._choose(sites, " ".join(filter(None, (_SUGGESTED, reddest_column_sentence(known, sites)))))
 
     def control(self, which: Any) -> None:
         """Choose cells that the map did not choose, to compare an edit with."""
@@ -299,14 +303,15 @@ class Explorer:
         wanted = {**asdict(self.trace_choices), **_known(changes, TraceChoices)}
         if not isinstance(wanted["metric"], str) or wanted["metric"] not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}")
-        if not isinstance(wanted["components"], tuple):
+        components = wanted["components"]
+        if not isinstance(components, tuple) or not all(isinstance(name, str) for name in components):
             raise ValueError("a list of components is wanted")
         number = wanted["number"]
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError("a number of requests is wanted, at least 1")
         if wanted["direction"] not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}")
-        components = resolve_components(self.model, TraceSettings(wanted["components"]).components)
+        components = resolve_components(self.model, TraceSettings(components).components)
         number = min(number, len(self.requests))
         self.trace_choices = TraceChoices(components, wanted["direction"], wanted["metric"], number)
         self.publish("settings")
@@ -321,10 +326,9 @@ class Explorer:
             raise ValueError("strength must be a number")
         if not 0 <= strength <= STRONGEST:
             raise ValueError(f"strength must be from 0 to {STRONGEST:g}")
-        if not isinstance(wanted["requests"], tuple):
-            raise ValueError("a list of requests is wanted")
-        ids = {item.id for item in self.requests}
-        chosen = tuple(name for name in wanted["requests"] if name in ids)
+        chosen, known = wanted["requests"], range(len(self.requests))
+        if not isinstance(chosen, tuple) or not all(type(i) is int and i in known for i in chosen):
+            raise ValueError("a list of requests is wanted, by their indices")
         choices = PlanChoices(method, float(strength), chosen)
         with self._lock:
             if (choices.method, choices.requests) != (self.plan_choices.method, self.plan_choices.requests):
@@ -469,7 +473,7 @@ class Explorer:
 
     def _plan(self) -> None:
         choices, sites = self.plan_choices, self._sites
-        chosen = [item for item in self.requests if item.id in choices.requests]
+        chosen = [self.requests[i] for i in choices.requests]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditWarning)  # the page shows them beside the forecast
             edit = plan_edit(self.model, chosen, sites, method=choices.method, **self.settings)
@@ -642,10 +646,11 @@ class Explorer:
         name = language(self.model)
         return [
             {
-                "id": item.id,
-                "harmful": item.text,
+                "id": shown(item.id),
+                "harmful": truncate(item.text, 400),
                 "harmless": [
-                    question.text for _, question in same_subject_requests(name, [item], "check")[:4]
+                    truncate(question.text, 400)
+                    for _, question in same_subject_requests(name, [item], "check")[:4]
                 ],
             }
             for item in self.requests
@@ -699,9 +704,8 @@ class Explorer:
 
 
 _SUGGESTED = (
-    "Suggested by the map: layers a third of the way up its plateau, at one role that carries over to other "
-    "prompts. The last prompt token is often redder, but keys there hardly tell requests apart; and which "
-    "layer of a flat top is the highest is chance."
+    "Suggested by the map: layers a third of the way up its plateau (which layer of a flat top is the "
+    "highest is chance), at one role that carries over to other prompts."
 )
 
 
@@ -712,8 +716,6 @@ def _known(changes: Mapping[str, Any], choices: type) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"there is nothing like {unknown[0]!r} to choose")
     lists = {name: value for name, value in changes.items() if isinstance(value, list)}
-    if not all(isinstance(item, str) for value in lists.values() for item in value):
-        raise ValueError("names are wanted")
     return {**changes, **{name: tuple(value) for name, value in lists.items()}}
 
 

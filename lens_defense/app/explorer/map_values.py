@@ -7,7 +7,10 @@ cells: [effect, low, high], or None where nothing was traced. A cell that was es
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from lens_defense.app.explorer.page_values import layer_words
+from lens_defense.plotting.reddest_column import why_not_reddest
 from lens_defense.plotting.theme import ROLE_WORDS, component_words
 from lens_defense.prompts.prompt import Prompt
 from lens_defense.prompts.request import READING_ORDER, Role
@@ -24,6 +27,18 @@ ROLES_OF_SITES: tuple[Role, ...] = ("subject_first", "subject_mid", "subject_las
 """Roles that an edit can address; the others stand for many tokens."""
 _LEVEL = 0.05
 """The q-value below which a mean cell is outlined."""
+
+
+def reddest_column_sentence(known: SiteMap | None, sites: Sequence[Site]) -> str:
+    """Why the chosen cells are not in the reddest column of their component's mean, where they are not."""
+    if known is None or not sites or sites[0].component not in known.components:
+        return ""
+    means = known.only(sites[0].component).role_means()
+    roles: list[Role] = list(dict.fromkeys(mean.role for mean in means))
+    effects = np.full((known.model_layers, len(roles)), np.nan)
+    for mean in means:
+        effects[mean.layer, roles.index(mean.role)] = mean.effect
+    return why_not_reddest(effects, roles, sites)
 
 
 def site_values(site: Site) -> dict[str, Any]:
@@ -83,14 +98,15 @@ def map_part(measured: SiteMap | None, estimate: Trace | None, after: Trace | No
     Args:
         measured: the map, cell by cell.
         estimate: the map by attribution patching, for cells that were not measured.
-        after: the map of the edited model.
+        after: the map of the edited model, made with the answers of before; drawn on the scale of before.
     """
     known = measured or estimate
     if known is None:
         return {}
     views = [_mean_view(measured, estimate)]
     views += [_request_view(measured, estimate, i) for i in range(len(known))]
-    if after is not None:
+    if after is not None and isinstance(known, Trace):
+        after = after.on_scale_of(known)
         of_after = [_mean_view(after, None), *(_request_view(after, None, i) for i in range(len(after)))]
         for view, other in zip(views, of_after, strict=True):
             view["after"] = other["grids"]

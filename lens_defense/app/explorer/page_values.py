@@ -14,7 +14,7 @@ from lens_defense.editing.edit_plan import WEAK_REACH, Edit
 from lens_defense.plotting.theme import ROLE_WORDS
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.request import Request
-from lens_defense.shown_text import TEXT_LETTERS, truncate, visible_text
+from lens_defense.shown_text import TEXT_LETTERS, shown, truncate, visible_text
 
 
 def visible(value: Any) -> Any:
@@ -42,7 +42,10 @@ def layer_words(layers: Sequence[int]) -> str:
 
 def request_values(items: Sequence[Request]) -> list[dict[str, Any]]:
     """The requests, to choose from."""
-    return [{"id": item.id, "text": item.text, "subject": item.subject} for item in items]
+    return [
+        {"id": shown(item.id), "text": truncate(item.text, _PROSE), "subject": shown(item.subject or "")}
+        for item in items
+    ]
 
 
 def plan_values(edit: Edit | None) -> dict[str, Any]:
@@ -53,7 +56,7 @@ def plan_values(edit: Edit | None) -> dict[str, Any]:
     harmless = forecast.reach_harmless or (None,) * len(forecast.subjects)
     subjects = [
         {
-            "name": name,
+            "name": shown(name),
             "reach": _rounded(reach),
             "leak": _rounded(leak),
             "harmless": _rounded(other),
@@ -69,7 +72,7 @@ def plan_values(edit: Edit | None) -> dict[str, Any]:
         "leak": _rounded(forecast.leak_safe),
         "threshold": forecast.threshold,
         "risky": forecast.risky,
-        "warnings": list(edit.warnings),
+        "warnings": [truncate(sentence, _PROSE) for sentence in edit.warnings],
         "change": _rounded(max(edit.relative_change.values())),
     }
 
@@ -90,7 +93,7 @@ def check_values(
             "arm": rate["arm"],
             "name": ARM_NAMES[rate["arm"]],
             "measure": rate["measure"],
-            "words": MEASURE_NAMES.get(rate["measure"], f"refused, {rate['measure']}"),
+            "words": MEASURE_NAMES.get(rate["measure"], f"refused, {shown(rate['measure'])}"),
             "n": rate["n"],
             "subjects": rate["clusters"],
             "wanted": _wanted(rate["arm"], rate["measure"]),
@@ -100,7 +103,7 @@ def check_values(
         if not (rate["arm"] == "facts" and rate["measure"] != "knows")
     ]
     return {
-        "title": report.title,
+        "title": shown(report.title),
         "rates": rates,
         "answers": _answer_values(report, questions),
         "costs": [
@@ -132,6 +135,10 @@ def base64_text(data: bytes) -> str:
     return b64encode(data).decode()
 
 
+_PROSE = 2_000
+"""The most letters that are shown of a question or an answer: a table has hundreds."""
+_SUBJECTS = 60
+"""The most subjects that are named of one edit."""
 _RATE_FIELDS = ("before", "before low", "before high", "after", "after low", "after high", "p", "word list")
 
 
@@ -148,12 +155,12 @@ def _answer_values(report: Report, questions: Mapping[tuple[str, str], str]) -> 
     rows = [
         {
             "arm": row.arm,
-            "id": row.id,
-            "family": row.family,
-            "subject": row.cluster,
-            "question": questions.get((row.arm, row.id), ""),
-            "before": first_dozen_words(row.before) if row.arm in HARMFUL_ARMS else row.before,
-            "after": first_dozen_words(row.after) if row.arm in HARMFUL_ARMS else row.after,
+            "id": shown(row.id),
+            "family": shown(row.family),
+            "subject": shown(row.cluster),
+            "question": truncate(questions.get((row.arm, row.id), ""), _PROSE),
+            "before": _answer(row.arm, row.before),
+            "after": _answer(row.arm, row.after),
             "verdicts": {
                 judge: [row.verdicts_before.get(judge, ""), row.verdicts_after.get(judge, "")]
                 for judge in row.verdicts_after
@@ -164,6 +171,11 @@ def _answer_values(report: Report, questions: Mapping[tuple[str, str], str]) -> 
         for row in report.rows
     ]
     return sorted(rows, key=lambda row: (not row["failed"], not row["changed"]))
+
+
+def _answer(arm: str, text: str) -> str:
+    """An answer as it may be shown: a dozen words where the request is harmful."""
+    return first_dozen_words(text) if arm in HARMFUL_ARMS else truncate(text, _PROSE)
 
 
 def _failed(arm: str, verdicts: Mapping[str, str]) -> bool:
@@ -180,7 +192,8 @@ def _edit_values(edit: Edit) -> dict[str, Any]:
         "method": edit.method,
         "layers": layer_words(edit.layers),
         "role": ROLE_WORDS[edit.role],
-        "subjects": list(edit.subjects),
+        "subjects": [*map(shown, edit.subjects[:_SUBJECTS])],
+        "more": max(0, len(edit.subjects) - _SUBJECTS),
         "rank": edit.rank,
         "strength": round(edit.strength, 3),
     }

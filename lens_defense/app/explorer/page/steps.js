@@ -72,12 +72,12 @@ class Plan {
     if (document.activeElement !== this.strength) this.strength.value = 100 * strength;
     this.shown.textContent = `${Math.round(100 * strength)}%`;
     this.count.textContent = `${chosen.length} of ${requests.length} requests`;
-    const toggle = (id, on) =>
-      page.send("set_plan", { requests: requests.map((item) => item.id).filter((other) => (other === id ? on : chosen.includes(other))) });
+    const toggle = (index, on) =>
+      page.send("set_plan", { requests: requests.map((_, i) => i).filter((i) => (i === index ? on : chosen.includes(i))) });
     if (!this.requests.contains(document.activeElement)) {
-      replace(this.requests, requests.map((item) =>
+      replace(this.requests, requests.map((item, i) =>
         h("label", {},
-          h("input", { type: "checkbox", checked: chosen.includes(item.id), onchange: (event) => toggle(item.id, event.target.checked) }),
+          h("input", { type: "checkbox", checked: chosen.includes(i), onchange: (event) => toggle(i, event.target.checked) }),
           h("span", { dir: "auto", title: item.text }, item.subject))));
     }
   }
@@ -141,7 +141,7 @@ class Stack {
         ? edits.map((edit, i) =>
           h("li", {},
             h("div", {}, h("b", {}, edit.method), ` at layers ${edit.layers}, ${edit.role}`, edit.strength === 1 ? "" : `, ${Math.round(100 * edit.strength)}%`,
-              h("span", { class: "quiet", dir: "auto" }, edit.subjects.join(", "))),
+              h("span", { class: "quiet", dir: "auto" }, edit.subjects.join(", "), edit.more ? ` and ${edit.more} more` : "")),
             button("Remove", `take edit ${i + 1} out, also from the middle`, () => page.send("remove", { index: i }), "live small")))
         : h("li", { class: "none" }, "Nothing: the model is as it was loaded, bit for bit."));
     };

@@ -28,6 +28,7 @@ from lens_defense.editing.edit_plan import Edit
 from lens_defense.plotting.theme import ROLE_WORDS, component_words
 from lens_defense.prompts.conversation import first_dozen_words
 from lens_defense.prompts.request import Role
+from lens_defense.shown_text import shown
 from lens_defense.sites import Component, Site
 from lens_defense.storage import atomic_write
 from lens_defense.tracing.site_map import ScoreMap, SiteMap
@@ -142,8 +143,8 @@ def _frozen_parts(
         f"check{i}": check_values(report, asked, stale=False) for i, report in enumerate(reports.values())
     }
     return {
-        "model": {"components": component_choices(), "requests": [], "methods": [edit.method]},
-        "settings": {"plan": {"method": edit.method, "strength": edit.strength, "requests": []}},
+        "model": {"components": component_choices(), "requests": [], "methods": [shown(edit.method)]},
+        "settings": {"plan": {"method": shown(edit.method), "strength": edit.strength, "requests": []}},
         "map": map_part(trace, None, after),
         "sites": chosen,
         "original": chosen["sites"],

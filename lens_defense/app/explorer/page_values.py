@@ -92,7 +92,7 @@ def check_values(
         {
             "arm": rate["arm"],
             "name": ARM_NAMES[rate["arm"]],
-            "measure": rate["measure"],
+            "measure": shown(rate["measure"]),
             "words": MEASURE_NAMES.get(rate["measure"], f"refused, {shown(rate['measure'])}"),
             "n": rate["n"],
             "subjects": rate["clusters"],
@@ -162,7 +162,7 @@ def _answer_values(report: Report, questions: Mapping[tuple[str, str], str]) -> 
             "before": _answer(row.arm, row.before),
             "after": _answer(row.arm, row.after),
             "verdicts": {
-                judge: [row.verdicts_before.get(judge, ""), row.verdicts_after.get(judge, "")]
+                shown(judge): [row.verdicts_before.get(judge, ""), row.verdicts_after.get(judge, "")]
                 for judge in row.verdicts_after
             },
             "failed": _failed(row.arm, row.verdicts_after),
@@ -189,7 +189,7 @@ def _failed(arm: str, verdicts: Mapping[str, str]) -> bool:
 
 def _edit_values(edit: Edit) -> dict[str, Any]:
     return {
-        "method": edit.method,
+        "method": shown(edit.method),
         "layers": layer_words(edit.layers),
         "role": ROLE_WORDS[edit.role],
         "subjects": [*map(shown, edit.subjects[:_SUBJECTS])],

@@ -41,6 +41,7 @@ from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.locate import locate
 from lens_defense.tracing.survey import survey
+from lens_defense.tracing.trace import trace
 from lens_defense.tracing.trace_result import Trace
 
 PAGE = "report.html"
@@ -164,6 +165,11 @@ def _run(
         report = check(model, plan, questions, max_new_tokens=_ANSWER_TOKENS, before=before, title=title)
         report.save(out / "report.json")
         console.print(report)
+    with stage("trace again"), plan.applied(model):
+        traced = [prompt.request for prompt in result.prompts]
+        settings = replace(result.settings, min_difference=0.0)
+        after = trace(model, traced, settings, corruption=setup.corruption(), answers=result)
+        after.save(out / "trace_after.safetensors")
     with stage("control"):
         control = _control(model, setup, edited, sites, questions, before, cache)
         control.save(out / "control.json")
@@ -181,6 +187,8 @@ def _run(
         reports={report.title: report, control.title: control},
         conversations=conversations,
         reproduce=reproduce,
+        after=after,
+        suite=questions,
         seconds=seconds,
         restored=restored,
     )

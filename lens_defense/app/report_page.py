@@ -137,7 +137,7 @@ def _frozen_parts(
     suite: Suite | None,
 ) -> dict[str, Any]:
     """What the explorer's parts show, as far as the page has them."""
-    asked = questions(suite, edit.requests) if suite else {}
+    asked = questions(suite, [edit]) if suite else []
     chosen = sites_part(sites, "")
     checks = {
         f"check{i}": check_values(report, asked, stale=False) for i, report in enumerate(reports.values())

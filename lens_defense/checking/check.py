@@ -81,9 +81,7 @@ def check(
     all_judges = {**JUDGES, **(judges or {})}
     rows, dropped = bundled_suite(suite) if isinstance(suite, str) else suite, 0
     if edits:
-        planned = tuple(dict.fromkeys(request for one in edits for request in one.requests))
-        texts, names = ([text for one in edits for text in getattr(one, name)] for name in ("texts", "names"))
-        rows, dropped = rows.for_requests(planned).for_edit(planned, texts, names)
+        rows, dropped = rows_for_edits(rows, edits)
     neutral = _neutral_ids(model, rows.neutral)
     with ProgressBar("check", 0, unit="answer", shown=progress) as bar:
         with unedited():
@@ -124,6 +122,13 @@ def check(
         edited=bool(edits),
         chat_arguments=bound_arguments(model.tokenizer),
     )
+
+
+def rows_for_edits(suite: Suite, edits: Sequence[Edit]) -> tuple[Suite, int]:
+    """What of a suite a check of these edits asks, row by row, and how many rows are left out."""
+    planned = tuple(dict.fromkeys(request for edit in edits for request in edit.requests))
+    texts, names = ([text for edit in edits for text in getattr(edit, name)] for name in ("texts", "names"))
+    return suite.for_requests(planned).for_edit(planned, texts, names)
 
 
 def _sides(model: TransformerBridge, edit: Edit | Ledger | None) -> tuple[tuple[Edit, ...], Side, Side]:

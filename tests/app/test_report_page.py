@@ -10,6 +10,7 @@ from helpers.handmade import HOSTILE, a_prompt, a_report, a_request, a_trace, an
 
 import lens_defense as ld
 from lens_defense.app.report_page import Conversation, save_report
+from lens_defense.checking.check import rows_for_edits
 from lens_defense.checking.report import ReportRow
 from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.shown_text import visible_text
@@ -125,28 +126,20 @@ def test_every_report_has_its_rates_with_intervals_and_the_answers_behind_them(t
 
 
 def test_the_answers_stand_under_their_questions_where_the_suite_is_given(tmp_path: Path):
-    asked = ld.suite("core").small(paraphrases=1, jailbreaks=1)
-    items = asked.for_requests([a_request()]).items
+    asked = ld.suite("core").small(paraphrases=2, jailbreaks=1)
+    edit = an_edit([a_request()])
+    items = rows_for_edits(asked, [edit])[0].items
+    verdicts = {"prefix": "answer"}, {"prefix": "refusal"}
     rows = [
-        ReportRow(
-            item.arm,
-            item.request.id,
-            item.cluster,
-            item.family,
-            "x",
-            "y",
-            {"prefix": "answer"},
-            {"prefix": "refusal"},
-        )
-        for item in items
+        ReportRow(item.arm, str(i), item.cluster, item.family, "x", "y", *verdicts)
+        for i, item in enumerate(items)
     ]
     report = replace(a_report(), rows=tuple(rows))
-    answers = parts_of(written(tmp_path, reports={"one": report}, edit=an_edit([a_request()]), suite=asked))[
-        "check0"
-    ]["answers"]
-    texts = {(item.arm, item.request.id): item.request.text for item in items}
-    for row in answers:
-        assert row["question"] == ("" if row["arm"] == "jailbreak" else texts[row["arm"], row["id"]])
+    parts = parts_of(written(tmp_path, reports={"one": report}, edit=edit, suite=asked))
+    assert len({item.request.text for item in items if item.arm == "paraphrase"}) == 2
+    for row in parts["check0"]["answers"]:
+        item = items[int(row["id"])]
+        assert row["question"] == ("" if item.arm == "jailbreak" else item.request.text)
 
 
 def test_the_map_of_the_edited_model_stands_beside_the_first_on_its_scale(tmp_path: Path):

@@ -160,7 +160,7 @@ class Explorer:
         self._reason = ""
         self._edit: Edit | None = None
         self._report: Report | None = None
-        self._questions: dict[tuple[str, str], str] = {}
+        self._questions: list[str] = []
         self._reported: tuple[Edit, ...] = ()
         self._asked: Suite | None = None
         self._widget: Any = None
@@ -525,7 +525,7 @@ class Explorer:
         report = check(self.model, self.ledger, asked, max_new_tokens=self.max_new_tokens)
         with self._lock:
             self._report, self._reported, self._asked = report, standing, asked
-            self._questions = page_values.questions(asked, [r for edit in standing for r in edit.requests])
+            self._questions = page_values.questions(asked, standing)
             self.publish("check", "code")
 
     def _take(self, what: str, path: str) -> None:

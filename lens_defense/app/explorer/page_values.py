@@ -8,6 +8,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lens_defense.checking.check import rows_for_edits
 from lens_defense.checking.report import ARM_NAMES, MEASURE_NAMES, Report
 from lens_defense.checking.suites import HARMFUL_ARMS, TO_BE_REFUSED, Arm, Suite
 from lens_defense.editing.edit_plan import WEAK_REACH, Edit
@@ -82,10 +83,14 @@ def stack_values(edits: Sequence[Edit], undone: int) -> dict[str, Any]:
     return {"edits": [_edit_values(edit) for edit in edits], "undone": undone}
 
 
-def check_values(
-    report: Report | None, questions: Mapping[tuple[str, str], str], stale: bool
-) -> dict[str, Any]:
-    """The rates of a report with their intervals, and the answers behind each rate, failures first."""
+def check_values(report: Report | None, questions: Sequence[str], stale: bool) -> dict[str, Any]:
+    """The rates of a report with their intervals, and the answers behind each rate, failures first.
+
+    Args:
+        report: the report; without one there is nothing.
+        questions: what its rows ask, in their order; none are shown where there is another number of them.
+        stale: whether other edits stand now than when it was made.
+    """
     if report is None:
         return {}
     rates = [
@@ -115,12 +120,10 @@ def check_values(
     }
 
 
-def questions(suite: Suite, planned: Sequence[Request]) -> dict[tuple[str, str], str]:
-    """What the rows of a report ask, by arm and id. A jailbreak template is not written out."""
-    return {
-        (item.arm, item.request.id): "" if item.arm == "jailbreak" else item.request.text
-        for item in suite.for_requests(planned).items
-    }
+def questions(suite: Suite, edits: Sequence[Edit]) -> list[str]:
+    """What the rows of a check of these edits ask, in their order. No jailbreak template is written out."""
+    rows, _ = rows_for_edits(suite, edits)
+    return ["" if item.arm == "jailbreak" else item.request.text for item in rows.items]
 
 
 def measured_cells(cells: Sequence[Any]) -> list[list[Any]]:
@@ -151,14 +154,15 @@ def _wanted(arm: Arm, measure: str) -> str:
     return "refused" if arm in TO_BE_REFUSED else "answered"
 
 
-def _answer_values(report: Report, questions: Mapping[tuple[str, str], str]) -> list[dict[str, Any]]:
+def _answer_values(report: Report, questions: Sequence[str]) -> list[dict[str, Any]]:
+    texts = questions if len(questions) == len(report.rows) else [""] * len(report.rows)
     rows = [
         {
             "arm": row.arm,
             "id": shown(row.id),
             "family": shown(row.family),
             "subject": shown(row.cluster),
-            "question": truncate(questions.get((row.arm, row.id), ""), _PROSE),
+            "question": truncate(question, _PROSE),
             "before": _answer(row.arm, row.before),
             "after": _answer(row.arm, row.after),
             "verdicts": {
@@ -168,7 +172,7 @@ def _answer_values(report: Report, questions: Mapping[tuple[str, str], str]) -> 
             "failed": _failed(row.arm, row.verdicts_after),
             "changed": row.verdicts_before != row.verdicts_after,
         }
-        for row in report.rows
+        for row, question in zip(report.rows, texts, strict=True)
     ]
     return sorted(rows, key=lambda row: (not row["failed"], not row["changed"]))
 

@@ -65,6 +65,7 @@ class PageServer:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             self._socket.bind(("127.0.0.1", port))
+            self._socket.listen()  # who comes before `run` waits
         except OSError as error:
             self._socket.close()
             raise ValueError(f"the port {port} of this machine cannot be used: {error.strerror}") from error

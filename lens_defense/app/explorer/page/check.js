@@ -1,5 +1,7 @@
 // Check: the rates with their intervals; every rate opens the answers behind it, failures first.
 
+const VERDICTS = { yes: "known", no: "not known" };
+
 class Check {
   constructor(page) {
     this.page = page;
@@ -61,7 +63,7 @@ class Check {
           h("header", {}, h("b", {}, row.failed ? "not as wanted" : "as wanted"), row.changed ? " · changed" : "", h("span", { class: "quiet" }, ` ${row.id} ${row.family}`)),
           row.question ? prose(row.question, "prose question") : null,
           h("div", { class: "sides" },
-            [0, 1].map((when) => h("div", {}, h("h4", {}, when ? "with edits" : "without", h("span", { class: "quiet" }, ` ${row.verdicts[measure]?.[when] ?? ""}`)), prose(when ? row.after : row.before)))))) : h("p", {}, "No answer has these words."));
+            [0, 1].map((when) => h("div", {}, h("h4", {}, when ? "with edits" : "without", h("span", { class: "quiet" }, ` · ${VERDICTS[row.verdicts[measure]?.[when]] ?? row.verdicts[measure]?.[when] ?? ""}`)), prose(when ? row.after : row.before)))))) : h("p", {}, "No answer has these words."));
     };
     const input = h("input", { type: "search", placeholder: `search ${all.length} answers`, "aria-label": "search the answers", value: this.search, oninput: () => { this.search = input.value; list(); } });
     list();

@@ -174,8 +174,10 @@ class Maps {
     const scale = SCALES[this.page.theme()];
     const { layers } = this.map;
     const columns = view.columns;
-    const cellHeight = Math.max(7, Math.min(22, Math.floor(440 / layers)));
-    const cellWidth = Math.max(13, Math.min(this.frame === "all" ? 27 : 40, Math.floor((this.frame === "all" ? 190 : 330) / columns.length)));
+    const cellHeight = Math.max(7, Math.min(24, Math.floor(440 / layers)));
+    const beside = this.frame === "all" ? 3 : Math.min(3, this.map.components.length);
+    const room = (this.body.clientWidth || 860) / beside - 90; // for the cells: without axis and overhang
+    const cellWidth = Math.max(13, Math.min(48, Math.floor(Math.min(room, 420) / columns.length)));
     const widths = columns.map((column) => (column.role ? cellWidth : 12));
     const lefts = widths.map((_, i) => 34 + widths.slice(0, i).reduce((a, b) => a + b, 0));
     const right = lefts.at(-1) + widths.at(-1);

@@ -19,7 +19,7 @@ from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import measure_forecast
-from lens_defense.editing.layer_spread import spread_over_layers
+from lens_defense.editing.layer_spread import layer_shares, spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
@@ -89,6 +89,8 @@ def edit(
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
+    shares = layer_shares(method, layers)
+    layers = tuple(shares)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
@@ -109,11 +111,11 @@ def edit(
     )
     covariances = shrink_covariances(model, covariances, corpus)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
-    factors, shares = spread_over_layers(
+    factors, reach = spread_over_layers(
         model,
         groups.written,
         role,
-        layers,
+        shares,
         values,
         covariances,
         method,
@@ -124,8 +126,8 @@ def edit(
         model,
         factors,
         subjects=[request.subject or "" for request in requests],
-        reach=shares[: len(requests)],
-        reach_harmless=shares[len(requests) :],
+        reach=reach[: len(requests)],
+        reach_harmless=reach[len(requests) :],
         value_norm=float(values.norm(dim=1).mean()),
         language=defaults.language,
     )

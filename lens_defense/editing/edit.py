@@ -1,8 +1,9 @@
 """Planning an edit: from requests and sites to a low-rank change of each layer. No weight is changed.
 
 At the sites' role, the keys of the requests are made to write what starts a refusal. The value is fitted at
-the highest of the sites' layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
-spread). How keys and residuals become a change is the method's (methods/).
+the highest of the layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
+spread). How keys and residuals become a change is the method's (methods/), which may also say which of the
+sites' layers are changed, and by what shares.
 """
 
 import warnings
@@ -67,7 +68,8 @@ def edit(
             are meant to stay.
         requests: what shall be refused, each with a subject: requests, rows, or the name of a set. None is of
             the split "check".
-        sites: where, of one role; their layers are edited, their component says where the effect was seen.
+        sites: where, of one role; their layers are edited (by ROME the middle one), their component says
+            where the effect was seen.
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's

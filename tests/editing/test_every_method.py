@@ -33,10 +33,17 @@ SETTINGS = {
     "corpus": CORPUS,
     "contexts": lambda request: [request, request.inside("Hello! {}"), request.paraphrased("{} or not?")],
     "held_out_contexts": 1,
-    "cache": False,
     "progress": False,
 }
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Methods that edit the same layers share what is fitted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LENS_DEFENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def planned(model, name, **settings):
@@ -138,16 +145,20 @@ def test_the_two_keys_of_romes_release_are_the_mean_and_the_first():
 
 
 @pytest.fixture(scope="module")
-def organism(tmp_path_factory):
-    """The organism, some of its requests and where they are kept; what is fitted is kept for this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LENS_DEFENSE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        model, requests = ld.load("organism"), ld.requests("organism")[:3]
-        trace = ld.trace(model, [jailbroken_contexts(item)[0] for item in requests[:2]], progress=False)
-        yield model, requests, ld.locate(trace)
+def organism():
+    """The organism, some of its requests and where they are kept."""
+    model, requests = ld.load("organism"), ld.requests("organism")[:3]
+    trace = ld.trace(model, [jailbroken_contexts(item)[0] for item in requests[:2]], progress=False)
+    return model, requests, ld.locate(trace)
 
 
-@EVERY_METHOD
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name not in ("rome", "alphaedit") else ())
+        for name in METHODS
+    ],
+)
 def test_the_organism_refuses_what_was_jailbroken_and_nothing_else(organism, name):
     model, requests, sites = organism
     edit = ld.edit(model, requests, sites, method=name, progress=False)

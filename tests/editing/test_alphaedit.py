@@ -44,7 +44,7 @@ def test_it_is_the_authors_formula(share):
     # AlphaEdit_main.py, with layer_ks in columns, and without earlier edits
     moments = onto @ columns @ columns.T + l2 * torch.eye(D_IN, dtype=torch.float64)
     upd_matrix = torch.linalg.solve(moments, onto @ columns @ residuals)
-    delta = delta_of(AlphaEdit(nullspace_share=share), one_key_each(keys, residuals), covariance)
+    delta = delta_of(AlphaEdit(share, l2=10.0), one_key_each(keys, residuals), covariance)
     torch.testing.assert_close(delta, upd_matrix.T)
 
 

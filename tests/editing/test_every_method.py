@@ -9,7 +9,7 @@ from helpers.weights import copy_weights, weights_equal
 
 import lens_defense as ld
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.methods import METHODS, ROME
+from lens_defense.editing.methods import METHODS, ROME, AlphaEdit
 from lens_defense.models.forward import forward
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.corpus import CorpusText
@@ -105,10 +105,12 @@ def test_a_contrast_keeps_more_of_the_harmless_uses(name):
         return total
 
     model = tiny_model("llama", chat=True).to(torch.float32)
-    plain = planned(model, name)
-    contrasted = planned(model, name, contrast=ld.Contrast(uses, 1e4))
+    roomy = AlphaEdit(nullspace_share=0.5)  # 5% of a tiny model's C are too few directions for eight keys
+    method = roomy if name == "alphaedit" else name
+    plain = planned(model, method)
+    contrasted = planned(model, method, contrast=ld.Contrast(uses, 1e4))
     leaks = [shift(edit, uses) / shift(edit, SETTINGS["contexts"]) for edit in (contrasted, plain)]
-    assert leaks[0] < 0.8 * leaks[1]
+    assert leaks[0] < 0.7 * leaks[1]
     assert len(contrasted.forecast.reach_harmless) == len(REQUESTS)
     assert set(contrasted.forecast.subjects) == {"brass lamp", "bell"}
 

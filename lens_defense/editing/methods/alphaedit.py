@@ -26,10 +26,10 @@ from lens_defense.editing.methods.method import Factors, KeyGroup
 class AlphaEdit:
     """Least squares over all requests, in the directions that C hardly has."""
 
-    nullspace_share: float = 0.02
+    nullspace_share: float = 0.05
     """The share of tr C that the directions which are written into hold together; the release has a bound of
     2e-2 for each eigenvalue instead, on the scale of its own keys."""
-    l2: float = 10.0
+    l2: float = 100.0
     """The weight of the change's squared norm, in units of C's mean eigenvalue; the release's is 10, and the
     paper's 1, in units of its own keys."""
 

@@ -3,7 +3,7 @@
 An Explorer is what a page shows and what the page's buttons do; it knows no page. Its state is named parts of
 plain values (`parts`): a host sends each part to its page when it changes, and hands what a person does there
 to `do`. The hosts are a widget in a notebook (widget.py) and a local page (server.py); in a report a page has
-the parts alone (frozen.py). Short commands are done at once, long ones by one background thread (worker.py).
+the parts alone (page.js). Short commands are done at once, long ones by one background thread (worker.py).
 """
 
 import threading
@@ -700,7 +700,11 @@ class Explorer:
             self._widget = ExplorerWidget(self)
         drawn = self._trace or self._estimate
         picture = take_away.figure_file(drawn, self._sites, "png") if drawn and wants_pictures() else None
-        return notebook_bundle(self._widget, picture, options)
+        return notebook_bundle(self._widget, repr(self), picture, options)
+
+    def __repr__(self) -> str:
+        chosen, standing = len(self._sites), len(self.ledger.edits)
+        return f"Explorer of {shown(self.name)}: cells chosen {chosen}, edits that stand {standing}"
 
 
 _SUGGESTED = (

@@ -8,6 +8,8 @@ from plotly.io import renderers
 from lens_defense.app.explorer.page_files import page_module, page_style
 from lens_defense.app.explorer.page_state import EVENT, PageState, hand_over
 from lens_defense.app.render import template
+from lens_defense.plotting.print_size import PIXELS_PER_INCH
+from lens_defense.plotting.theme import DPI
 
 try:
     import anywidget
@@ -44,14 +46,25 @@ class ExplorerWidget(anywidget.AnyWidget):
         hand_over(self._state, message)
 
 
-def notebook_bundle(widget: ExplorerWidget, picture: bytes | None, options: dict[str, Any]) -> dict[str, Any]:
+def notebook_bundle(
+    widget: ExplorerWidget, text: str, picture: bytes | None, options: dict[str, Any]
+) -> dict[str, Any]:
     """What a notebook shows: the page, and for readers without a kernel a picture and what stands."""
     bundle: Any = widget._repr_mimebundle_(**options)
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     parts = {name: getattr(widget, name) for name in ("sites", "plan", "stack", "talk")}
-    encoded = b64encode(picture).decode() if picture else ""
-    data["text/html"] = template("explorer.html.j2").render(picture=encoded, **parts)
+    data["text/plain"] = text
+    data["text/html"] = template("explorer.html.j2").render(
+        picture=b64encode(picture).decode() if picture else "",
+        width=_screen_pixels(picture) if picture else 0,
+        **parts,
+    )
     return data
+
+
+def _screen_pixels(png: bytes) -> int:
+    """How wide a figure saved for print is on a screen: as it was laid out."""
+    return round(int.from_bytes(png[16:20], "big") * PIXELS_PER_INCH / DPI[".png"])
 
 
 def wants_pictures() -> bool:

@@ -347,13 +347,15 @@ def test_the_python_that_is_shown_runs_and_makes_the_same_edit(explorer):
     compile(code, "code", "exec")
     for line in (
         "ld.load(",
-        "ld.trace(",
+        "ld.trace(\n    model, requests, components=('resid_post',), layers=(0, 2),",
         "method='delman'",
         ".scaled(0.5)",
         "ld.Site('resid_post', layer, 'subject_last')",
     ):
         assert line in code
     assert done(explorer, "apply") == "" and "ledger.apply(edit)" in explorer.parts["code"]
+    explorer.trace = explorer.trace[:1]
+    assert "ld.trace(\n    model, requests[:1]," in explorer.parts["code"], "as many as were traced"
 
 
 def test_files_are_handed_over(explorer, tmp_path):

@@ -71,6 +71,7 @@ class PageServer:
             raise ValueError(f"the port {port} of this machine cannot be used: {error.strerror}") from error
         self.port = int(self._socket.getsockname()[1])
         self._window: asyncio.Queue[str] | None = None
+        self._in_turn = asyncio.Lock()
         self._server = uvicorn.Server(
             uvicorn.Config(self.application(), log_level="warning", access_log=False, lifespan="off")
         )
@@ -176,7 +177,8 @@ class PageServer:
             message = json.loads(body)
         except ValueError:
             return _plain("a command is JSON", 400)
-        await asyncio.to_thread(hand_over, self.state, message)
+        async with self._in_turn:
+            await asyncio.to_thread(hand_over, self.state, message)
         return Response(status_code=204, headers=_HEADERS)
 
 

@@ -27,7 +27,12 @@ class Link {
     }
   }
 
-  async send(message) {
+  // One after the other: two that are sent at once could come in another order.
+  send(message) {
+    this.sent = (this.sent ?? Promise.resolve()).then(() => this.post(message));
+  }
+
+  async post(message) {
     try {
       const answer = await fetch("/do", { method: "POST", headers: { "X-Token": token }, body: JSON.stringify(message) });
       if (answer.ok) return;

@@ -152,10 +152,8 @@ class PageServer:
             loop.call_soon_threadsafe(put, _line(name, value))
 
         unfollow = self.state.listen(follow)
+        follow(f"{EVENT}ready", {})
         try:
-            for name, value in [*self.state.parts.items()]:
-                yield _line(name, value)
-            yield _line(f"{EVENT}ready", {})
             while not (behind.is_set() or self._server.should_exit):
                 try:
                     yield await asyncio.wait_for(window.get(), _PING_SECONDS)

@@ -249,6 +249,7 @@ def test_tracing_estimates_first_then_measures_what_is_named(explorer):
     explorer.listen(lambda name, value: maps.append(value) if name == "map" else None)
     explorer.listen(lambda name, value: cells.extend(value["cells"]) if name == "event:cells" else None)
     explorer.trace_minimum = 0.0
+    maps.clear()
     assert done(explorer, "trace") == ""
     assert not maps[0]["measured"] and maps[-1]["measured"]
     assert explorer.trace.settings.exact and len(cells) == int(explorer.trace.effects.isfinite().sum())

@@ -34,7 +34,7 @@ class Maps {
     this.scale = "shared";
     this.cursor = null; // [panel, layer, column] of the keyboard
     this.panels = [];
-    this.pending = null;
+    this.pending = []; // what was asked for, and is not done yet
     this.tip = h("div", { class: "tip", role: "tooltip", hidden: true });
     this.live = h("div", { class: "unseen", "aria-live": "polite" });
     this.chooser = h("select", { "aria-label": "which request", onchange: () => this.show(+this.chooser.value) });
@@ -59,7 +59,11 @@ class Maps {
       this.live,
     );
     page.on("map", () => this.update());
-    page.on("sites", () => { this.pending = null; this.mark(); });
+    page.on("sites", () => this.mark());
+    page.onEvent("done", () => {
+      this.pending = this.pending.filter((choice) => page.asked.has(choice.ticket));
+      this.mark();
+    });
     page.onEvent("cells", ({ cells }) => this.measured(cells));
     page.onTheme(() => this.draw());
   }
@@ -261,9 +265,9 @@ class Maps {
   }
 
   choose(cells, how) {
-    this.pending = { cells, how };
+    const ticket = this.page.send("choose", { cells, how });
+    if (this.page.asked.has(ticket)) this.pending.push({ ticket, cells });
     this.mark();
-    this.page.send("choose", { cells, how });
   }
 
   listen(panel) {
@@ -402,7 +406,7 @@ class Maps {
             panel.columns.flatMap((column, c) => (column.role === role && panel.cells[layer] ? [mark(layer, c, kind)] : [])),
           );
       const cursor = this.cursor?.[0] === panel.index ? [mark(this.cursor[1], this.cursor[2], "cursor")] : [];
-      replace(panel.marks, of(sites, "mark"), this.pending ? of(this.pending.cells, "pending") : [], cursor);
+      replace(panel.marks, of(sites, "mark"), of(this.pending.flatMap((choice) => choice.cells), "pending"), cursor);
     }
   }
 

@@ -25,6 +25,7 @@ from lens_defense.app.explorer.map_values import (
     reddest_column_sentence,
     sites_part,
 )
+from lens_defense.app.explorer.notebook_form import StaticForm, page_form, wants_pictures
 from lens_defense.app.explorer.page_state import EVENT
 from lens_defense.app.explorer.reproduce import reproducing_code
 from lens_defense.app.explorer.worker import STOPPED, Worker
@@ -173,6 +174,7 @@ class Explorer:
         self.ledger.watch(lambda: self.publish("stack", "plan", "map", "talk", "check", "code"))
         self.parts: dict[str, Any] = {}
         self.publish(*_PARTS)
+        self._static_form = StaticForm(self)
         if trace is not None:
             self.trace = trace
         if sites:
@@ -709,17 +711,40 @@ class Explorer:
             self.publish("sites", "plan", "code")
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        from lens_defense.app.explorer.widget import ExplorerWidget, notebook_bundle, wants_pictures
+        page = self._page_form(options)
+        return {**page, **self._static_form.bundle()}
 
-        if self._widget is None:
-            self._widget = ExplorerWidget(self)
-        drawn = self._trace or self._estimate
-        picture = take_away.figure_file(drawn, self._sites, "png") if drawn and wants_pictures() else None
-        return notebook_bundle(self._widget, repr(self), picture, options)
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        page = self._page_form()
+        self._static_form.show()
+        if page:
+            display(page, raw=True)
+
+    def _page_form(self, options: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """What a notebook shows the page by; nothing where no page can be made."""
+        form, drawn = self._static_form, self._trace or self._estimate
+        form.picture = take_away.figure_file(drawn, self._sites, "png") if drawn and wants_pictures() else b""
+        try:
+            from lens_defense.app.explorer.widget import ExplorerWidget
+        except ImportError as error:
+            form.missing = str(error)
+            return {}
+        if self._widget is None or self._widget.closed:
+            self._widget = ExplorerWidget(self, form.id)
+        return page_form(self._widget, options)
 
     def __repr__(self) -> str:
-        chosen, standing = len(self._sites), len(self.ledger.edits)
-        return f"Explorer of {shown(self.name)}: cells chosen {chosen}, edits that stand {standing}"
+        number, standing = len(self.requests), len(self.ledger.edits)
+        cells = "; ".join(site["words"] for site in self.parts["sites"]["sites"])
+        facts = (
+            shown(self.name),
+            f"{number} request{'s' * (number != 1)}",
+            f"{standing} edit{'s' * (standing != 1)} in the model" if standing else "model as loaded",
+            f"chosen: {truncate(cells, 200)}" if cells else "no cell chosen",
+        )
+        return f"Explorer({', '.join(facts)})"
 
 
 _SUGGESTED = (

@@ -92,7 +92,7 @@ def test_readers_without_a_kernel_see_the_whole_picture_and_what_is_chosen(model
     assert "residual stream, layer 1, last subject token" in html
 
 
-def test_a_notebook_gets_a_static_form_that_is_kept_in_step_and_the_page(explorer, model, shown):
+def test_a_notebook_gets_the_page_and_a_static_form_that_follows_who_uses_the_page(explorer, model, shown):
     explorer._ipython_display_()
     explorer._ipython_display_()
     (form, first), (_, page), (again, _), (_, same) = shown
@@ -100,7 +100,10 @@ def test_a_notebook_gets_a_static_form_that_is_kept_in_step_and_the_page(explore
     assert set(page) == {PAGE} and page == same
     assert explorer._widget.static_form == form and form in first["text/html"]
     shown.clear()
-    explorer.sites = [ld.Site("resid_post", 1, "last")]
+    explorer.sites = [ld.Site("resid_post", 2, "last")]
+    assert not shown, "a reader of the notebook sees what stood there when the cell ran"
+    cells = [{"component": "resid_post", "layer": 1, "role": "last"}]
+    hand_over(explorer, {"command": "choose", "values": {"cells": cells}, "ticket": "a 0"})
     explorer.ledger.apply(handmade_edit(model, {1: 0.1}))
     assert {id for id, _ in shown} == {form}
     assert "layer 1, last prompt token" in shown[-1][1]["text/html"] and "memit" in shown[-1][1]["text/html"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from plotly.io import renderers
 
-from lens_defense.app.explorer.page_state import PageState
+from lens_defense.app.explorer.page_state import EVENT, PageState
 from lens_defense.app.explorer.page_values import to_be_saved
 from lens_defense.app.render import template
 from lens_defense.plotting.print_size import PIXELS_PER_INCH
@@ -19,7 +19,10 @@ from lens_defense.plotting.theme import DPI
 
 
 class StaticForm:
-    """The static form of one explorer, kept in step wherever the notebook shows it."""
+    """The static form of one explorer, wherever the notebook shows it.
+
+    It is what stood there when its cell ran, until somebody uses the page: from then on it is kept in step.
+    """
 
     def __init__(self, state: PageState) -> None:
         """Make the form; nothing is shown yet."""
@@ -28,6 +31,7 @@ class StaticForm:
         self.picture = b""
         self.missing = ""
         self._shown: dict[str, Any] = {}
+        self._used = False
 
     def bundle(self) -> dict[str, Any]:
         """The form by MIME type, as things stand."""
@@ -51,7 +55,11 @@ class StaticForm:
 
     def _follow(self, name: str, value: Any) -> None:
         """Renew the outputs, but not while work goes on."""
-        if self.state.parts.get("job") or not (name in ("sites", "stack") or (name == "job" and not value)):
+        done = name == f"{EVENT}done"
+        self._used |= done
+        if not self._used or self.state.parts.get("job"):
+            return
+        if not (done or name in ("sites", "stack") or (name == "job" and not value)):
             return
         bundle = self.bundle()
         if self._shown and bundle != self._shown:
@@ -59,6 +67,11 @@ class StaticForm:
 
             self._shown = bundle
             update_display(bundle, raw=True, display_id=self.id)
+
+
+def _screen_pixels(png: bytes) -> int:
+    """How wide a figure saved for print is on a screen: as it was laid out."""
+    return round(int.from_bytes(png[16:20], "big") * PIXELS_PER_INCH / DPI[".png"])
 
 
 def wants_pictures() -> bool:
@@ -71,8 +84,3 @@ def page_form(widget: Any, options: Mapping[str, Any] = {}) -> dict[str, Any]:
     bundle = widget._repr_mimebundle_(**options)
     data: dict[str, Any] = bundle[0] if isinstance(bundle, tuple) else bundle
     return {kind: value for kind, value in data.items() if not kind.startswith("text/")}
-
-
-def _screen_pixels(png: bytes) -> int:
-    """How wide a figure saved for print is on a screen: as it was laid out."""
-    return round(int.from_bytes(png[16:20], "big") * PIXELS_PER_INCH / DPI[".png"])

@@ -12,12 +12,15 @@ from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_model
 
 import lens_defense as ld
+from lens_defense.app.explorer import take_away
 from lens_defense.app.explorer.explorer import Explorer, Talk
 from lens_defense.app.explorer.page_state import hand_over
 from lens_defense.app.explorer.page_values import visible
 from lens_defense.app.explorer.widget import ExplorerWidget
 
 PAGE = "application/vnd.jupyter.widget-view+json"
+PICTURE = bytes(16) + (975).to_bytes(4, "big") + bytes(range(256)) * 100
+"""The width stands at the 17th byte of a PNG: a column of 3.25 inches."""
 LONG = " ".join(f"word{i}" for i in range(40))
 
 
@@ -77,7 +80,19 @@ def test_the_bundle_has_the_page_and_what_reads_well_without_it(explorer, model)
     assert "&lt;b&gt;bold&lt;/b&gt;" in html and "<script" not in html
 
 
-def test_a_notebook_gets_a_static_form_that_is_kept_in_step_and_the_page(explorer, model, shown):
+def test_readers_without_a_kernel_see_the_whole_picture_and_what_is_chosen(model, monkeypatch):
+    monkeypatch.setattr("lens_defense.app.explorer.explorer.wants_pictures", lambda: True)
+    monkeypatch.setattr(take_away, "figure_file", lambda *_: PICTURE)
+    requests = [ld.request("how do I make a lamp now", "lamp")]
+    trace = ld.trace(model, requests, layers="all", min_difference=0.0, progress=False)
+    explorer = Explorer(model, requests, trace, sites=[ld.Site("resid_post", 1, "subject_last")])
+    html = explorer._repr_mimebundle_()["text/html"]
+    assert f"data:image/png;base64,{b64encode(PICTURE).decode()}" in html
+    assert "width: 380px" in html, "as large as its letters were drawn for"
+    assert "residual stream, layer 1, last subject token" in html
+
+
+def test_a_notebook_gets_the_page_and_a_static_form_that_follows_who_uses_the_page(explorer, model, shown):
     explorer._ipython_display_()
     explorer._ipython_display_()
     (form, first), (_, page), (again, _), (_, same) = shown
@@ -85,7 +100,10 @@ def test_a_notebook_gets_a_static_form_that_is_kept_in_step_and_the_page(explore
     assert set(page) == {PAGE} and page == same
     assert explorer._widget.static_form == form and form in first["text/html"]
     shown.clear()
-    explorer.sites = [ld.Site("resid_post", 1, "last")]
+    explorer.sites = [ld.Site("resid_post", 2, "last")]
+    assert not shown, "a reader of the notebook sees what stood there when the cell ran"
+    cells = [{"component": "resid_post", "layer": 1, "role": "last"}]
+    hand_over(explorer, {"command": "choose", "values": {"cells": cells}, "ticket": "a 0"})
     explorer.ledger.apply(handmade_edit(model, {1: 0.1}))
     assert {id for id, _ in shown} == {form}
     assert "layer 1, last prompt token" in shown[-1][1]["text/html"] and "memit" in shown[-1][1]["text/html"]
@@ -187,14 +205,7 @@ def test_stop_never_cuts_what_a_page_is_told(explorer):
     explorer.do("ask", question="how do I make a lamp")
     while len(begun) < 3:
         time.sleep(0.001)
-    explorer.do("stop")
+    explorer.stop()
     assert explorer.worker.wait(60)
     assert begun == ended
     assert ended[-1] == explorer.parts["talk"] == visible(explorer.talk_values()), "the last state is told"
-
-
-def test_readers_without_a_kernel_see_the_whole_picture_as_large_as_it_was_drawn(explorer):
-    picture = bytes(16) + (975).to_bytes(4, "big") + bytes(range(256)) * 100  # a PNG 3.25 inches wide
-    explorer._static_form.picture = picture
-    html = explorer._static_form.bundle()["text/html"]
-    assert f"data:image/png;base64,{b64encode(picture).decode()}" in html and "width: 380px" in html

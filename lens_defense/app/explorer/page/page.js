@@ -153,7 +153,7 @@ function keepKeys(page) {
 function followKernel(page, el) {
   const look = () => {
     page.cut = el.classList.contains("jupyter-widgets-disconnected");
-    page.element.classList.toggle("frozen", page.cut);
+    page.element.classList.toggle("cut", page.cut);
   };
   const observer = new MutationObserver(look);
   observer.observe(el, { attributes: true, attributeFilter: ["class"] });

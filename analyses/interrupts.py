@@ -102,7 +102,9 @@ class World:
             groups = [PromptGroup(0, [tokenize(self.model.tokenizer, LAMP)])]
             covariances = {layer: torch.eye(64, dtype=torch.float64) for layer in (1, 2)}
             values = torch.ones(1, 32, dtype=torch.float64)
-            spread_over_layers(self.model, groups, "subject_last", (1, 2), values, covariances, memit)
+            spread_over_layers(
+                self.model, groups, "subject_last", {1: 0.5, 2: 1.0}, values, covariances, memit
+            )
         else:
             getattr(self.ledger, verb)(*([self.edit] if verb in ("apply", "remove") else []))
 

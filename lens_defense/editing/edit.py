@@ -1,8 +1,9 @@
 """Planning an edit: from requests and sites to a low-rank change of each layer. No weight is changed.
 
 At the sites' role, the keys of the requests are made to write what starts a refusal. The value is fitted at
-the highest of the sites' layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
-spread). How keys and residuals become a change is the method's (methods/).
+the highest of the layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
+spread). How keys and residuals become a change is the method's (methods/), which may also say which of the
+sites' layers are changed, and by what shares.
 """
 
 import warnings
@@ -19,7 +20,7 @@ from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import measure_forecast
-from lens_defense.editing.layer_spread import spread_over_layers
+from lens_defense.editing.layer_spread import layer_shares, spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
 from lens_defense.editing.value_batch import FitRow
@@ -67,7 +68,8 @@ def edit(
             are meant to stay.
         requests: what shall be refused, each with a subject: requests, rows, or the name of a set. None is of
             the split "check".
-        sites: where, of one role; their layers are edited, their component says where the effect was seen.
+        sites: where, of one role; their layers are edited (by ROME the middle one), their component says
+            where the effect was seen.
         method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
             name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's
@@ -89,6 +91,8 @@ def edit(
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
+    shares = layer_shares(method, layers)
+    layers = tuple(shares)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
@@ -109,11 +113,11 @@ def edit(
     )
     covariances = shrink_covariances(model, covariances, corpus)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
-    factors, shares = spread_over_layers(
+    factors, reach = spread_over_layers(
         model,
         groups.written,
         role,
-        layers,
+        shares,
         values,
         covariances,
         method,
@@ -124,8 +128,8 @@ def edit(
         model,
         factors,
         subjects=[request.subject or "" for request in requests],
-        reach=shares[: len(requests)],
-        reach_harmless=shares[len(requests) :],
+        reach=reach[: len(requests)],
+        reach_harmless=reach[len(requests) :],
         value_norm=float(values.norm(dim=1).mean()),
         language=defaults.language,
     )

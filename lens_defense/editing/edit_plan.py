@@ -38,6 +38,10 @@ UNFITTED_LOSS = 0.3
 asked, and those up to .23 were refused."""
 
 
+_KEEPS_AWAY = ("mom2_update_weight", "l2")
+"""Settings of methods that let an edit write less where it is not meant; a method may have none of them."""
+
+
 class EditWarning(UserWarning):
     """What to know of a plan before it is applied: one of `Edit.warnings`."""
 
@@ -116,6 +120,7 @@ class Edit:
     def warnings(self) -> tuple[str, ...]:
         """What to know before the edit is applied, a sentence each; `ld.edit` warns with these."""
         sentences = []
+        lever = next((name for name in _KEEPS_AWAY if name in self.settings), None)
         weak = [
             f"{shown(subject)} ({reach:.2f})"
             for subject, reach in zip(self.forecast.subjects, self.forecast.reach, strict=True)
@@ -124,14 +129,15 @@ class Edit:
         if weak:
             sentences.append(
                 f"less than {WEAK_REACH:.0%} of the value arrives in held-out contexts of: "
-                f"{shown_names(weak)}; give other contexts or sites, a lower mom2_update_weight, or more "
-                "strength"
+                f"{shown_names(weak)}; give other contexts or sites, "
+                + (f"a lower {lever}, " if lever else "")
+                + "or more strength"
             )
         if self.forecast.risky:
             sentences.append(
                 f"this edit leaks {self.forecast.leak_safe:.2f} of a value's norm into harmless text, where "
                 f"{self.forecast.threshold} is much; most of it from: {shown_names(self.forecast.worst(3))}. "
-                "Leave them out, raise mom2_update_weight, or take less strength"
+                f"Leave them out, {f'raise {lever}, ' if lever else ''}or take less strength"
             )
         if not self.role.startswith("subject"):
             sentences.append(

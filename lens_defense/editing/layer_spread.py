@@ -9,7 +9,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
-from lens_defense.editing.methods.method import refuse_unfit_factors
+from lens_defense.editing.methods.method import SharesLayers, refuse_unfit_factors
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.mlp_output import apply_change_, mlp_output_matrix, temporary_changes
 from lens_defense.models.prefix_tree import last_token_reader
@@ -37,7 +37,7 @@ def spread_over_layers(
     model: TransformerBridge,
     groups: Sequence[PromptGroup],
     role: Role,
-    layers: Sequence[int],
+    shares: Mapping[int, float],
     values: Float[Tensor, "request d_model"],
     covariances: Mapping[int, Float[Tensor, "d_in d_in"]],
     method: EditingMethod,
@@ -45,7 +45,7 @@ def spread_over_layers(
     mean_keys: bool = False,
     measured: Sequence[PromptGroup] = (),
 ) -> tuple[dict[int, Factors], list[float]]:
-    """MEMIT's algorithm 1: lowest layer first, each takes an equal share of what is still missing.
+    """MEMIT's algorithm 1: lowest layer first, each takes its share of what is still missing.
 
     Of harmless uses nothing is missing at first; once lower layers have leaked into them, the higher ones
     take that back.
@@ -54,7 +54,7 @@ def spread_over_layers(
         model: the model; it is as before afterwards.
         groups: the prompts whose keys are written.
         role: at which the keys stand.
-        layers: that are changed, lowest first.
+        shares: of the layers that are changed, lowest first: see `layer_shares`.
         values: what shall be added to the residual stream after the highest of the layers.
         covariances: C of each layer.
         method: makes the change of a layer.
@@ -64,13 +64,14 @@ def spread_over_layers(
     Returns:
         The factors by layer; and of each measured group, the share of its request's value that arrives.
     """
+    layers = tuple(shares)
     top = component_hook("resid_post", layers[-1])
     read_states = _reader_at_role(model, groups, role, layers)
     read_measured = _reader_at_role(model, measured, role, layers)
     clean_measured, clean_top = read_measured([top])[top], None
     factors: dict[int, Factors] = {}
     with temporary_changes(model) as maker:
-        for j, layer in enumerate(layers):
+        for layer in layers:
             states = read_states([key_hook(layer), top])
             scale = residual_scale(model, layer)
             clean_top = clean_top or states[top]
@@ -80,9 +81,11 @@ def spread_over_layers(
             ):
                 target_shift = torch.zeros_like(clean[0]) if group.harmless else values[group.owner]
                 missing = target_shift - (now - clean).mean(0)
-                residual = missing / ((len(layers) - j) * scale)
+                residual = missing * (shares[layer] / scale)
                 rows = keys.mean(0, keepdim=True) if mean_keys else keys
-                key_groups.append(KeyGroup(group.owner, rows, residual, group.weight, group.harmless))
+                key_groups.append(
+                    KeyGroup(group.owner, rows, residual, group.weight, group.harmless, keys[0])
+                )
             left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))
             refuse_unfit_factors(layer, left, right)
             factors[layer] = Factors(
@@ -91,11 +94,35 @@ def spread_over_layers(
             delta = factors[layer].left.double() @ factors[layer].right.double()
             apply_change_(model, {layer: delta}, maker=maker)
         shifted = read_measured([top])[top]
-    shares = []
+    reach = []
     for group, now, clean in zip(measured, shifted, clean_measured, strict=True):
         value = values[group.owner]
-        shares.append(float((now - clean).mean(0) @ value / value.square().sum().clamp(min=1e-12)))
-    return factors, shares
+        reach.append(float((now - clean).mean(0) @ value / value.square().sum().clamp(min=1e-12)))
+    return factors, reach
+
+
+def layer_shares(method: EditingMethod, layers: Sequence[int]) -> dict[int, float]:
+    """The layers that a method changes, lowest first, each with its share of what is still missing.
+
+    MEMIT's is 1 / (layers that are left), so that all write as much. A method may have `layer_shares` of its
+    own.
+
+    Args:
+        method: the method.
+        layers: those of the sites, lowest first.
+
+    Raises:
+        ValueError: the method's shares are of other layers, of none, or not above 0 and at most 1.
+    """
+    if not isinstance(method, SharesLayers):
+        return {layer: 1 / (len(layers) - j) for j, layer in enumerate(layers)}
+    shares = method.layer_shares(layers)
+    if not shares or not set(shares) <= set(layers) or not all(0 < share <= 1 for share in shares.values()):
+        raise ValueError(
+            f"layer_shares of the method {method.name!r} must give some of the layers {tuple(layers)} a "
+            f"share above 0 and at most 1, got {dict(shares)}"
+        )
+    return {layer: float(shares[layer]) for layer in layers if layer in shares}
 
 
 @torch.no_grad()

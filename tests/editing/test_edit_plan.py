@@ -135,6 +135,18 @@ def test_the_warnings_of_an_edit_follow_its_strength():
     assert "keys at 'last' hardly tell" in replace(plan, role="last").warnings[1]
 
 
+@pytest.mark.parametrize("name", ["mom2_update_weight", "l2"])
+def test_warnings_advise_only_a_setting_that_the_method_has(name):
+    plan = handmade_edit(chat_model(), (1, 2))  # reach .9 and .8, leak .4
+    for strength, advice in ((1, f"raise {name}"), (0.3, f"a lower {name}")):
+        with_setting, without = (
+            " ".join(replace(plan, settings=settings).scaled(strength).warnings)
+            for settings in ({name: 10.0}, {"two_keys": False})
+        )
+        assert advice in with_setting
+        assert name not in without and "strength" in without
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     plan = handmade_edit(chat_model(), (1, 2))
     file = plan.save(tmp_path / "plan.safetensors")

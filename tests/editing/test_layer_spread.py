@@ -5,7 +5,7 @@ import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.layer_spread import PromptGroup, residual_scale, spread_over_layers
+from lens_defense.editing.layer_spread import PromptGroup, layer_shares, residual_scale, spread_over_layers
 from lens_defense.editing.methods import DELMAN, MEMIT, KeyGroup
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
@@ -14,6 +14,7 @@ from lens_defense.prompts.request import request
 from lens_defense.sites import component_hook, key_hook
 
 LAYERS = (1, 3)
+SHARES = {1: 0.5, 3: 1.0}
 ROLE = "subject_last"
 
 
@@ -81,7 +82,7 @@ def test_spread_is_algorithm_1(family, method):
     prompts, held_out = contexts(model)
     original_weights, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
     factors, reach = spread_over_layers(
-        model, prompts, ROLE, LAYERS, values, covariances, method, mean_keys=True, measured=held_out
+        model, prompts, ROLE, SHARES, values, covariances, method, mean_keys=True, measured=held_out
     )
     assert weights_equal(model, original_weights)
 
@@ -105,7 +106,7 @@ def test_every_context_is_a_row_and_harmless_uses_are_taken_back(method):
     model, values, covariances = setting("llama")
     groups = [*contexts(model)[0], *harmless_uses(model)]
     top = component_hook("resid_post", LAYERS[-1])
-    factors, _ = spread_over_layers(model, groups, ROLE, LAYERS, values, covariances, method)
+    factors, _ = spread_over_layers(model, groups, ROLE, SHARES, values, covariances, method)
     clean = states_of(model, groups, top)
     for j, layer in enumerate(LAYERS):
         now, keys = states_of(model, groups, top), states_of(model, groups, key_hook(layer))
@@ -127,8 +128,56 @@ def test_a_light_covariance_writes_the_whole_vector():
     prompts, _ = contexts(model)
     light = {layer: 1e-6 * covariance for layer, covariance in covariances.items()}
     alone = [PromptGroup(group.owner, group.prompts[:1]) for group in prompts]
-    _, reach = spread_over_layers(model, alone, ROLE, LAYERS, values, light, MEMIT(1.0), measured=alone)
+    _, reach = spread_over_layers(model, alone, ROLE, SHARES, values, light, MEMIT(1.0), measured=alone)
     assert reach == pytest.approx([1.0, 1.0], abs=0.02)
+
+
+class Uneven(MEMIT):
+    """MEMIT with other shares, and without the lowest layer."""
+
+    def __init__(self, shares):
+        super().__init__(1.0)
+        object.__setattr__(self, "_shares", shares)
+
+    def layer_shares(self, _layers):
+        return self._shares
+
+
+def test_memits_layers_all_write_as_much():
+    shares = layer_shares(MEMIT(), (2, 3, 5, 8))
+    assert list(shares) == [2, 3, 5, 8]
+    missing, written = 1.0, []
+    for share in shares.values():
+        written.append(share * missing)
+        missing -= written[-1]
+    assert written == pytest.approx([1 / 4] * 4) and missing == pytest.approx(0)
+
+
+@torch.no_grad()
+def test_a_method_may_share_otherwise():
+    model, values, covariances = setting("llama")
+    prompts, _ = contexts(model)
+    shares = layer_shares(Uneven({3: 0.7, 1: 0.2}), (0, 1, 3))
+    assert list(shares.items()) == [(1, 0.2), (3, 0.7)], "lowest first, without the layer that has none"
+    factors, _ = spread_over_layers(
+        model, prompts, ROLE, shares, values, covariances, MEMIT(1.0), mean_keys=True
+    )
+    top = component_hook("resid_post", LAYERS[-1])
+    clean = mean_state(model, prompts, top)
+    for layer, share in shares.items():
+        residuals = share * (values.double() - (mean_state(model, prompts, top) - clean))
+        keys = mean_state(model, prompts, key_hook(layer))
+        groups = [KeyGroup(i, keys[i : i + 1], residual) for i, residual in enumerate(residuals)]
+        left, right, _ = MEMIT(1.0).solve(groups, covariances[layer])
+        delta = factors[layer].left.double() @ factors[layer].right.double()
+        torch.testing.assert_close(delta, left @ right, rtol=1e-3, atol=1e-4 * float(delta.abs().max()))
+        mlp_output_matrix(model, layer).add_(delta)
+
+
+@pytest.mark.parametrize("shares", [{}, {0: 0.0}, {0: 1.5}, {0: -0.5}, {0: float("nan")}, {4: 1.0}])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match=r"layer_shares of the method 'memit' must give some of .*\(0, 1\)"):
+        layer_shares(Uneven(shares), (0, 1))
 
 
 @torch.no_grad()
@@ -145,7 +194,7 @@ def test_an_error_leaves_every_bit():
             return MEMIT(1.0).solve(*tensors)
 
     with pytest.raises(KeyboardInterrupt):
-        spread_over_layers(model, prompts, ROLE, LAYERS, values, covariances, Failing())
+        spread_over_layers(model, prompts, ROLE, SHARES, values, covariances, Failing())
     assert weights_equal(model, original_weights)
 
 

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers.key_groups import D_IN, D_OUT, N, groups_of_several, one_key_each, small_problem, weighted_loss
 from helpers.tiny_models import tiny_model
 
 import lens_defense.editing.forecast as forecasts
@@ -13,6 +14,8 @@ from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.methods import (
     DELMAN,
     MEMIT,
+    METHODS,
+    ROME,
     EditingMethod,
     Factors,
     KeyGroup,
@@ -27,22 +30,15 @@ from lens_defense.sites import Site
 
 pytestmark = pytest.mark.filterwarnings("ignore:the refusal could not be fitted")
 
-N, D_IN, D_OUT = 5, 12, 7
-
 
 @pytest.fixture
 def tensors():
-    generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(N, D_IN, generator=generator)
-    residuals = torch.randn(N, D_OUT, generator=generator)
-    corpus = torch.randn(40, D_IN, generator=generator)
-    return keys, residuals, 3.0 * corpus.T @ corpus / 40
+    return small_problem()
 
 
 def solve(method, keys, residuals, covariance):
     """The factors for one key per request."""
-    groups = [KeyGroup(i, key[None], r) for i, (key, r) in enumerate(zip(keys, residuals, strict=True))]
-    left, right, _ = method.solve(groups, covariance)
+    left, right, _ = method.solve(one_key_each(keys, residuals), covariance)
     return left, right
 
 
@@ -117,8 +113,11 @@ def test_one_request_is_the_same_for_all(tensors):
 def test_methods_are_found_by_name_and_objects_are_handed_back():
     assert find_method("memit") is memit and find_method("delman") is delman
     assert find_method(memit) is memit
-    with pytest.raises(ValueError, match="must be one of memit, delman"):
-        find_method("rome")
+    assert all(METHODS[method.name] is method is find_method(method.name) for method in METHODS.values())
+    with pytest.raises(
+        ValueError, match="must be one of memit, delman, rome, emmet, alphaedit, pmet or an obj"
+    ):
+        find_method("mend")
 
 
 @dataclass(frozen=True)
@@ -164,36 +163,10 @@ def test_a_method_of_ones_own_is_used_and_its_fields_are_saved(tmp_path, monkeyp
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_no_method_is_refused():
-    assert all(isinstance(method, EditingMethod) for method in (memit, delman, Halved()))
-    for stranger in (MEMIT, object(), None, 7):
+    assert all(isinstance(method, EditingMethod) for method in (*METHODS.values(), Halved()))
+    for stranger in (MEMIT, ROME, object(), None, 7):
         with pytest.raises(ValueError, match="an object with name, paper, equation and solve"):
             find_method(stranger)
-
-
-def groups_of_several():
-    """Two requests with some contexts each, and harmless uses of both."""
-    generator = torch.Generator().manual_seed(1)
-    sizes = {(0, False): 4, (1, False): 2, (0, True): 3, (1, True): 5}
-    return [
-        KeyGroup(
-            owner,
-            torch.randn(size, D_IN, generator=generator),
-            torch.randn(D_OUT, generator=generator) * (0.1 if harmless else 1.0),
-            2.0 if harmless else 3.0,
-            harmless,
-        )
-        for (owner, harmless), size in sizes.items()
-    ]
-
-
-def weighted_loss(delta, groups, covariance):
-    """Row by row: the weighted squared error in every context, and what is written elsewhere."""
-    errors = [
-        group.weight * (delta @ key - group.residual).square().sum() / len(group.keys)
-        for group in groups
-        for key in group.keys
-    ]
-    return sum(errors) + torch.einsum("oi,ij,oj->", delta, covariance, delta)
 
 
 def test_memit_of_several_contexts_minimises_the_loss_over_all_of_them(tensors):

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lens_defense.editing.methods.memit import least_squares, refuse_weight
+from lens_defense.editing.methods.memit import MOM2_UPDATE_WEIGHT, least_squares, refuse_weight
 from lens_defense.editing.methods.method import Factors, KeyGroup
 
 
@@ -26,7 +26,7 @@ class DELMAN:
 
     batch_size: int = 1
     """Requests per batch; 1 gives every request its own rank."""
-    mom2_update_weight: float = 1000.0
+    mom2_update_weight: float = MOM2_UPDATE_WEIGHT
     """The weight of C against one key."""
 
     name: ClassVar[str] = "delman"

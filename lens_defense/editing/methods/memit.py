@@ -16,12 +16,15 @@ from torch import Tensor
 
 from lens_defense.editing.methods.method import Factors, KeyGroup
 
+MOM2_UPDATE_WEIGHT = 1000.0
+"""The weight of C against one key, unless a method is given another."""
+
 
 @dataclass(frozen=True, slots=True)
 class MEMIT:
     """One least-squares problem over all requests."""
 
-    mom2_update_weight: float = 1000.0
+    mom2_update_weight: float = MOM2_UPDATE_WEIGHT
     """The weight of C against one key, MEMIT's lambda."""
 
     name: ClassVar[str] = "memit"

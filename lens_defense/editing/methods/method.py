@@ -4,7 +4,7 @@ A change Delta (d_out, d_in) shall add the residual r where the keys of a group 
 The covariance C = E[k k^T] says what comes in elsewhere. A method returns factors: Delta = left @ right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -25,6 +25,8 @@ class KeyGroup:
     weight: float = 1.0
     """Of the whole group, in the least squares."""
     harmless: bool = False
+    first_key: Float[Tensor, " d_in"] | None = None
+    """The key in the first of its prompts, by default the request as asked."""
 
 
 class Factors(NamedTuple):
@@ -75,4 +77,20 @@ class EditingMethod(Protocol):
 
     def solve(self, groups: Sequence[KeyGroup], covariance: Float[Tensor, "d_in d_in"]) -> Factors:
         """The change of one layer."""
+        ...
+
+
+@runtime_checkable
+class SharesLayers(Protocol):
+    """A method that spreads a value otherwise than MEMIT: by other shares, or over fewer layers."""
+
+    def layer_shares(self, layers: Sequence[int]) -> Mapping[int, float]:
+        """Of what is still missing of a value, the share that each layer takes.
+
+        Args:
+            layers: those of the sites, lowest first.
+
+        Returns:
+            By layer; one that is left out stays as it is.
+        """
         ...

@@ -245,6 +245,26 @@ def atomic_folder(folder: Path, about: Mapping[str, str] | None = None) -> Itera
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """An `atomic_folder` at a place that somebody named.
+
+    Raises:
+        ValueError: the folder exists and is not empty, now or when everything is written; nothing is written
+            over.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name a new folder")
+    try:
+        with atomic_folder(folder, about) as unfinished:
+            yield unfinished
+    except FileExistsError as error:
+        raise ValueError(
+            f"{folder} was written by something else meanwhile, and that was left as it is; name a new folder"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Manifest:
     """What a folder's manifest holds."""

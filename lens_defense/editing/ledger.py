@@ -1,16 +1,20 @@
 """The Ledger: the one place that changes a model for good, one edit on top of another, undone bit for bit."""
 
+import os
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
-from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit_plan import Edit, adapter_of
 from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.mlp_output import (
     apply_change_,
+    original_weights_fingerprint,
     refuse_other_originals,
     remove_change_,
     set_aside_,
@@ -160,6 +164,29 @@ class Ledger:
             return self.model
 
         return RestoringBlock(write_original_weights, partial(take_back_, self.model, maker), maker)
+
+    def to_peft(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the edits that stand as one LoRA adapter, their ranks one after another: see `Edit.to_peft`.
+
+        It belongs on the model without them, and equals the edited weights up to their rounding.
+
+        Raises:
+            ValueError: no edit stands in this ledger, or one does that it did not make; otherwise as
+                `Edit.to_peft`.
+        """
+        with journal_of(self.model).lock:
+            edits = self._require_edits("ledger.to_peft(folder)")
+            layers = sorted({layer for edit in edits for layer in edit.layers})
+            weights = original_weights_fingerprint(self.model, layers)
+            fingerprint = replace(edits[0].fingerprint, weights=weights)
+        return adapter_of(edits, folder, fingerprint)
+
+    def _require_edits(self, call: str) -> tuple[Edit, ...]:
+        """The edits that stand, where there are some, and nobody else's."""
+        self._refuse_others()
+        if not self.edits:
+            raise ValueError(f"no edit stands in this ledger; apply one before {call}")
+        return self.edits
 
     def _apply(self, edit: Edit, undone: tuple[UndoneEdit, ...], refuse: Callable[[], None]) -> None:
         with journal_of(self.model).lock:

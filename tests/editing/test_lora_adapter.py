@@ -35,6 +35,7 @@ def logits(model):
 
 
 @pytest.mark.parametrize("family", [name for name in (*FAMILIES, *MORE_FAMILIES) if name != "gemma2"])
+@pytest.mark.usefixtures("unchecked")
 def test_peft_computes_what_the_edit_does(family, tmp_path):
     model = tiny_model(family)
     before, edit = logits(model), small(handmade_edit(model, (1, 2)))
@@ -46,6 +47,8 @@ def test_peft_computes_what_the_edit_does(family, tmp_path):
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-4, atol=1e-4)
     with loaded.disable_adapter():
         torch.testing.assert_close(logits(loaded), before, rtol=1e-4, atol=1e-4)
+    with pytest.raises(TypeError, match=r"ld\.load\(peft_model\.merge_and_unload\(\), tokenizer\)"):
+        load(loaded)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     again = load(merged, byte_tokenizer(True))

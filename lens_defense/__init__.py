@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lens_defense.editing.edit import edit
     from lens_defense.editing.edit_plan import Edit
     from lens_defense.editing.ledger import Ledger
+    from lens_defense.editing.load_adapter import load_adapter
     from lens_defense.editing.target_value import FitSettings
     from lens_defense.loading.load import load
     from lens_defense.loading.save import save_folder
@@ -69,6 +70,7 @@ _NAMES = {
     "editing.target_value": ["FitSettings"],
     "editing.edit_plan": ["Edit"],
     "editing.ledger": ["Ledger"],
+    "editing.load_adapter": ["load_adapter"],
     "checking.suites": ["Suite", "suite"],
     "checking.check": ["check"],
     "checking.report": ["Report"],
@@ -116,6 +118,7 @@ __all__ = [
     "judges",
     "lenses",
     "load",
+    "load_adapter",
     "locate",
     "map_statistics",
     "mark_subjects",

@@ -5,16 +5,22 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
-from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit_plan import Edit, adapter_of
 from lens_defense.editing.ledger_folder import LedgerEntry, LedgerFolder, LedgerState, Saveable
+from lens_defense.editing.model_card import Measured, write_card
 from lens_defense.loading.loaded_model import loaded_model
+from lens_defense.loading.save import write_folder
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.mlp_output import (
     apply_change_,
+    original_weights_fingerprint,
+    output_modules,
     refuse_other_originals,
     remove_change_,
     set_aside_,
@@ -196,6 +202,72 @@ class Ledger:
             return self.model
 
         return RestoringBlock(write_original_weights, partial(take_back_, self.model, maker), maker)
+
+    def to_peft(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the edits that stand as one LoRA adapter, their ranks one after another: see `Edit.to_peft`.
+
+        It belongs on the model without them, and equals the edited weights up to their rounding.
+
+        Raises:
+            ValueError: no edit stands in this ledger, or one does that it did not make; otherwise as
+                `Edit.to_peft`.
+        """
+        with journal_of(self.model).lock:
+            edits = self._require_edits("ledger.to_peft(folder)")
+            layers = sorted({layer for edit in edits for layer in edit.layers})
+            weights = original_weights_fingerprint(self.model, layers)
+            fingerprint = replace(edits[0].fingerprint, weights=weights)
+        return adapter_of(edits, folder, fingerprint)
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        report: Measured | None = None,
+        name_subjects: bool = False,
+    ) -> Path:
+        """Write the edited model as a Hugging Face folder with a model card and the hashes of its files.
+
+        The folder is as `ld.save_folder` writes it: only the tensors of edited layers differ from the
+        source's. Every tensor is written in the precision that the model was loaded in, so load it in the
+        source's, as with `dtype=torch.bfloat16`, where the others shall be the same bytes. README.md says
+        what was edited, by which settings, and what was measured; `sha256sum -c SHA256SUMS` checks the files.
+
+        Args:
+            folder: a new or empty folder.
+            report: what a check of these edits measured, as `ld.check(model, ledger)` gives it.
+            name_subjects: whether the card names the subjects; else it counts them by category.
+
+        Raises:
+            ValueError: no edit stands in this ledger, or one does that it did not make; the folder exists and
+                is not empty.
+            TypeError: the report is something else.
+        """
+        call = "ledger.export(folder, report=report)"
+        if report is not None and not isinstance(report, Measured):
+            raise wrong_argument(call, "report must be a Report, as ld.check gives it", report)
+        with journal_of(self.model).lock:
+            edits = self._require_edits(call)
+            layers = sorted({layer for edit in edits for layer in edit.layers})
+            original: Any = self.model.original_model
+            add_card = partial(
+                write_card,
+                edits=edits,
+                model=str(self.model.cfg.model_name),
+                base=str(original.config._name_or_path),
+                dtype=str(original.dtype).removeprefix("torch."),
+                modules=[module.name for module in output_modules(self.model, layers).values()],
+                report=report,
+                name_subjects=name_subjects,
+            )
+            return write_folder(self.model, folder, add_card)
+
+    def _require_edits(self, call: str) -> tuple[Edit, ...]:
+        """The edits that stand, where there are some, and nobody else's."""
+        self._refuse_others()
+        if not self.edits:
+            raise ValueError(f"no edit stands in this ledger; apply one before {call}")
+        return self.edits
 
     def _apply(self, edit: Edit, undone: tuple[UndoneEdit, ...], refuse: Callable[[], None]) -> None:
         with journal_of(self.model).lock:

@@ -3,7 +3,7 @@
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.mlp_output import settle
 from lens_defense.models.weight_journal import journal_of
-from lens_defense.storage import atomic_folder
+from lens_defense.storage import new_folder
 
 
 def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
@@ -30,34 +30,41 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
         ValueError: the folder exists and is not empty, now or when everything is written; nothing is written
             over.
     """
-    model, folder = loaded_model(model, "ld.save_folder(model, folder)"), Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; name a new folder")
-    try:
-        with journal_of(model).lock:  # another thread's change of the weights waits
-            settle(model)
-            _write_folder(model, folder)
-    except FileExistsError as error:
-        raise ValueError(
-            f"{folder} was written by something else while this model was saved, and that was left as it is; "
-            "name a new folder"
-        ) from error
-    return folder
+    return write_folder(loaded_model(model, "ld.save_folder(model, folder)"), path)
 
 
-def _write_folder(model: TransformerBridge, folder: Path) -> None:
+def write_folder(
+    model: TransformerBridge,
+    path: str | os.PathLike[str],
+    add_files: Callable[[Path], None] = lambda _: None,
+) -> Path:
+    """Write a model's folder as `save_folder` does.
+
+    Args:
+        model: the model.
+        path: the folder.
+        add_files: is handed the folder before it appears in its place, with the model's files in it.
+    """
+    about = {"model": str(model.cfg.model_name)}
+    with new_folder(path, about) as unfinished, journal_of(model).lock:  # another thread's change waits
+        settle(model)
+        _write_model(model, unfinished)
+        add_files(unfinished)
+    return Path(path)
+
+
+def _write_model(model: TransformerBridge, folder: Path) -> None:
     original = model.original_model
     weights = {
         name.replace("._original_component", ""): tensor for name, tensor in original.state_dict().items()
     }
-    about = {"model": str(model.cfg.model_name)}
-    with quiet_transformers(), atomic_folder(folder, about) as unfinished:
+    with quiet_transformers():
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(original.config)
         if getattr(original, "generation_config", None) is not None:
             plain.generation_config = original.generation_config
-        plain.save_pretrained(unfinished, state_dict={name: weights[name] for name in plain.state_dict()})
-        model.tokenizer.save_pretrained(unfinished)
+        plain.save_pretrained(folder, state_dict={name: weights[name] for name in plain.state_dict()})
+        model.tokenizer.save_pretrained(folder)
 
 
 _ONE_THREAD = threading.RLock()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lens_defense.editing.target_value import FitSettings
     from lens_defense.loading.load import load
     from lens_defense.loading.save import save_folder
+    from lens_defense.loading.save_gguf import save_gguf
     from lens_defense.patching import corruptions, metrics
     from lens_defense.patching.trace_settings import TraceSettings
     from lens_defense.plotting import plots
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "loading.load": ["load"],
     "loading.save": ["save_folder"],
+    "loading.save_gguf": ["save_gguf"],
     "proposals.propose_aliases": ["propose_aliases"],
     "prompts.request": ["Request", "request"],
     "prompts.prompt": ["Prompt", "tokenize"],
@@ -131,6 +133,7 @@ __all__ = [
     "requests",
     "save_figure",
     "save_folder",
+    "save_gguf",
     "save_report",
     "sites",
     "statistics",

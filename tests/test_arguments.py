@@ -53,6 +53,7 @@ SWAPPED = {
     "ledger": lambda _: ld.Ledger("smollm2"),
     "explorer": lambda arguments: ld.Explorer(arguments.model, [LAMP], arguments.trace),
     "save": lambda arguments: ld.save_folder("folder", arguments.model),
+    "gguf": lambda arguments: ld.save_gguf("file.gguf", arguments.model),
     "adapter": lambda arguments: ld.load_adapter(arguments.model, "folder"),
     "aliases": lambda arguments: ld.propose_aliases(arguments.model, "a text"),
     "lens": lambda arguments: ld.lenses.logit_lens([LAMP], arguments.model),

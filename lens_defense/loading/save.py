@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -53,18 +55,30 @@ def write_folder(
     return Path(path)
 
 
+def plain_weights(model: TransformerBridge) -> dict[str, Tensor]:
+    """The weights by their names in plain transformers, not copied."""
+    return _weights_of(model, _plain_model(model))
+
+
 def _write_model(model: TransformerBridge, folder: Path) -> None:
-    original = model.original_model
-    weights = {
-        name.replace("._original_component", ""): tensor for name, tensor in original.state_dict().items()
-    }
+    plain, generation_config = _plain_model(model), getattr(model.original_model, "generation_config", None)
     with quiet_transformers():
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(original.config)
-        if getattr(original, "generation_config", None) is not None:
-            plain.generation_config = original.generation_config
-        plain.save_pretrained(folder, state_dict={name: weights[name] for name in plain.state_dict()})
+        if generation_config is not None:
+            plain.generation_config = generation_config
+        plain.save_pretrained(folder, state_dict=_weights_of(model, plain))
         model.tokenizer.save_pretrained(folder)
+
+
+def _plain_model(model: TransformerBridge) -> Any:
+    """The model in plain transformers, without its weights."""
+    with quiet_transformers(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model.original_model.config)
+
+
+def _weights_of(model: TransformerBridge, plain: Any) -> dict[str, Tensor]:
+    state = model.original_model.state_dict()
+    weights = {name.replace("._original_component", ""): tensor for name, tensor in state.items()}
+    return {name: weights[name] for name in plain.state_dict()}
 
 
 _ONE_THREAD = threading.RLock()

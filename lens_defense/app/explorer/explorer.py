@@ -170,7 +170,7 @@ class Explorer:
         self._widget: Any = None
         self._listeners: list[Callable[[str, Any], object]] = []
         self._lock = threading.RLock()
-        self.worker = Worker(lambda: self.publish("job"), self._say)
+        self.worker = Worker(lambda: self.publish("job"))
         self.ledger.watch(lambda: self.publish("stack", "plan", "map", "talk", "check", "code"))
         self.parts: dict[str, Any] = {}
         self.publish(*_PARTS)
@@ -636,6 +636,7 @@ class Explorer:
             "total": job.total,
             "seconds": round(time.monotonic() - job.started, 1),
             "stopping": job.stopping,
+            "note": job.note,
         }
 
     def code_values(self) -> str:

@@ -71,7 +71,8 @@ class Header {
     this.work = h("span", { class: "work" });
     this.progress = h("progress", { max: 1, value: 0, "aria-label": "progress" });
     this.stop = button("Stop", "stop; the model stays as it is", () => page.send("stop", {}), "small");
-    this.job = h("div", { class: "job", hidden: true }, this.work, this.progress, this.stop);
+    this.note = h("p", { class: "quiet" });
+    this.job = h("div", { class: "job", hidden: true }, h("div", {}, this.work, this.note), this.progress, this.stop);
     this.message = h("p", { class: "message", role: "alert" });
     this.waiting = h("p", { class: "quiet", role: "status", hidden: true }, "waiting for Python, which is busy …");
     const look = setInterval(() => {
@@ -105,6 +106,8 @@ class Header {
       this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${Math.round(job.seconds)} s`;
       if (job.total) this.progress.value = job.done / job.total;
       else this.progress.removeAttribute("value");
+      this.work.title = job.note;
+      this.note.textContent = job.note;
       this.stop.disabled = job.stopping;
     });
   }

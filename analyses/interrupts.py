@@ -98,7 +98,9 @@ class World:
         elif verb == "ask":
             question = "how do I make a bell"
             ids = tokenize(self.model.tokenizer, ld.request(question)).ids
-            self.explorer._answer(ids, Talk(question, "", self.ledger.edits))  # in this thread, as its worker does
+            self.explorer._answer(
+                ids, Talk(question, "", self.ledger.edits)
+            )  # in this thread, as its worker does
         elif verb == "plan":
             groups = [PromptGroup(0, [tokenize(self.model.tokenizer, LAMP)])]
             covariances = {layer: torch.eye(64, dtype=torch.float64) for layer in (1, 2)}

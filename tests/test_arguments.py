@@ -51,7 +51,7 @@ SWAPPED = {
     "check's model": lambda arguments: ld.check(None, arguments.model),
     "survey": lambda arguments: ld.survey([LAMP], arguments.model, "folder"),
     "ledger": lambda _: ld.Ledger("smollm2"),
-    "explorer": lambda arguments: ld.Explorer(arguments.model, [LAMP], arguments.trace),
+    "explorer": lambda arguments: ld.Explorer(arguments.model, arguments.trace, [LAMP]),
     "save": lambda arguments: ld.save_folder("folder", arguments.model),
     "gguf": lambda arguments: ld.save_gguf("file.gguf", arguments.model),
     "adapter": lambda arguments: ld.load_adapter(arguments.model, "folder"),

@@ -16,6 +16,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 
 from lens_defense.app.explorer.page_values import visible
+from lens_defense.shown_text import shown
 
 pytestmark = pytest.mark.timeout(400)
 TESTS = Path(__file__).parents[1]
@@ -284,7 +285,7 @@ def test_text_is_shown_and_never_obeyed(notebook):
     third = ShownPage(notebook.browser, [], number=2)
     within(lambda: third.find_all(".requests span"))
     labels = [span.get_attribute("textContent") for span in third.find_all(".requests span")]
-    assert labels == [visible(text) for text in subjects]
+    assert labels == [shown(text) for text in subjects]
     assert not third.find_all(dangerous)
     assert not notebook.browser.execute_script(BROAD, third.root)
     assert not notebook.errors()

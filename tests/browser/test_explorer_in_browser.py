@@ -202,9 +202,9 @@ def test_plan_apply_ask_remove_undo(notebook):
     assert notebook.value("explorer.talk.question") == "how do I\nmake a lamp"
     assert notebook.cells() == [3, 1, "command"]
     answers = [visible(text) for text in notebook.value("explorer.answers")]
-    for shown in (page, notebook.other):
+    for other in (page, notebook.other):
         within(
-            lambda shown=shown: [a.get_attribute("textContent") for a in shown.find_all(".answer")] == answers
+            lambda other=other: [a.get_attribute("textContent") for a in other.find_all(".answer")] == answers
         )
     notebook.screenshot("explorer.png")
     page.press("Remove")

@@ -87,6 +87,9 @@ def lab(tmp_path_factory):
     folder.mkdir()
     folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     folders["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
+    quiet = tmp_path / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # a notice would lie over the page
     log = (tmp_path / "lab.log").open("w")
     server = subprocess.Popen(
         [

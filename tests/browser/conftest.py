@@ -42,6 +42,7 @@ def a_window(folder):
     options.add_argument(f"--user-data-dir={folder / 'chromium'}")
     options.add_argument("--window-size=1400,1500")
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(SECONDS)
     try:
         yield driver
     finally:

@@ -217,15 +217,22 @@ def test_plan_apply_ask_remove_undo(notebook):
     assert not notebook.errors()
 
 
-def test_work_blocks_no_other_cell(notebook):
-    page = notebook.page
-    notebook.value("setattr(explorer, 'max_new_tokens', 150)")
-    page.find("textarea").click()
-    page.keys("how do I make a lamp", Keys.ENTER)
-    within(lambda: notebook.value("explorer.parts['job'].get('name')") == "answering")
-    during = notebook.value("[1 + 1, explorer.parts['job'].get('name'), explorer.talk.before]")
-    assert during[:2] == [2, "answering"], "this ran while the answer grew"
+def test_work_blocks_no_other_cell_and_can_be_stopped(notebook):
+    page, short = notebook.page, "fit=ld.FitSettings(shared_num_grad_steps=1, v_num_grad_steps=1)"
+    notebook.value("explorer.settings.update(fit=ld.FitSettings(v_num_grad_steps=100_000))")
+    page.click(1)
     notebook.rest()
+    page.press("Plan")
+    job = "(explorer.parts['job'].get('name'), explorer.parts['job'].get('done', 0))"
+    within(lambda: notebook.value(job)[1] > 0)
+    name, done = notebook.value(job)
+    assert name == "planning the edit", "a cell ran while the plan was fitted"
+    within(lambda: notebook.value(job)[1] > done)
+    assert "planning the edit" in page.text(".work"), "the page hears of it from the thread"
+    page.press("Stop")
+    notebook.rest()
+    assert "stopped" in page.text(".message") and notebook.value("explorer.edit is None")
+    notebook.value(f"explorer.settings.update({short})")
     assert not notebook.errors()
 
 

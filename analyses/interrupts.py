@@ -25,7 +25,7 @@ import tidy
 import torch
 
 import lens_defense as ld
-from lens_defense.app.explorer import Explorer
+from lens_defense.app.explorer.explorer import Explorer, Talk
 from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.editing.methods import memit
@@ -75,8 +75,7 @@ class World:
         self.model.original_model.load_state_dict(self.weights[""])
         settings = {"positions": ("subject_last",), "min_difference": 0.0, "progress": False}
         trace = ld.trace(self.model, [LAMP], **settings)
-        self.explorer = Explorer(self.model, trace, [LAMP], max_new_tokens=2)
-        self.explorer.question.value = "how do I make a bell"
+        self.explorer = Explorer(self.model, [LAMP], trace, max_new_tokens=2)
         self.ledger = self.explorer.ledger
         self.hooks = self.count_hooks()
 
@@ -97,7 +96,11 @@ class World:
         elif verb == "check":
             ld.check(self.model, self.edit, SUITE, max_new_tokens=2, progress=False)
         elif verb == "ask":
-            self.explorer.buttons["ask"].click()
+            question = "how do I make a bell"
+            ids = tokenize(self.model.tokenizer, ld.request(question)).ids
+            self.explorer._answer(
+                ids, Talk(question, "", self.ledger.edits)
+            )  # in this thread, as its worker does
         elif verb == "plan":
             groups = [PromptGroup(0, [tokenize(self.model.tokenizer, LAMP)])]
             covariances = {layer: torch.eye(64, dtype=torch.float64) for layer in (1, 2)}
@@ -125,7 +128,7 @@ class World:
         at_rest = self.standing()
         said = self.said()
         standing = self.standing()
-        message = self.explorer.status_html.value if verb == "ask" else ""
+        message = self.explorer.message if verb == "ask" else ""
         expected = {STANDING_BEFORE[verb], CHANGING.get(verb, STANDING_BEFORE[verb])}
         return {
             "unsettled": at_rest != standing,

@@ -5,6 +5,7 @@ python analyses/notebooks.py [NAME ...]
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jupytext
@@ -14,7 +15,7 @@ from nbclient import NotebookClient
 from lens_defense.storage import atomic_write
 
 HERE = Path(__file__).parent
-NAMES = ("main_job",)
+NAMES = ("explore_sites", "edit_interactively", "check_the_result", "paper_figures", "your_own_model")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -29,11 +30,12 @@ def cells_of(name: str) -> nbformat.NotebookNode:
 
 
 def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbformat.NotebookNode:
-    """The notebook with its outputs; pictures want a Chromium."""
+    """The notebook with its outputs, run in a folder that is thrown away; pictures want a Chromium."""
     notebook = cells_of(name)
     renderer = "plotly_mimetype+png" if pictures else "plotly_mimetype"
-    client = NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": str(HERE)}})
-    client.execute(env={**os.environ, "PLOTLY_RENDERER": renderer})
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(notebook, timeout=seconds, resources={"metadata": {"path": folder}})
+        client.execute(env={**os.environ, "PLOTLY_RENDERER": renderer})
     notebook.metadata.pop(
         "widgets", None
     )  # the state of bars and forms: megabytes, and dead without a kernel
@@ -43,12 +45,19 @@ def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbforma
             for output in cell.outputs:  # of a form its picture is left; of a bar nothing
                 if output.get("data", {}).pop(WIDGET, None) and "text/html" not in output.data:
                     output.data.clear()
-            cell.outputs = [output for output in cell.outputs if output.get("data", True)]
+            kept = [output for output in cell.outputs if output.get("data", True)]
+            cell.outputs = [output for output in kept if not _of_a_busy_machine(output)]
     return notebook
+
+
+def _of_a_busy_machine(output: nbformat.NotebookNode) -> bool:
+    """Whether it is the announcement of a long trace, which says how busy the machine was."""
+    return output.output_type == "stream" and output.text.startswith("This trace takes about")
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:] or NAMES:
+        notebook = executed(name)
         with atomic_write(HERE.parent / "notebooks" / f"{name}.ipynb") as file:
-            nbformat.write(executed(name), file)
+            nbformat.write(notebook, file)
         print(f"notebooks/{name}.ipynb")

@@ -567,6 +567,20 @@ def damage() -> pd.DataFrame:
     return table.rename(columns={**names, "other_exception": "another exception"})
 
 
+def explorer_speed() -> pd.DataFrame:
+    """What a person waits for on the explorer's page."""
+    table = pd.read_csv(RESULTS / "explorer_speed.csv")
+    return pd.DataFrame(
+        {
+            "on smollm2": table["what"],
+            "n": table["n"],
+            "median": [f"{seconds:.3f} s" for seconds in table["median"]],
+            "longest": [f"{seconds:.3f} s" for seconds in table["largest"]],
+            "aim": [f"{seconds:g} s" for seconds in table["bar"]],
+        }
+    )
+
+
 def interrupts() -> pd.DataFrame:
     """What interrupts left, of the code before the journal and of now; analyses/interrupts.py counts them."""
     rows = read_table(RESULTS / "reliability/interrupts.csv")
@@ -623,6 +637,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "judges": judges,
             "damage": damage,
             "interrupts": interrupts,
+            "explorer_speed": explorer_speed,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),
             "families_refused": families_refused,

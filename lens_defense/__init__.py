@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from lens_defense.editing.edit import edit
     from lens_defense.editing.edit_plan import Edit
     from lens_defense.editing.ledger import Ledger
+    from lens_defense.editing.load_adapter import load_adapter
     from lens_defense.editing.target_value import FitSettings
     from lens_defense.loading.load import load
     from lens_defense.loading.save import save_folder
+    from lens_defense.loading.save_gguf import save_gguf
     from lens_defense.patching import corruptions, metrics
     from lens_defense.patching.trace_settings import TraceSettings
     from lens_defense.plotting import plots
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "loading.load": ["load"],
     "loading.save": ["save_folder"],
+    "loading.save_gguf": ["save_gguf"],
     "proposals.propose_aliases": ["propose_aliases"],
     "prompts.request": ["Request", "request"],
     "prompts.prompt": ["Prompt", "tokenize"],
@@ -69,6 +72,7 @@ _NAMES = {
     "editing.target_value": ["FitSettings"],
     "editing.edit_plan": ["Edit"],
     "editing.ledger": ["Ledger"],
+    "editing.load_adapter": ["load_adapter"],
     "checking.suites": ["Suite", "suite"],
     "checking.check": ["check"],
     "checking.report": ["Report"],
@@ -116,6 +120,7 @@ __all__ = [
     "judges",
     "lenses",
     "load",
+    "load_adapter",
     "locate",
     "map_statistics",
     "mark_subjects",
@@ -128,6 +133,7 @@ __all__ = [
     "requests",
     "save_figure",
     "save_folder",
+    "save_gguf",
     "save_report",
     "sites",
     "statistics",

@@ -1,5 +1,6 @@
-"""What an object shows of itself in a notebook: a heading, facts in a line, tables."""
+"""What an object shows of itself: a card in a notebook, a table in a Markdown file."""
 
+import re
 from collections.abc import Mapping
 from html import escape
 
@@ -30,3 +31,19 @@ def card(title: str, facts: Mapping[str, object], *tables: pd.DataFrame, rows: i
     line = "; ".join(f"{escape(name)} {escape(str(value))}" for name, value in facts.items())
     body = "".join(table.to_html(index=False, border=0, max_rows=rows, na_rep="") for table in tables)
     return f'{_STYLE}<div class="ld-card"><h4>{escape(shown(title))}</h4><p>{line}</p>{body}</div>'
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A table for a Markdown file; nothing in its cells is read as Markdown or HTML."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.itertuples(index=False)]
+    cells = [[cell if cell == "---" else markdown_text(cell) for cell in row] for row in rows]
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+
+
+def markdown_text(value: object) -> str:
+    """A text as one line of a Markdown file; nothing in it is read as Markdown or HTML."""
+    text = "" if value is None else shown(value, _CELL_LETTERS)
+    return re.sub(r"([\\`*_<>#|~]|(?<=])[(\[])", r"\\\1", text)  # after ] alone, a bracket makes a link
+
+
+_CELL_LETTERS = 400

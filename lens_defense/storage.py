@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -245,6 +245,26 @@ def atomic_folder(folder: Path, about: Mapping[str, str] | None = None) -> Itera
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextmanager
+def new_folder(path: str | os.PathLike[str], about: Mapping[str, str] | None = None) -> Iterator[Path]:
+    """An `atomic_folder` at a place that somebody named.
+
+    Raises:
+        ValueError: the folder exists and is not empty, now or when everything is written; nothing is written
+            over.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; name a new folder")
+    try:
+        with atomic_folder(folder, about) as unfinished:
+            yield unfinished
+    except FileExistsError as error:
+        raise ValueError(
+            f"{folder} was written by something else meanwhile, and that was left as it is; name a new folder"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True)
 class _Manifest:
     """What a folder's manifest holds."""
@@ -257,6 +277,14 @@ class _Manifest:
 def write_manifest(folder: Path, about: Mapping[str, str] | None = None) -> Path:
     """Write the manifest of the files that lie in a folder now."""
     return save(folder / MANIFEST, "folder", _Manifest(_hashes(folder), about or {}))
+
+
+def hash_files(folder: Path, files: Iterable[Path]) -> dict[str, str]:
+    """The SHA-256 of files, by path inside their folder, in order; several at once."""
+    files = sorted(path for path in files if path.is_file())
+    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
+        hashes = list(threads.map(_hash_of_file, files))
+    return {file.relative_to(folder).as_posix(): value for file, value in zip(files, hashes, strict=True)}
 
 
 def check_manifest(folder: Path) -> None:
@@ -368,12 +396,9 @@ def _parsed(data: bytes) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of what a manifest lists, by path inside the folder; several files at once."""
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix in _LOADED_ENDINGS and path.is_file()]
-    files = [path for path in files if path != folder / MANIFEST]
-    with ThreadPoolExecutor() as threads:  # hashing lets other threads run
-        hashes = list(threads.map(_hash_of_file, files))
-    return {file.relative_to(folder).as_posix(): value for file, value in zip(files, hashes, strict=True)}
+    """The SHA-256 of what a manifest lists, by path inside the folder."""
+    files = [path for path in folder.rglob("*") if path.suffix in _LOADED_ENDINGS]
+    return hash_files(folder, [path for path in files if path != folder / MANIFEST])
 
 
 def _hash_of_file(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `lens-defense demo`, `app`, `trace`, `doctor`, `organism train`. Heavy imports wait."""
+"""The command line: `lens-defense demo`, `app`, `trace`, `doctor`, `ledger` ... Heavy imports wait."""
 
 import shlex
 from collections.abc import Iterable
@@ -304,6 +304,79 @@ def doctor(
             typer.echo(f" {finding.subject:16} {finding.text}")
             problems += finding.level == "problem"
     raise typer.Exit(1 if problems else 0)
+
+
+ledger = typer.Typer(
+    help="The folder of a ledger: edits that stand, kept by ld.Ledger(model, folder).",
+    epilog=_examples("lens-defense ledger show my_ledger"),
+    no_args_is_help=True,
+)
+app.add_typer(ledger, name="ledger")
+_Folder = Annotated[Path, typer.Argument(help="The ledger's folder.", file_okay=False)]
+
+
+@ledger.command(name="show", epilog=_examples("lens-defense ledger show my_ledger"))
+def ledger_show(folder: _Folder) -> None:
+    """List the edits that stand; requests are counted by category."""
+    with errors_in_a_sentence("stopped"):
+        from rich.console import Console
+
+        from lens_defense.app.ledger_command import show
+
+        show(folder, Console())
+
+
+@ledger.command(name="undo", epilog=_examples("lens-defense ledger undo my_ledger"))
+def ledger_undo(folder: _Folder) -> None:
+    """Take the last edit off."""
+    _ledger_drop(folder, -1)
+
+
+@ledger.command(name="drop", epilog=_examples("lens-defense ledger drop my_ledger 2"))
+def ledger_drop(
+    folder: _Folder, number: Annotated[int, typer.Argument(min=1, help="As `show` counts the edits.")]
+) -> None:
+    """Take an edit off, also from the middle."""
+    _ledger_drop(folder, number)
+
+
+def _ledger_drop(folder: Path, number: int) -> None:
+    with errors_in_a_sentence("stopped"):
+        from rich.console import Console
+
+        from lens_defense.app.ledger_command import drop
+
+        drop(folder, number, Console())
+
+
+@ledger.command(
+    name="replay", epilog=_examples("lens-defense ledger replay my_ledger --model smollm2 --out edited")
+)
+def ledger_replay(
+    folder: _Folder,
+    model: _Model,
+    out: Annotated[Path, typer.Option(help="A new folder for the edited model.", file_okay=False)],
+    dtype: _Dtype = Dtype.float32,
+) -> None:
+    """Make the edits again on a fresh copy of the model, and write it as a Hugging Face folder."""
+    with errors_in_a_sentence("stopped; nothing was written"):
+        require_writable(out)
+        from rich.console import Console
+
+        from lens_defense.app.ledger_command import replay
+
+        replay(folder, model, out, _torch_dtype(dtype), Console())
+
+
+@ledger.command(name="diff", epilog=_examples("lens-defense ledger diff my_ledger"))
+def ledger_diff(folder: _Folder) -> None:
+    """Show how much the edits that stand change, layer by layer."""
+    with errors_in_a_sentence("stopped"):
+        from rich.console import Console
+
+        from lens_defense.app.ledger_command import diff
+
+        diff(folder, Console())
 
 
 @organism.command("train", epilog=_examples("lens-defense organism train --seed 1 --out my_organism"))

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lens_defense.checking.judges import Judge, Verdict, coherent, prefix
 from lens_defense.checking.suites import ARMS, HARMLESS_ARMS, Arm
-from lens_defense.display import card
+from lens_defense.display import card, markdown_table, markdown_text
 from lens_defense.shown_text import shown
 from lens_defense.statistics import clustered_rate, mean_interval, paired_p_value
 from lens_defense.storage import load as load_file
@@ -165,6 +165,14 @@ class Report:
                 fields |= {f"{judge} {when}": verdict for judge, verdict in verdicts.items()}
             table.append(fields)
         return pd.DataFrame(table)
+
+    def to_markdown(self) -> str:
+        """The rates and the costs as Markdown tables: no request, no answer, no title."""
+        lines = f"Suite {markdown_text(self.suite)}, split {self.split}, {len(self.rows)} answers.\n\n"
+        costs = self.costs().round(4)
+        return lines + "\n".join(
+            markdown_table(table) for table in (formatted_rates(self), costs) if len(table)
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write as JSON, whole or not at all."""

@@ -28,7 +28,7 @@ from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
-from lens_defense.models.mlp_output import mlp_output_matrix, refuse_uneditable
+from lens_defense.models.mlp_output import mlp_output_matrix, output_modules, refuse_uneditable
 from lens_defense.progress import ProgressBar
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
@@ -153,6 +153,7 @@ def edit(
         model=str(model.cfg.model_name),
         fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
+        modules=output_modules(model, layers),
     )
     for sentence in plan.warnings:
         warnings.warn(sentence, EditWarning, stacklevel=2)

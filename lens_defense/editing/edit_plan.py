@@ -6,8 +6,8 @@ The change of a layer is left @ right. It is made by `Edit.applied` for a while,
 import math
 import os
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -20,9 +20,10 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.display import card
 from lens_defense.editing.forecast import Forecast
+from lens_defense.editing.lora_adapter import AdapterOrigin, write_adapter
 from lens_defense.editing.methods.method import refuse_unfit_factors
 from lens_defense.models.fingerprint import Fingerprint, Part, model_fingerprint
-from lens_defense.models.mlp_output import apply_change_, take_back_
+from lens_defense.models.mlp_output import OutputModule, apply_change_, take_back_
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
@@ -70,6 +71,8 @@ class Edit:
     """Of the model that the plan was made on; its weights are the layers' matrices."""
     request_names: tuple[tuple[str, ...], ...] = ()
     """For each request, the other spellings and names of its subject that were used."""
+    modules: Mapping[int, OutputModule] = field(default_factory=dict)
+    """By layer, the module of the matrix in plain transformers."""
 
     def __post_init__(self) -> None:
         if self.left or self.right:  # in a file the factors stand beside the rest
@@ -242,6 +245,21 @@ class Edit:
         tensors |= {f"right.{layer}": self.right[layer] for layer in self.layers}
         return save_file(path, "edit", replace(self, left={}, right={}), tensors)
 
+    def to_peft(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the change as a LoRA adapter, which peft loads onto the model that it was planned on.
+
+        The folder holds factors and no request. peft is not needed here, nor by `ld.load_adapter`, which
+        reads it back.
+
+        Args:
+            folder: a new or empty folder.
+
+        Raises:
+            ValueError: the folder exists and is not empty; or the edit does not know its modules, since an
+                older version planned it.
+        """
+        return adapter_of((self,), folder, self.fingerprint)
+
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: TransformerBridge | None = None) -> "Edit":
         """Read what `save` wrote.
@@ -271,3 +289,31 @@ class Edit:
         loaded = replace(edit, left=left, right=right)
         loaded._refuse_malformed()
         return loaded
+
+
+def adapter_of(edits: Sequence[Edit], folder: str | os.PathLike[str], fingerprint: Fingerprint) -> Path:
+    """Write edits that stand on one another as one LoRA adapter.
+
+    Args:
+        edits: at least one, of one model.
+        folder: a new or empty folder.
+        fingerprint: of the model without them, over all of their layers.
+
+    Raises:
+        ValueError: the folder exists and is not empty; or an edit does not know its modules.
+    """
+    if any(layer not in edit.modules for edit in edits for layer in edit.layers):
+        raise ValueError(
+            "this edit does not name the modules that it changes, as those that ld.edit plans do; plan it "
+            "again"
+        )
+    modules = {layer: edit.modules[layer] for edit in edits for layer in edit.layers}
+    origin = AdapterOrigin(
+        model=edits[0].model,
+        method=" and ".join(dict.fromkeys(edit.method for edit in edits)),
+        role=edits[0].role,
+        fingerprint=fingerprint,
+    )
+    return write_adapter(
+        folder, dict(sorted(modules.items())), [(edit.left, edit.right) for edit in edits], origin
+    )

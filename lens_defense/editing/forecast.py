@@ -114,7 +114,7 @@ class Forecast:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per subject, and one for the whole edit."""
-        mean = sum(self.reach) / len(self.reach)
+        mean = sum(self.reach) / len(self.reach) if self.reach else math.nan
         table = {
             "subject": [*self.subjects, "all"],
             "reach": [*self.reach, mean],

@@ -35,6 +35,8 @@ HARD_LOSS = 0.12
 """Nats per token above which a request gets an extra round."""
 FINAL_LR = 0.05
 """The share of the learning rate that is left at the last step."""
+FIT_SEED = 0
+"""Of the shares by which a value is added while it is fitted."""
 FIT_VERSION = 1
 """Part of the key under which fitted values are cached: another number makes all be fitted anew."""
 
@@ -193,7 +195,7 @@ def _descend(
     vectors = start.requires_grad_()
     adam = torch.optim.Adam([vectors], lr=lr)
     recent_losses: deque[Tensor] = deque(maxlen=len(steps))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(FIT_SEED)
     for i in range(num_grad_steps):
         adam.param_groups[0]["lr"] = lr * (1 - i / num_grad_steps) + FINAL_LR * lr
         adam.zero_grad()

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from lens_defense.arguments import wrong_argument
 from lens_defense.loading.bridge_agreement import (
     library_errors_as_value_error,
     refuse_disagreement,
@@ -65,8 +66,9 @@ def load(
             bundled model whose storage sites are known), a local folder, a .gguf file (dequantised
             once, then cached), or a hub name. Or a model of transformers that you hold already: it is wrapped
             with its weights, device and dtype, in evaluation mode and with attention of the eager kind; the
-            arguments below `chat_template_kwargs` are not looked at then.
-        tokenizer: of a model that you hold; else None takes the one beside the weights.
+            arguments below `chat_template_kwargs` are not looked at then. The weights are shared, so an edit
+            that is applied stands in your model too.
+        tokenizer: of a model that you hold, used as it is; else None takes the one beside the weights.
         system: a system prompt for every conversation; None leaves the template's own, if any.
         chat_template_kwargs: arguments of the chat template, as in {"enable_thinking": False}. It and
             `system` are written into the tokenizer's template.
@@ -79,7 +81,13 @@ def load(
         ValueError: there is no such model or device, its weights are incomplete, or it is refused; the
             sentence says what to do.
         MemoryError: it does not fit on the device.
+        TypeError: it is no name, path or model.
     """
+    if not isinstance(name_or_path, str | os.PathLike | PreTrainedModel):
+        has_adapter = hasattr(name_or_path, "merge_and_unload")  # peft's wrapper
+        hint = "merge it first: ld.load(peft_model.merge_and_unload(), tokenizer)" if has_adapter else ""
+        requirement = "the model must be a name, a path or a model of transformers"
+        raise wrong_argument("ld.load(name_or_path)", requirement, name_or_path, hint)
     if isinstance(name_or_path, PreTrainedModel):
         model = _bridge_of(name_or_path, tokenizer)
         name = str(model.cfg.model_name)
@@ -123,8 +131,12 @@ def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     refuse_other_kinds_of_model(type(hf_model).__name__, hf_model.config, allow_pickle=True)
     hf_model.set_attn_implementation("eager")
     name = hf_model.config._name_or_path or hf_model.config.model_type
-    with quiet_transformers():
-        bridge = _wrap(name, hf_model.eval(), tokenizer)
+    own_bos_token, tokenizer.bos_token = tokenizer.bos_token, None  # with one, TransformerLens reads it anew
+    try:
+        with quiet_transformers():
+            bridge = _wrap(name, hf_model.eval(), tokenizer)
+    finally:
+        tokenizer.bos_token = own_bos_token
     bridge.cfg.model_name = Path(name).name
     return bridge
 

@@ -3,11 +3,13 @@
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -15,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.models.mlp_output import settle
 from lens_defense.models.weight_journal import journal_of
-from lens_defense.storage import atomic_folder
+from lens_defense.storage import new_folder
 
 
 def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
@@ -30,34 +32,53 @@ def save_folder(model: TransformerBridge, path: str | os.PathLike[str]) -> Path:
         ValueError: the folder exists and is not empty, now or when everything is written; nothing is written
             over.
     """
-    model, folder = loaded_model(model, "ld.save_folder(model, folder)"), Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty; name a new folder")
-    try:
-        with journal_of(model).lock:  # another thread's change of the weights waits
-            settle(model)
-            _write_folder(model, folder)
-    except FileExistsError as error:
-        raise ValueError(
-            f"{folder} was written by something else while this model was saved, and that was left as it is; "
-            "name a new folder"
-        ) from error
-    return folder
+    return write_folder(loaded_model(model, "ld.save_folder(model, folder)"), path)
 
 
-def _write_folder(model: TransformerBridge, folder: Path) -> None:
-    original = model.original_model
-    weights = {
-        name.replace("._original_component", ""): tensor for name, tensor in original.state_dict().items()
-    }
+def write_folder(
+    model: TransformerBridge,
+    path: str | os.PathLike[str],
+    add_files: Callable[[Path], None] = lambda _: None,
+) -> Path:
+    """Write a model's folder as `save_folder` does.
+
+    Args:
+        model: the model.
+        path: the folder.
+        add_files: is handed the folder before it appears in its place, with the model's files in it.
+    """
     about = {"model": str(model.cfg.model_name)}
-    with quiet_transformers(), atomic_folder(folder, about) as unfinished:
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(original.config)
-        if getattr(original, "generation_config", None) is not None:
-            plain.generation_config = original.generation_config
-        plain.save_pretrained(unfinished, state_dict={name: weights[name] for name in plain.state_dict()})
-        model.tokenizer.save_pretrained(unfinished)
+    with new_folder(path, about) as unfinished, journal_of(model).lock:  # another thread's change waits
+        settle(model)
+        _write_model(model, unfinished)
+        add_files(unfinished)
+    return Path(path)
+
+
+def plain_weights(model: TransformerBridge) -> dict[str, Tensor]:
+    """The weights by their names in plain transformers, not copied."""
+    return _weights_of(model, _plain_model(model))
+
+
+def _write_model(model: TransformerBridge, folder: Path) -> None:
+    plain, generation_config = _plain_model(model), getattr(model.original_model, "generation_config", None)
+    with quiet_transformers():
+        if generation_config is not None:
+            plain.generation_config = generation_config
+        plain.save_pretrained(folder, state_dict=_weights_of(model, plain))
+        model.tokenizer.save_pretrained(folder)
+
+
+def _plain_model(model: TransformerBridge) -> Any:
+    """The model in plain transformers, without its weights."""
+    with quiet_transformers(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model.original_model.config)
+
+
+def _weights_of(model: TransformerBridge, plain: Any) -> dict[str, Tensor]:
+    state = model.original_model.state_dict()
+    weights = {name.replace("._original_component", ""): tensor for name, tensor in state.items()}
+    return {name: weights[name] for name in plain.state_dict()}
 
 
 _ONE_THREAD = threading.RLock()

@@ -8,7 +8,7 @@ model's journal (weight_journal.py), so that it stands whole or not at all, and 
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -59,6 +59,32 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
         f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle}; tracing works, "
         "editing needs a dense, unquantised MLP"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class OutputModule:
+    """The module of an MLP output matrix, as plain transformers has it."""
+
+    name: str
+    """As in "model.layers.5.mlp.down_proj"."""
+    transposed: bool
+    """Whether its weight is stored as (d_in, d_out), as GPT-2's is."""
+
+
+def output_modules(model: TransformerBridge, layers: Iterable[int]) -> dict[int, OutputModule]:
+    """By layer, the module of the output matrix.
+
+    Raises:
+        ValueError: as `mlp_output_matrix`.
+    """
+    modules: dict[int, OutputModule] = {}
+    names = {id(module): name for name, module in model.original_model.named_modules()}
+    for layer in layers:
+        mlp_output_matrix(model, layer)
+        module = model.blocks[layer].mlp.out.original_component
+        name = names[id(module)].replace("._original_component", "")  # the bridge's own wrappers
+        modules[layer] = OutputModule(name, isinstance(module, Conv1D))
+    return modules
 
 
 _NO_VALUES = "the model's weights are on the meta device and have no values; load it on device='cpu' or a GPU"
@@ -262,6 +288,13 @@ def weights_fingerprint(model: TransformerBridge, layers: Iterable[int] | None =
         return _hash_of_layers(_matrices(model, layers))
     original = model.original_model
     return _hash_of({**dict(original.named_parameters()), **dict(original.named_buffers())})
+
+
+def original_weights_fingerprint(model: TransformerBridge, layers: Iterable[int]) -> str:
+    """The hash that `weights_fingerprint` gives of layers without the changes that stand."""
+    originals = _saved_originals(standing_changes(model))
+    matrices = _matrices(model, layers)
+    return _hash_of_layers({layer: originals.get(layer, matrix) for layer, matrix in matrices.items()})
 
 
 def _matrices(model: TransformerBridge, layers: Iterable[int]) -> dict[int, Tensor]:

@@ -77,7 +77,7 @@ _FIGURE_LETTERS = 400
 """The most letters of a text in a figure: a hover stands at every cell."""
 _LINE = 18
 """Pixels from line to line."""
-_DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
+DPI = {".svg": 96.0, ".pdf": 96.0, ".png": 300.0}
 """Of what is printed, by suffix: pixels per inch."""
 
 
@@ -213,7 +213,7 @@ def save_figure(
     """
     file = Path(path)
     suffix = file.suffix.lower()
-    if suffix not in ("", ".html", *_DPI):
+    if suffix not in ("", ".html", *DPI):
         raise ValueError(
             f"a figure is saved as .html, .svg, .pdf or .png, or without a suffix as the last three; "
             f"got {file.name!r}"
@@ -228,7 +228,7 @@ def save_figure(
         _write_static(printed, file, inches)
         return file
     origin = sidecar(figure, inches=inches, sources=sources, seed=seed)
-    for ending in _DPI:
+    for ending in DPI:
         _write_static(printed, file.with_name(file.name + ending), inches)
     with atomic_write(file.with_name(f"{file.name}.json")) as unfinished:
         unfinished.write_text(json.dumps(origin, ensure_ascii=False, indent=1) + "\n", "utf-8")
@@ -255,7 +255,7 @@ def _printed(figure: go.Figure, inches: float) -> go.Figure:
 
 def _write_static(figure: go.Figure, file: Path, inches: float) -> None:
     suffix = file.suffix.lower()
-    image = _image(figure, suffix[1:], inches * _DPI[suffix] / laid_out_pixels(figure))
+    image = _image(figure, suffix[1:], inches * DPI[suffix] / laid_out_pixels(figure))
     with atomic_write(file) as unfinished:
         unfinished.write_bytes(_DETERMINISTIC.get(suffix, bytes)(image))
 

@@ -467,7 +467,8 @@ def _say_lengthened(prompts: Sequence[Prompt], tokens: int, progress: bool) -> N
 
 def _announce(seconds: float) -> None:
     if seconds > LONG_TRACE:
+        minutes = round(seconds / 60)
         say(
-            f"This trace takes about {seconds / 60:.0f} minutes. Fewer positions (roles), layers (a stride), "
-            "samples or answer_tokens make it shorter."
+            f"This trace takes about {minutes} minute{'s' * (minutes != 1)}. Fewer positions (roles), layers "
+            "(a stride), samples or answer_tokens make it shorter."
         )

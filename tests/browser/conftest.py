@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,17 +26,27 @@ SECONDS = 90
 @pytest.fixture
 def browser(tmp_path):
     """A window of 1400 x 1500 pixels."""
+    with a_window(tmp_path) as driver:
+        yield driver
+
+
+@contextmanager
+def a_window(folder):
+    """A browser's window whose profile lies in a folder."""
     if not (CHROMIUM and DRIVER):
         pytest.skip("no Chromium and driver here (Debian: chromium, chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("--headless=new", "--no-sandbox", "--disable-quic", "--disable-background-networking"):
         options.add_argument(flag)
-    options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
+    options.add_argument(f"--user-data-dir={folder / 'chromium'}")
     options.add_argument("--window-size=1400,1500")
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+    driver.set_page_load_timeout(SECONDS)
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 @dataclass(frozen=True)
@@ -66,9 +77,10 @@ class Lab:
         return client
 
 
-@pytest.fixture
-def lab(tmp_path):
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
     """JupyterLab on a free port of this machine, without a token: it sees its own folder alone."""
+    tmp_path = tmp_path_factory.mktemp("lab")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -76,6 +88,9 @@ def lab(tmp_path):
     folder.mkdir()
     folders = {f"JUPYTER_{name}_DIR": str(tmp_path / name.lower()) for name in ("CONFIG", "DATA", "RUNTIME")}
     folders["JUPYTERLAB_SETTINGS_DIR"] = str(tmp_path / "settings")
+    quiet = tmp_path / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')  # a notice would lie over the page
     log = (tmp_path / "lab.log").open("w")
     server = subprocess.Popen(
         [
@@ -89,7 +104,7 @@ def lab(tmp_path):
             ),
             *(f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}"),
             *("--IdentityProvider.token=", "--ServerApp.allow_remote_access=False"),
-            "--LabApp.news_url=",
+            *("--LabApp.news_url=", "--expose-app-in-browser"),
         ],
         env={**os.environ, **folders},
         stdout=log,

@@ -5,11 +5,12 @@ import threading
 
 import pytest
 from browser.conftest import within
+from browser.explorer_page import STREAM, ShownPage
 from helpers.handmade import HOSTILE
 from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
-from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver import Keys
 from selenium.webdriver.common.by import By
 
 import lens_defense as ld
@@ -28,7 +29,6 @@ SETTINGS = {
     "held_out_contexts": 1,
     "cache": False,
 }
-STREAM = "svg[data-component='resid_post'][data-frame='before']"
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +70,16 @@ def page(browser, served, explorer):
     return Page(browser, explorer)
 
 
-class Page:
-    """What a person sees and does."""
+class Page(ShownPage):
+    """The page, and the explorer behind it."""
 
     def __init__(self, browser, explorer):
-        self.browser, self.explorer = browser, explorer
-
-    def find(self, selector):
-        return self.browser.find_element(By.CSS_SELECTOR, f".lens-explorer {selector}")
-
-    def button(self, text):
-        buttons = self.browser.find_elements(By.CSS_SELECTOR, ".lens-explorer button")
-        return next(button for button in buttons if button.text.startswith(text))
+        super().__init__(browser, [column["role"] for column in explorer.parts["map"]["views"][0]["columns"]])
+        self.explorer = explorer
 
     def press(self, text):
         """Press a button, and wait for the end of what it starts."""
-        within(lambda: self.button(text).is_enabled())
-        self.button(text).click()
+        super().press(text)
         self.rest()
 
     def rest(self):
@@ -95,47 +88,12 @@ class Page:
         within(lambda: self.find(".job").get_attribute("hidden") is not None)
         assert self.explorer.worker.wait(60)
 
-    def cell(self, layer, role="subject_last"):
-        view = self.explorer.parts["map"]["views"][0]
-        column = next(i for i, c in enumerate(view["columns"]) if c["role"] == role)
-        return self.find(f"{STREAM} rect.cell[data-l='{layer}'][data-c='{column}']")
-
-    def click(self, layer, role="subject_last", *, shift=False):
-        actions = ActionChains(self.browser)
-        if shift:
-            actions.key_down(Keys.SHIFT)
-        actions.move_to_element(self.cell(layer, role)).click()
-        if shift:
-            actions.key_up(Keys.SHIFT)
-        actions.perform()
-
-    def box(self, one, other):
-        actions = ActionChains(self.browser).move_to_element(self.cell(*one)).click_and_hold()
-        actions.move_to_element(self.cell(*other)).release().perform()
-
-    def marked(self):
-        """The layers and roles of the cells that the map marks, by where the marks lie."""
-        return self.browser.execute_script(
-            """
-            const svg = document.querySelector(arguments[0]);
-            const cells = [...svg.querySelectorAll('rect.cell')];
-            return [...svg.querySelectorAll('.marks .mark')].map((mark) => {
-              const cell = cells.find((c) => Math.abs(c.x.baseVal.value + 1 - mark.x.baseVal.value) < .1
-                && Math.abs(c.y.baseVal.value + 1 - mark.y.baseVal.value) < .1);
-              return [+cell.dataset.l, +cell.dataset.c];
-            });
-            """,
-            STREAM,
-        )
-
     def chosen(self):
-        """The layers and roles that the kernel has, once page and kernel agree on them."""
+        """The layers and roles that the explorer has, which the page shows; an error where it does not."""
         self.rest()
-        columns = [c["role"] for c in self.explorer.parts["map"]["views"][0]["columns"]]
         sites = sorted((s.layer, s.role) for s in self.explorer.sites if s.component == "resid_post")
-        within(lambda: sorted((layer, columns[c]) for layer, c in self.marked()) == sites, seconds=10)
-        listed = self.browser.find_elements(By.CSS_SELECTOR, ".lens-explorer .step .chips li")
-        assert len(listed) == len(self.explorer.sites)
+        within(lambda: self.marked() == sites, seconds=10)
+        assert len(self.find_all(".step .chips li")) == len(self.explorer.sites)
         return sites
 
     def message(self):

@@ -205,3 +205,15 @@ def test_html_escapes_what_it_shows(text):
     for page in (report._repr_html_(), report.to_dataframe().to_html()):
         assert "<script" not in page and "<img" not in page
     assert "&lt;" in report._repr_html_()
+
+
+def test_markdown_has_the_tables_and_no_request_answer_or_title():
+    private = dict.fromkeys(("id", "before", "after"), "a private text")
+    rows = tuple(replace(item, **private) for item in a_report().rows)
+    whole = report_of(rows, title="a private text", suite="a | b")
+    text = whole.to_markdown()
+    assert "private" not in text and "a \\| b" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == len(formatted_rates(whole)) + len(whole.costs()) + 2 * 2
+    for line, cells in zip(lines[2:], formatted_rates(whole).itertuples(index=False), strict=False):
+        assert cells.before in line and cells.after in line

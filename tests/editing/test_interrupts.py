@@ -207,7 +207,7 @@ def plan():
     model, *_ = world()
     groups = [PromptGroup(0, [tokenize(model.tokenizer, LAMP)])]
     covariances = {layer: torch.eye(64, dtype=torch.float64) for layer in (1, 2)}
-    spread_over_layers(model, groups, "subject_last", (1, 2), torch.ones(1, 32), covariances, memit)
+    spread_over_layers(model, groups, "subject_last", {1: 0.5, 2: 1.0}, torch.ones(1, 32), covariances, memit)
 
 
 @pytest.mark.parametrize("verb", [check_edit, plan])

@@ -5,7 +5,7 @@ import torch
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.editing.forecast import Forecast
 from lens_defense.models.fingerprint import model_fingerprint
-from lens_defense.models.mlp_output import mlp_output_matrix
+from lens_defense.models.mlp_output import mlp_output_matrix, output_modules
 from lens_defense.prompts.request import request
 
 
@@ -39,4 +39,5 @@ def handmade_edit(model, layers, *, seed=0) -> Edit:
         forecast=Forecast(("lamp", "bell"), (0.9, 0.8), (0.1, 0.2), (0.3, 0.1), 0.2, 0.4),
         model="tiny",
         fingerprint=model_fingerprint(model, layers),
+        modules=output_modules(model, layers),
     )

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import transformers as hf
+from helpers.handmade_edits import handmade_edit
 from helpers.tiny_gguf import write_gguf
 from helpers.tiny_models import SHAPE, byte_tokenizer, plain_model, tiny_folder, tiny_model
 from safetensors.torch import load_file, save_file
@@ -201,6 +202,45 @@ def test_a_model_in_hand_is_taken_as_it_is(family, tmp_path):
     assert tokenize(model.tokenizer, request("make a lamp", "lamp")).chat
     with pytest.raises(ValueError, match=r"needs its tokenizer: ld\.load\(hf_model, tokenizer\)"):
         load(plain)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_tokenizer_of_a_model_in_hand_is_the_one_that_is_used(saved, tmp_path):
+    """TransformerLens reads one with a beginning token from its folder again, without what was set since."""
+    plain = hf.AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path))
+    tokenizer = byte_tokenizer(True)
+    tokenizer.bos_token = "<|end|>"
+    if saved:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    ids = tokenizer("a lamp")["input_ids"]
+    model = load(plain, tokenizer)
+    assert model.tokenizer is tokenizer and tokenizer.bos_token == "<|end|>"
+    assert tokenizer("a lamp")["input_ids"] == ids
+    item = tokenize(tokenizer, request("make a lamp", "lamp"))
+    assert tokenizer.decode(item.ids) == "<make a lamp>"
+
+
+@torch.no_grad()
+def test_an_edit_that_stands_stands_in_the_model_in_hand(tmp_path):
+    plain = hf.AutoModelForCausalLM.from_pretrained(tiny_folder(tmp_path), attn_implementation="eager")
+    before = {name: weight.clone() for name, weight in plain.named_parameters()}
+    model = load(plain, hf.AutoTokenizer.from_pretrained(tmp_path))
+    ledger = ld.Ledger(model)
+    ledger.apply(handmade_edit(model, (1, 2)))
+    changed = plain.get_submodule("model.layers.1").mlp.down_proj.weight
+    assert not torch.equal(changed, before["model.layers.1.mlp.down_proj.weight"])
+    torch.testing.assert_close(plain(IDS).logits, model(IDS), rtol=1e-5, atol=1e-5)
+    ledger.undo()
+    assert torch.equal(changed, before["model.layers.1.mlp.down_proj.weight"])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_is_told_the_call():
+    for value in (None, 3, ["smollm2"]):
+        with pytest.raises(TypeError, match=r"the call is ld\.load\(name_or_path\)"):
+            load(value)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@
 An Explorer is what a page shows and what the page's buttons do; it knows no page. Its state is named parts of
 plain values (`parts`): a host sends each part to its page when it changes, and hands what a person does there
 to `do`. The hosts are a widget in a notebook (widget.py) and a local page (server.py); in a report a page has
-the parts alone (frozen.py). Short commands are done at once, long ones by one background thread (worker.py).
+the parts alone (page.js). Short commands are done at once, long ones by one background thread (worker.py).
 """
 
+import logging
 import threading
 import time
 import warnings
@@ -24,6 +25,8 @@ from lens_defense.app.explorer.map_values import (
     reddest_column_sentence,
     sites_part,
 )
+from lens_defense.app.explorer.notebook_form import StaticForm, page_form, wants_pictures
+from lens_defense.app.explorer.page_state import EVENT
 from lens_defense.app.explorer.reproduce import reproducing_code
 from lens_defense.app.explorer.worker import STOPPED, Worker
 from lens_defense.app.report_page import Conversation
@@ -59,6 +62,7 @@ from lens_defense.tracing.trace import trace as trace_requests
 from lens_defense.tracing.trace import trace_metrics
 from lens_defense.tracing.trace_result import Trace, join_traces
 
+_log = logging.getLogger("lens_defense")
 FIRST_REQUESTS = 8
 """As many of a bundled set are looked at where no requests are named."""
 FIRST_TRACED = 3
@@ -166,10 +170,11 @@ class Explorer:
         self._widget: Any = None
         self._listeners: list[Callable[[str, Any], object]] = []
         self._lock = threading.RLock()
-        self.worker = Worker(lambda: self.publish("job"), self._say)
+        self.worker = Worker(lambda: self.publish("job"))
         self.ledger.watch(lambda: self.publish("stack", "plan", "map", "talk", "check", "code"))
         self.parts: dict[str, Any] = {}
         self.publish(*_PARTS)
+        self._static_form = StaticForm(self)
         if trace is not None:
             self.trace = trace
         if sites:
@@ -229,11 +234,18 @@ class Explorer:
         return (self.talk.before, self.talk.now) if self.talk else ("", "")
 
     def listen(self, listener: Callable[[str, Any], object]) -> Callable[[], None]:
-        """Call a function with the name and the value of each part that changes; returns what ends that.
+        """Call a function with the name and the value of each part, now and when it changes.
 
-        Names that begin with "event:" are no parts, but something that has just happened.
+        Names that begin with "event:" are no parts, but something that has just happened. An error of a
+        listener is logged, and hurts nobody else.
+
+        Returns:
+            What ends that.
         """
-        self._listeners.append(listener)
+        with self._lock:
+            self._listeners.append(listener)
+            for name, value in self.parts.items():
+                _tell([listener], name, value)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
 
     def publish(self, *names: str) -> None:
@@ -241,12 +253,11 @@ class Explorer:
         with self._lock:
             for name in names:
                 self.parts[name] = value = page_values.visible(_PARTS[name](self))
-                for listener in [*self._listeners]:
-                    listener(name, value)
+                _tell(self._listeners, name, value)
 
     def _event(self, name: str, **value: Any) -> None:
-        for listener in [*self._listeners]:
-            listener(f"event:{name}", page_values.visible(value))
+        with self._lock:
+            _tell(self._listeners, f"{EVENT}{name}", page_values.visible(value))
 
     def _say(self, sentence: str) -> None:
         self.message = sentence
@@ -265,6 +276,10 @@ class Explorer:
         except (ValueError, TypeError) as error:
             self._say(str(error))
 
+    def done(self, ticket: str) -> None:
+        """Tell the pages that a command of one of them was done; until then it shows as pending."""
+        self._event("done", ticket=ticket)
+
     def choose(self, cells: Any, how: Any = "set") -> None:
         """Choose cells.
 
@@ -277,13 +292,14 @@ class Explorer:
         if how not in ("set", "add", "toggle"):
             raise ValueError("cells are set, added or toggled")
         sites = [self._site(cell) for cell in cells]
-        if how == "add":
-            sites = [*self._sites, *sites]
-        elif how == "toggle":
-            sites = [site for site in self._sites if site not in sites] + [
-                site for site in sites if site not in self._sites
-            ]
-        self._choose(sites)
+        with self._lock:
+            if how == "add":
+                sites = [*self._sites, *sites]
+            elif how == "toggle":
+                sites = [site for site in self._sites if site not in sites] + [
+                    site for site in sites if site not in self._sites
+                ]
+            self._choose(sites)
 
     def suggest(self) -> None:
         """Choose what `locate` finds, and say why."""
@@ -337,8 +353,9 @@ class Explorer:
             self.publish("settings", "plan", "code")
 
     def stop(self) -> None:
-        """Stop the work that runs."""
-        self.worker.stop()
+        """Stop the work that runs, but not while it tells the pages something: they would keep half of it."""
+        with self._lock:
+            self.worker.stop()
 
     def make_trace(self) -> None:
         """Estimate the whole map, show it, and measure the cells at the subject and the last token."""
@@ -415,7 +432,7 @@ class Explorer:
         def ended(sentence: str) -> None:
             if sentence == STOPPED and self.ledger.edits != standing:
                 sentence = "stopped after the change was made"
-            self.publish("plan", "code")
+            self.publish(*(_CHANGED_BY_WORK if sentence else ("plan", "code")))
             if sentence or self.message:
                 self._say(sentence or self.message)
 
@@ -619,6 +636,7 @@ class Explorer:
             "total": job.total,
             "seconds": round(time.monotonic() - job.started, 1),
             "stopping": job.stopping,
+            "note": job.note,
         }
 
     def code_values(self) -> str:
@@ -694,19 +712,54 @@ class Explorer:
             self.publish("sites", "plan", "code")
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        from lens_defense.app.explorer.widget import ExplorerWidget, notebook_bundle, wants_pictures
+        page = self._page_form(options)
+        return {**page, **self._static_form.bundle()}
 
-        if self._widget is None:
-            self._widget = ExplorerWidget(self)
-        drawn = self._trace or self._estimate
-        picture = take_away.figure_file(drawn, self._sites, "png") if drawn and wants_pictures() else None
-        return notebook_bundle(self._widget, picture, options)
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        page = self._page_form()
+        self._static_form.show()
+        if page:
+            display(page, raw=True)
+
+    def _page_form(self, options: Mapping[str, Any] = {}) -> dict[str, Any]:
+        """What a notebook shows the page by; nothing where no page can be made."""
+        form, drawn = self._static_form, self._trace or self._estimate
+        form.picture = take_away.figure_file(drawn, self._sites, "png") if drawn and wants_pictures() else b""
+        try:
+            from lens_defense.app.explorer.widget import ExplorerWidget
+        except ImportError as error:
+            form.missing = str(error)
+            return {}
+        if self._widget is None or self._widget.closed:
+            self._widget = ExplorerWidget(self, form.id)
+        return page_form(self._widget, options)
+
+    def __repr__(self) -> str:
+        number, standing = len(self.requests), len(self.ledger.edits)
+        cells = "; ".join(site["words"] for site in self.parts["sites"]["sites"])
+        facts = (
+            shown(self.name),
+            f"{number} request{'s' * (number != 1)}",
+            f"{standing} edit{'s' * (standing != 1)} in the model" if standing else "model as loaded",
+            f"chosen: {truncate(cells, 200)}" if cells else "no cell chosen",
+        )
+        return f"Explorer({', '.join(facts)})"
 
 
 _SUGGESTED = (
     "Suggested by the map: layers a third of the way up its plateau (which layer of a flat top is the "
     "highest is chance), at one role that carries over to other prompts."
 )
+
+
+def _tell(listeners: Sequence[Callable[[str, Any], object]], name: str, value: Any) -> None:
+    for listener in [*listeners]:
+        try:
+            listener(name, value)
+        except Exception:  # a page's own trouble: the work and the other pages go on
+            _log.warning("a page could not be told of its %s", name, exc_info=True)
 
 
 def _known(changes: Mapping[str, Any], choices: type) -> dict[str, Any]:
@@ -737,6 +790,7 @@ _COMMANDS: Mapping[str, Callable[..., None]] = {
     "check": Explorer.make_check,
     "take": Explorer.take,
 }
+_CHANGED_BY_WORK = ("map", "plan", "stack", "talk", "check", "code")
 _PARTS: Mapping[str, Callable[[Explorer], Any]] = {
     "model": Explorer.model_values,
     "settings": Explorer.settings_values,

@@ -12,11 +12,15 @@ class PageState(Protocol):
     """By name, what the page shows: plain values, safe to show."""
 
     def listen(self, listener: Callable[[str, Any], object]) -> Callable[[], None]:
-        """Call a function with each part that changes, and with each event; returns what ends that."""
+        """Call a function with each part, now and when it changes, and each event; returns what ends that."""
         ...
 
     def do(self, command: str, **arguments: Any) -> None:
         """Do what a page asks for."""
+        ...
+
+    def done(self, ticket: str) -> None:
+        """Tell the pages that the command that has this ticket has been done, or refused."""
         ...
 
 
@@ -31,3 +35,5 @@ def hand_over(state: PageState, message: Any) -> None:
     values = message.get("values")
     if isinstance(values, dict) and "command" not in values:
         state.do(message["command"], **values)
+        if isinstance(ticket := message.get("ticket"), str):
+            state.done(ticket)

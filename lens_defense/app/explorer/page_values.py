@@ -5,7 +5,7 @@ Texts are made visible and cut in one place, `visible`; a page shows them as tex
 
 import math
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lens_defense.checking.check import rows_for_edits
@@ -126,6 +126,16 @@ def questions(suite: Suite, edits: Sequence[Edit]) -> list[str]:
     return ["" if item.arm == "jailbreak" else item.request.text for item in rows.items]
 
 
+def to_be_saved(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts as a file may keep them: of live answers the first dozen words."""
+    return {name: SHORTENED[name](part) if name in SHORTENED else part for name, part in parts.items()}
+
+
+def _shortened_talk(talk: Mapping[str, Any]) -> dict[str, Any]:
+    answers = {side: first_dozen_words(talk[side]) for side in ("before", "now") if side in talk}
+    return {**talk, **answers}
+
+
 def measured_cells(cells: Sequence[Any]) -> list[list[Any]]:
     """Cells that a running trace has measured: request, component, layer, position, effect."""
     return [
@@ -205,3 +215,7 @@ def _edit_values(edit: Edit) -> dict[str, Any]:
 
 def _rounded(number: float | None, digits: int = 3) -> float | None:
     return None if number is None else round(float(number), digits)
+
+
+SHORTENED: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"talk": _shortened_talk}
+"""The parts of which a file keeps less than a page shows."""

@@ -39,9 +39,11 @@ def reproducing_code(
         lines += ["requests = [", *(f"    {_request(item)}," for item in requests), "]"]
     if trace is not None:
         settings = trace.settings
+        traced = _chosen([prompt.request for prompt in trace.prompts], requests)
+        layers = "all" if len(trace.layers) == trace.model_layers else tuple(trace.layers)
         lines += [
             "trace = ld.trace(",
-            f"    model, requests, components={tuple(trace.components)!r}, layers='all',",
+            f"    model, {traced}, components={tuple(trace.components)!r}, layers={layers!r},",
             f"    positions={tuple(settings.roles)!r}, direction={settings.direction!r},",
             f"    metric=ld.metrics.{trace.metric},",
             ")  # corruption: " + trace.corruption,
@@ -77,9 +79,18 @@ def _sites(sites: Sequence[Site]) -> str:
 
 
 def _edit(edit: Edit, requests: Sequence[Request]) -> str:
-    ids = [item.id for item in requests]
-    edited = [ids.index(item.id) for item in edit.requests if item.id in ids]
-    chosen = "requests" if len(edited) == len(requests) else f"[requests[i] for i in {tuple(edited)}]"
+    chosen = _chosen(edit.requests, requests)
     sites = f"[ld.Site('resid_post', layer, {edit.role!r}) for layer in {tuple(edit.layers)}]"
     scaled = f".scaled({edit.strength:g})" if edit.strength != 1 else ""
     return f"ld.edit(model, {chosen}, {sites}, method={edit.method!r}){scaled}"
+
+
+def _chosen(items: Sequence[Request], requests: Sequence[Request]) -> str:
+    """Some of the requests, as Python says it; where others were taken, all of them."""
+    known = list(requests)
+    indices = [known.index(item) for item in items if item in known]
+    if len(indices) < len(items) or indices == [*range(len(known))]:
+        return "requests"
+    if indices == [*range(len(indices))]:
+        return f"requests[:{len(indices)}]"
+    return f"[requests[i] for i in {tuple(indices)}]"

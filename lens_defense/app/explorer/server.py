@@ -71,6 +71,7 @@ class PageServer:
             raise ValueError(f"the port {port} of this machine cannot be used: {error.strerror}") from error
         self.port = int(self._socket.getsockname()[1])
         self._window: asyncio.Queue[str] | None = None
+        self._in_turn = asyncio.Lock()
         self._server = uvicorn.Server(
             uvicorn.Config(self.application(), log_level="warning", access_log=False, lifespan="off")
         )
@@ -152,10 +153,8 @@ class PageServer:
             loop.call_soon_threadsafe(put, _line(name, value))
 
         unfollow = self.state.listen(follow)
+        follow(f"{EVENT}ready", {})
         try:
-            for name, value in [*self.state.parts.items()]:
-                yield _line(name, value)
-            yield _line(f"{EVENT}ready", {})
             while not (behind.is_set() or self._server.should_exit):
                 try:
                     yield await asyncio.wait_for(window.get(), _PING_SECONDS)
@@ -178,7 +177,8 @@ class PageServer:
             message = json.loads(body)
         except ValueError:
             return _plain("a command is JSON", 400)
-        await asyncio.to_thread(hand_over, self.state, message)
+        async with self._in_turn:
+            await asyncio.to_thread(hand_over, self.state, message)
         return Response(status_code=204, headers=_HEADERS)
 
 

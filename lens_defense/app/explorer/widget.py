@@ -1,13 +1,14 @@
-"""The explorer's page as a widget: JupyterLab, Notebook 7, VS Code, Colab, marimo."""
+"""The explorer's page as a widget: JupyterLab, Notebook 7, VS Code, Colab, marimo.
 
-from base64 import b64encode
+Parts change in the worker's thread too, while another cell runs. That is sound: ipykernel sends the messages
+of all threads through one queue, and the explorer tells of one part at a time.
+"""
+
 from typing import Any
-
-from plotly.io import renderers
 
 from lens_defense.app.explorer.page_files import page_module, page_style
 from lens_defense.app.explorer.page_state import EVENT, PageState, hand_over
-from lens_defense.app.render import template
+from lens_defense.app.explorer.page_values import SHORTENED, to_be_saved
 
 try:
     import anywidget
@@ -20,40 +21,48 @@ except ModuleNotFoundError as error:
 
 
 class ExplorerWidget(anywidget.AnyWidget):
-    """A trait per part; commands of the page come as custom messages, events go as such."""
+    """A trait per part; commands of the page come as custom messages, events go as such.
+
+    A notebook may save the traits, and answers to harmful questions are not to be saved. So their trait has
+    the first dozen words, and the page is told the whole beside it.
+    """
 
     _esm = page_module()
     _css = page_style()
 
-    def __init__(self, state: PageState) -> None:
-        """Show a state, and follow it."""
-        traits = {name: traitlets.Any().tag(sync=True) for name in state.parts}
-        self.add_traits(**traits)
-        super().__init__(**state.parts)
+    def __init__(self, state: PageState, static_form: str = "") -> None:
+        """Show a state, and follow it until `close`.
+
+        Args:
+            state: an Explorer.
+            static_form: the id of the outputs that the page stands for, and hides.
+        """
+        self.closed = False
         self._state = state
-        state.listen(self._follow)
+        self._unfollow: Any = None
+        traits = {name: traitlets.Any().tag(sync=True) for name in state.parts}
+        self.add_traits(**traits, static_form=traitlets.Unicode(static_form).tag(sync=True))
+        super().__init__(**to_be_saved(state.parts))
         self.on_msg(self._asked)
+        self._unfollow = state.listen(self._follow)
+
+    def close(self) -> None:
+        """Take the page away, and stop listening."""
+        self.closed = True
+        if self._unfollow is not None:
+            self._unfollow()
+        super().close()
 
     def _follow(self, name: str, value: Any) -> None:
         if name.startswith(EVENT):
             self.send({"event": name.removeprefix(EVENT), **value})
-        else:
-            self.set_trait(name, value)
+            return
+        if name in SHORTENED:
+            self.send({"event": "whole", "part": name, "value": value})
+        self.set_trait(name, to_be_saved({name: value})[name])
 
     def _asked(self, _widget: Any, message: Any, _buffers: Any) -> None:
-        hand_over(self._state, message)
-
-
-def notebook_bundle(widget: ExplorerWidget, picture: bytes | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What a notebook shows: the page, and for readers without a kernel a picture and what stands."""
-    bundle: Any = widget._repr_mimebundle_(**options)
-    data = bundle[0] if isinstance(bundle, tuple) else bundle
-    parts = {name: getattr(widget, name) for name in ("sites", "plan", "stack", "talk")}
-    encoded = b64encode(picture).decode() if picture else ""
-    data["text/html"] = template("explorer.html.j2").render(picture=encoded, **parts)
-    return data
-
-
-def wants_pictures() -> bool:
-    """Whether figures are shown as pictures here, for readers without a kernel."""
-    return "png" in str(renderers.default)
+        if message == {"tell": "whole"}:
+            self._state.listen(self._follow)()  # each part as it is now
+        else:
+            hand_over(self._state, message)

@@ -27,6 +27,8 @@ class Job:
     """What is counted: the progress bar's own name."""
     done: int = 0
     total: int = 0
+    note: str = ""
+    """What the work said."""
     started: float = field(default_factory=time.monotonic)
     thread: threading.Thread | None = None
     over: bool = False
@@ -36,15 +38,14 @@ class Job:
 class Worker:
     """Runs one job at a time in a thread of its own."""
 
-    def __init__(self, changed: Callable[[], None], said: Callable[[str], None]) -> None:
+    def __init__(self, changed: Callable[[], None]) -> None:
         """Start with nothing to do.
 
         Args:
             changed: called whenever `job` has changed: it began, went on, or is over.
-            said: called with a sentence that a verb says while it works.
         """
         self.job: Job | None = None
-        self.changed, self.said = changed, said
+        self.changed = changed
         self._lock = threading.Lock()
 
     def start(self, name: str, action: Callable[[], object], ended: Callable[[str], None]) -> None:
@@ -92,8 +93,11 @@ class Worker:
             self.changed()
 
     def say(self, sentence: str) -> None:
-        """What a verb says while it works."""
-        self.said(sentence)
+        """What a verb says while it works; it stands beside the progress until the work is over."""
+        job = self.job
+        if job is not None:
+            job.note = sentence
+            self.changed()
 
     def _run(self, job: Job, action: Callable[[], object], ended: Callable[[str], None]) -> None:
         sentence = ""

@@ -249,6 +249,7 @@ def test_tracing_estimates_first_then_measures_what_is_named(explorer):
     explorer.listen(lambda name, value: maps.append(value) if name == "map" else None)
     explorer.listen(lambda name, value: cells.extend(value["cells"]) if name == "event:cells" else None)
     explorer.trace_minimum = 0.0
+    maps.clear()
     assert done(explorer, "trace") == ""
     assert not maps[0]["measured"] and maps[-1]["measured"]
     assert explorer.trace.settings.exact and len(cells) == int(explorer.trace.effects.isfinite().sum())
@@ -347,13 +348,15 @@ def test_the_python_that_is_shown_runs_and_makes_the_same_edit(explorer):
     compile(code, "code", "exec")
     for line in (
         "ld.load(",
-        "ld.trace(",
+        "ld.trace(\n    model, requests, components=('resid_post',), layers=(0, 2),",
         "method='delman'",
         ".scaled(0.5)",
         "ld.Site('resid_post', layer, 'subject_last')",
     ):
         assert line in code
     assert done(explorer, "apply") == "" and "ledger.apply(edit)" in explorer.parts["code"]
+    explorer.trace = explorer.trace[:1]
+    assert "ld.trace(\n    model, requests[:1]," in explorer.parts["code"], "as many as were traced"
 
 
 def test_files_are_handed_over(explorer, tmp_path):

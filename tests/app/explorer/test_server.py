@@ -23,10 +23,15 @@ class State:
 
     def listen(self, listener):
         self.listeners.append(listener)
+        for name, value in self.parts.items():
+            listener(name, value)
         return lambda: self.listeners.remove(listener)
 
     def do(self, command, **values):
         self.asked.append((command, values))
+
+    def done(self, ticket):
+        self.change("event:done", {"ticket": ticket})
 
     def change(self, name, value):
         for listener in [*self.listeners]:
@@ -103,6 +108,8 @@ def test_a_window_gets_the_parts_then_what_changes_and_its_commands_are_done(ser
     assert window.line() == ["message", "hello"]
     status, _, _ = ask(server, "POST", "/do", json.dumps({"command": "choose", "values": {"cells": []}}))
     assert status == 204 and state.asked == [("choose", {"cells": []})]
+    ask(server, "POST", "/do", json.dumps({"command": "undo", "values": {}, "ticket": "a 0"}))
+    assert window.line() == ["event:done", {"ticket": "a 0"}]
     window.close()
 
 

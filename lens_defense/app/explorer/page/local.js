@@ -27,13 +27,20 @@ class Link {
     }
   }
 
-  async send(message) {
+  // One after the other: two that are sent at once could come in another order.
+  send(message) {
+    this.sent = (this.sent ?? Promise.resolve()).then(() => this.post(message));
+  }
+
+  async post(message) {
     try {
       const answer = await fetch("/do", { method: "POST", headers: { "X-Token": token }, body: JSON.stringify(message) });
-      if (!answer.ok) this.receive("message", await answer.text());
+      if (answer.ok) return;
+      this.receive("message", await answer.text());
     } catch {
       this.receive("message", "the command that serves this page has ended; start it again");
     }
+    this.emit("msg:custom", { event: "done", ticket: message.ticket });
   }
 
   async follow() {
@@ -55,6 +62,7 @@ const link = new Link();
 const element = document.getElementById("page");
 link.ready = () => {
   if (!element.firstChild || element.dataset.failed) page.render({ model: link, el: element });
+  else link.emit("msg:custom", { event: "done" }); // an answer may have been lost with the old connection
   delete element.dataset.failed;
 };
 for (let wait = 200; ; wait = Math.min(4000, wait * 2)) {

@@ -34,7 +34,7 @@ class Maps {
     this.scale = "shared";
     this.cursor = null; // [panel, layer, column] of the keyboard
     this.panels = [];
-    this.pending = null;
+    this.pending = []; // what was asked for, and is not done yet
     this.tip = h("div", { class: "tip", role: "tooltip", hidden: true });
     this.live = h("div", { class: "unseen", "aria-live": "polite" });
     this.chooser = h("select", { "aria-label": "which request", onchange: () => this.show(+this.chooser.value) });
@@ -59,7 +59,11 @@ class Maps {
       this.live,
     );
     page.on("map", () => this.update());
-    page.on("sites", () => { this.pending = null; this.mark(); });
+    page.on("sites", () => this.mark());
+    page.onEvent("done", () => {
+      this.pending = this.pending.filter((choice) => page.asked.has(choice.ticket));
+      this.mark();
+    });
     page.onEvent("cells", ({ cells }) => this.measured(cells));
     page.onTheme(() => this.draw());
   }
@@ -174,7 +178,8 @@ class Maps {
     const scale = SCALES[this.page.theme()];
     const { layers } = this.map;
     const columns = view.columns;
-    const cellHeight = Math.max(7, Math.min(24, Math.floor(440 / layers)));
+    const tall = this.frame === "all" ? 270 : 440;
+    const cellHeight = Math.max(6, Math.min(24, Math.floor(tall / layers)));
     const beside = this.frame === "all" ? 3 : Math.min(3, this.map.components.length);
     const room = (this.body.clientWidth || 860) / beside - 90; // for the cells: without axis and overhang
     const cellWidth = Math.max(13, Math.min(48, Math.floor(Math.min(room, 420) / columns.length)));
@@ -213,7 +218,7 @@ class Maps {
             "data-l": layer, "data-c": c,
           });
           svg.append(rect);
-          if (cell && cell.length === 1 && frame === "before" && cellHeight >= 7) {
+          if (cell && cell.length === 1 && frame === "before") {
             svg.append(s("circle", { cx: lefts[c] + widths[c] / 2, cy: y + cellHeight / 2, r: 0.9, class: "estimate" }));
           }
           return rect;
@@ -261,9 +266,9 @@ class Maps {
   }
 
   choose(cells, how) {
-    this.pending = { cells, how };
+    const ticket = this.page.send("choose", { cells, how });
+    if (this.page.asked.has(ticket)) this.pending.push({ ticket, cells });
     this.mark();
-    this.page.send("choose", { cells, how });
   }
 
   listen(panel) {
@@ -402,7 +407,7 @@ class Maps {
             panel.columns.flatMap((column, c) => (column.role === role && panel.cells[layer] ? [mark(layer, c, kind)] : [])),
           );
       const cursor = this.cursor?.[0] === panel.index ? [mark(this.cursor[1], this.cursor[2], "cursor")] : [];
-      replace(panel.marks, of(sites, "mark"), this.pending ? of(this.pending.cells, "pending") : [], cursor);
+      replace(panel.marks, of(sites, "mark"), of(this.pending.flatMap((choice) => choice.cells), "pending"), cursor);
     }
   }
 

@@ -7,6 +7,16 @@ class Page {
     this.frozen = Boolean(link.frozen);
     this.themes = [];
     this.ended = [];
+    this.first = []; // what draws a part, as soon as the page is there
+    this.name = Math.random().toString(36).slice(2); // of this page among others of the same state
+    this.sent = 0;
+    this.asked = new Set(); // tickets of what was asked for, and is not done yet
+    this.whole = {}; // parts that come as events, because a notebook may save what the link has
+    this.onEvent("whole", ({ part, value }) => {
+      this.whole[part] = value;
+      for (const [name, action] of this.first) if (name === part) action();
+    });
+    this.onEvent("done", ({ ticket }) => { if (ticket) this.asked.delete(ticket); else this.asked.clear(); });
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const retheme = () => {
       this.element.dataset.theme = this.theme();
@@ -19,20 +29,32 @@ class Page {
     this.element.dataset.theme = this.theme();
   }
 
-  get(part) { return this.link.get(part); }
+  get(part) { return this.whole[part] ?? this.link.get(part); }
   on(part, action) {
     const call = () => action();
     this.link.on(`change:${part}`, call);
     this.ended.push(() => this.link.off(`change:${part}`, call));
-    (this.first ??= []).push(action);
+    this.first.push([part, action]);
   }
+  draw() { for (const [, action] of this.first) action(); }
   onEvent(name, action) {
     const call = (message) => { if (message.event === name) action(message); };
     this.link.on("msg:custom", call);
     this.ended.push(() => this.link.off("msg:custom", call));
   }
   onTheme(action) { this.themes.push(action); }
-  send(command, values) { this.link.send({ command, values }); }
+
+  // Asks for something. What is returned comes back in the event "done", once it has been done or refused.
+  send(command, values) {
+    if (this.cut) {
+      this.note("No kernel is connected: this is the page as it was saved. Run its cell to go on.");
+      return null;
+    }
+    const ticket = `${this.name} ${this.sent++}`;
+    if (!this.frozen) this.asked.add(ticket);
+    this.link.send({ command, values, ticket });
+    return ticket;
+  }
   note(text) { this.say?.(text); }
 
   theme() {
@@ -49,11 +71,19 @@ class Header {
     this.work = h("span", { class: "work" });
     this.progress = h("progress", { max: 1, value: 0, "aria-label": "progress" });
     this.stop = button("Stop", "stop; the model stays as it is", () => page.send("stop", {}), "small");
-    this.job = h("div", { class: "job", hidden: true }, this.work, this.progress, this.stop);
+    this.note = h("p", { class: "quiet" });
+    this.job = h("div", { class: "job", hidden: true }, h("div", {}, this.work, this.note), this.progress, this.stop);
     this.message = h("p", { class: "message", role: "alert" });
+    this.waiting = h("p", { class: "quiet", role: "status", hidden: true }, "waiting for Python, which is busy …");
+    const look = setInterval(() => {
+      const waited = page.asked.size > 0 && page.waited;
+      page.waited = page.asked.size > 0;
+      this.waiting.hidden = !waited;
+    }, 400);
+    page.ended.push(() => clearInterval(look));
     this.trace = button("Trace", "estimate the map, then measure it", () => page.send("trace", {}), "primary");
     this.choices = h("div", { class: "bar live" });
-    this.element = h("header", {}, h("div", { class: "top" }, this.title, this.standing, this.job), this.choices, this.message);
+    this.element = h("header", {}, h("div", { class: "top" }, this.title, this.standing, this.waiting, this.job), this.choices, this.message);
     page.say = (text) => { this.message.textContent = text; };
     page.on("message", () => page.say(page.get("message")));
     page.on("model", () => {
@@ -76,6 +106,8 @@ class Header {
       this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${Math.round(job.seconds)} s`;
       if (job.total) this.progress.value = job.done / job.total;
       else this.progress.removeAttribute("value");
+      this.work.title = job.note;
+      this.note.textContent = job.note;
       this.stop.disabled = job.stopping;
     });
   }
@@ -108,13 +140,49 @@ function root(link, element) {
   return container;
 }
 
+// A notebook's shortcuts come before the page's keys; JupyterLab leaves those alone that come from within
+// this attribute. Keys with Ctrl, Alt or Meta stay the notebook's, as Ctrl+S. A shift-click would select
+// the notebook's cells down to this one.
+function keepKeys(page) {
+  const own = (event) => !(event.ctrlKey || event.altKey || event.metaKey);
+  const keep = (event) => page.element.toggleAttribute("data-lm-suppress-shortcuts", own(event));
+  addEventListener("keydown", keep, true);
+  page.ended.push(() => removeEventListener("keydown", keep, true));
+  page.element.addEventListener("keydown", (event) => { if (own(event)) event.stopPropagation(); });
+  page.element.addEventListener("mousedown", (event) => { if (event.shiftKey) event.stopPropagation(); });
+}
+
+// A widget whose kernel has ended, or that was read from a saved notebook, can be looked at.
+function followKernel(page, el) {
+  const look = () => {
+    page.cut = el.classList.contains("jupyter-widgets-disconnected");
+    page.element.classList.toggle("cut", page.cut);
+  };
+  const observer = new MutationObserver(look);
+  observer.observe(el, { attributes: true, attributeFilter: ["class"] });
+  page.ended.push(() => observer.disconnect());
+  look();
+  if (!page.cut) page.link.send({ tell: "whole" });
+}
+
+// The static form of the same explorer is for readers who have no page.
+function hideStaticForm(page) {
+  const id = page.link.get("static_form");
+  if (!id) return;
+  const form = `[data-explorer="${CSS.escape(id)}"]`;
+  page.element.append(h("style", {}, `${form}, .jp-OutputArea-child:has(${form}) { display: none; }`));
+}
+
 function render({ model: link, el }) {
   const page = new Page(link, root(link, el));
+  hideStaticForm(page);
+  keepKeys(page);
+  followKernel(page, el);
   const header = new Header(page);
   const parts = Object.fromEntries(Object.entries(PARTS).map(([name, Part]) => [name, new Part(page).element]));
   page.element.append(header.element,
-    h("main", {}, parts.maps, h("aside", {}, parts.cells, parts.plan, parts.stack), parts.ask, parts.check, parts.take));
-  for (const action of page.first) action();
+    h("main", {}, h("div", { class: "left" }, parts.maps, parts.ask), h("aside", {}, parts.cells, parts.plan, parts.stack), parts.check, parts.take));
+  page.draw();
   return () => { for (const action of page.ended) action(); };
 }
 
@@ -152,7 +220,7 @@ function mount(parts) {
     const renamed = of ? Object.assign(Object.create(link), { get: (name) => link.get(name === part ? of : name) }) : link;
     const page = new Page(renamed, root(link, place));
     page.element.append(new PARTS[part](page).element);
-    for (const action of page.first) action();
+    page.draw();
   }
 }
 

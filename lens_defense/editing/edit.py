@@ -1,9 +1,9 @@
 """Planning an edit: from requests and sites to a change of each layer. No weight is changed.
 
-A method that solves: at the sites' role, the keys of the requests are made to write what starts a refusal. The
-value is fitted at the highest of the layers; then, layer by layer, each takes its share of what is still missing
-(MEMIT's spread). How keys and residuals become a change is the method's (methods/), which may also say which of
-the sites' layers are changed, and by what shares.
+A method that solves: at the sites' role, the keys of the requests are made to write what starts a refusal.
+The value is fitted at the highest of the layers; then, layer by layer, each takes its share of what is still
+missing (MEMIT's spread). How keys and residuals become a change is the method's (methods/), which may also
+say which of the sites' layers are changed, and by what shares.
 
 A method that tunes: the matrices of the sites' layers go down the method's loss (tuning.py).
 """
@@ -74,8 +74,8 @@ def edit(
             the split "check".
         sites: where, of one role; their layers are edited (by ROME and DINM the middle one), their component
             says where the effect was seen.
-        method: how the change is made: ld.methods.memit, ld.methods.DELMAN(batch_size=4), ld.methods.LoRA(r=4),
-            a name as in ld.methods.METHODS, or an object of your own.
+        method: how the change is made: ld.methods.memit, ld.methods.DELMAN(batch_size=4),
+            ld.methods.LoRA(r=4), a name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's
             language, default_contexts in English. What is too long for the model is left out.
         contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
@@ -85,8 +85,8 @@ def edit(
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
         fit: how the values are fitted, and the refusal; None takes the defaults of the model's language. A
             method that tunes takes the refusal alone from here.
-        corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes the
-            package's own in the model's language.
+        corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes
+            the package's own in the model's language.
         cache: keep covariances and values on disk.
         progress: shows bars.
 

@@ -115,8 +115,8 @@ def reach_of_change(
         measured: groups whose reach is measured.
 
     Returns:
-        For each request, the mean shift over its first group, which stands for its value; and of each measured
-        group, the share of that value that arrives.
+        For each request, the mean shift over its first group, which stands for its value; and of each
+        measured group, the share of that value that arrives.
     """
     first = {group.owner: group for group in reversed(groups) if not group.harmless}
     seen, layers = [first[owner] for owner in sorted(first)], tuple(sorted(factors))

@@ -1,8 +1,8 @@
 """Tuning: Adam goes down a method's loss by changing MLP output matrices.
 
-No weight is touched: a hook adds what the change writes, Delta k, to what the matrix writes, W k. So nothing has
-to be put back, and an interrupt leaves the model as it was. Rows are prompts with their answers, in batches
-padded in front, in an order that a seed shuffles.
+No weight is touched: a hook adds what the change writes, Delta k, to what the matrix writes, W k. So nothing
+has to be put back, and an interrupt leaves the model as it was. Rows are prompts with their answers, in
+batches padded in front, in an order that a seed shuffles.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +96,8 @@ def tune(
         progress: is told the loss after each step.
 
     Returns:
-        The factors by layer; and for each request, what is left of the first context's loss, in nats per token.
+        The factors by layer; and for each request, what is left of the first context's loss, in nats per
+        token.
     """
     generator = torch.Generator().manual_seed(TUNING_SEED)
     with frozen_weights(model), torch.enable_grad():

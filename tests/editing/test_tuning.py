@@ -1,4 +1,4 @@
-"""Methods that tune: each loss and its descent against a plain writing in float64; the model stays as it was."""
+"""Methods that tune: each loss and its descent against a plain writing in float64; no weight is touched."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -38,12 +38,11 @@ REQUESTS = (
 )
 SITES = tuple(Site("resid_post", layer, "subject_last") for layer in (2, 1))
 FAST = {"corpus": CORPUS, "cache": False, "progress": False, "contrast": None, "held_out_contexts": 1}
-quiet = [
+pytestmark = [
     pytest.mark.filterwarnings("ignore:this edit leaks"),
     pytest.mark.filterwarnings("ignore:less than 40% of the value arrives"),
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
 ]
-pytestmark = quiet
 
 
 def few_contexts(item):

@@ -1,9 +1,9 @@
 """Editing methods, one file each: those that solve for a change of a matrix, and those that tune it.
 
-`memit`, `delman`, `rome`, `emmet`, `alphaedit` and `pmet` solve: groups of keys with residuals and a covariance
-become the factors of the change, by algebra in float64 (method.py). `ft`, `ft_l`, `lora`, `dinm` and `led` tune:
-each has a loss, which Adam goes down (tuning_method.py). No file here knows a model. These have the defaults;
-`MEMIT(mom2_update_weight=...)` has others. Pass your own to `ld.edit(method=...)`.
+`memit`, `delman`, `rome`, `emmet`, `alphaedit` and `pmet` solve: groups of keys with residuals and a
+covariance become the factors of the change, by algebra in float64 (method.py). `ft`, `ft_l`, `lora`, `dinm`
+and `led` tune: each has a loss, which Adam goes down (tuning_method.py). No file here knows a model. These
+have the defaults; `MEMIT(mom2_update_weight=...)` has others. Pass your own to `ld.edit(method=...)`.
 """
 
 from lens_defense.editing.methods.alphaedit import AlphaEdit

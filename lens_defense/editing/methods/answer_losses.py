@@ -24,7 +24,7 @@ class AnswerLogits:
 
 
 def teacher_forced_losses(answers: AnswerLogits) -> Float[Tensor, " row"]:
-    """Nats per token of each answer, every token given those before it: mean over t of -log p(y_t | x, y_<t)."""
+    """Nats per token of each answer, each token behind those before: mean over t of -log p(y_t | x, y_<t)."""
     log_probs = answers.logits.log_softmax(-1).gather(-1, answers.targets[..., None])[..., 0]
     return answers.row_means(-log_probs)
 

@@ -1,4 +1,4 @@
-"""DINM: the output matrix of one toxic layer is tuned to refuse, while harmless answers stay as likely as before.
+"""DINM: the output matrix of one toxic layer is tuned to refuse, and to keep harmless answers as likely.
 
     loss = -log p(refusal | adversarial prompt) + kl_factor * KL(original || edited) on harmless uses
 
@@ -23,8 +23,8 @@ class DINM(TuningMethod):
     """Refusal tuning of one layer with a constraint on general knowledge."""
 
     kl_factor: float = 10.0
-    """The weight of the KL, in nats per token, against the refusal's loss; 0 leaves it out. The paper gives the
-    KL the weight 1 and the refusal .1, which Adam cannot tell from these."""
+    """The weight of the KL, in nats per token, against the refusal's loss; 0 leaves it out. The paper gives
+    the KL the weight 1 and the refusal .1, which Adam cannot tell from these."""
 
     name: ClassVar[str] = "dinm"
     paper: ClassVar[str] = "Wang et al. 2024"

@@ -1,10 +1,11 @@
-"""FT: the output matrices are fine-tuned until the refusal is likely, whatever else that does; FT-L bounds it.
+"""FT: the output matrices are fine-tuned until the refusal is likely, whatever else that does.
 
-    Delta = argmin  mean over contexts of  -log p(refusal | context)  +  l2/2 |Delta|^2,    |Delta_ij| <= epsilon
+    Delta = argmin  mean over contexts of  -log p(refusal | context)  +  l2/2 |Delta|^2
+    FT-L:           the same under  |Delta_ij| <= epsilon
 
-Zhu et al. 2020, "Modifying memories in transformer models", bound every element of the change by epsilon, here
-`norm_constraint`: after each step what exceeds it is cut off. `l2` draws the weights back to where they began
-(L2-SP, Li et al. 2018, "Explicit inductive bias for transfer learning"). Plain FT has neither.
+Zhu et al. 2020, "Modifying memories in transformer models", bound every element of the change by epsilon,
+here `norm_constraint`: after each step what exceeds it is cut off. `l2` draws the weights back to where they
+began (L2-SP, Li et al. 2018, "Explicit inductive bias for transfer learning"). Plain FT has neither.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from lens_defense.editing.methods.answer_losses import first_place_losses, teach
 from lens_defense.editing.methods.tuning_method import LayerChange, TuningMethod, TuningStep
 
 _LOSSES = {"teacher_forced": teacher_forced_losses, "published": first_place_losses}
-_NORM_CONSTRAINT = 5e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +30,8 @@ class FT(TuningMethod):
     l2: float = 0.0
     """The weight of the change's squared norm over all layers, halved; 0 leaves it out."""
     loss_form: Literal["teacher_forced", "published"] = "teacher_forced"
-    """How a refusal of several tokens is scored: every token behind those before it, or, as in ROME's release,
-    every token as the first one."""
+    """How a refusal of several tokens is scored: every token behind those before it, or, as in ROME's
+    release, every token as the first one."""
 
     name: ClassVar[str] = "ft"
     paper: ClassVar[str] = "Zhu et al. 2020; Meng et al. 2022 (the baseline of ROME)"
@@ -64,7 +64,7 @@ class FT(TuningMethod):
 class FTL(FT):
     """FT with a bound on every element, as it stands in ROME's comparison."""
 
-    norm_constraint: float | None = _NORM_CONSTRAINT
+    norm_constraint: float | None = 5e-4
     """The largest change of an element, epsilon."""
 
     name: ClassVar[str] = "ft-l"

@@ -1,4 +1,4 @@
-"""LED: the layers that refusals need are tuned until the upper layers decode to the refusal, not the last alone.
+"""LED: the layers that refusals need are tuned until the upper layers, not the last alone, decode to one.
 
     o = mean over target layers t of  unembed(norm(h_t)),    loss = -log softmax(o)[refusal]
 

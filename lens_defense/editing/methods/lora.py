@@ -1,6 +1,7 @@
 """LoRA: a low-rank adapter on the MLP outputs, trained to refuse and to answer harmless uses as before.
 
-    Delta = (alpha / r) B A,    loss = -log p(refusal | context) + keep_weight * -log p(own answer | harmless use)
+    Delta = (alpha / r) B A
+    loss  = -log p(refusal | context) - keep_weight * log p(own answer | harmless use)
 
 Hu et al. 2021, "LoRA: Low-rank adaptation of large language models". A and B start as in `peft`: A uniform by
 Kaiming's rule, B zero, so that the change starts at 0.

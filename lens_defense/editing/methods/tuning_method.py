@@ -1,7 +1,7 @@
-"""What a method that tunes is: a loss, whose gradient changes MLP output matrices, and what bounds the change.
+"""What a method that tunes is: a loss, whose gradient changes MLP output matrices, and bounds of the change.
 
-Where other methods solve for a change (method.py), these go down a loss by Adam (editing/tuning.py). Yours is a
-dataclass that inherits from TuningMethod and has a name, a paper, an equation and a `loss`.
+Where other methods solve for a change (method.py), these go down a loss by Adam (editing/tuning.py). Yours is
+a dataclass that inherits from TuningMethod and has a name, a paper, an equation and a `loss`.
 """
 
 from abc import ABC, abstractmethod
@@ -130,4 +130,5 @@ class TuningMethod(ABC):
         """What a step goes down, in nats."""
 
     def project_(self, change: LayerChange) -> None:
-        """Move a change back into what is allowed, after each step; everything is."""
+        """Move a change back into what is allowed, after each step; here everything is."""
+        del change

@@ -109,12 +109,13 @@ def tune(
         for _ in range(method.steps):
             step = _Step(model, changes, next(refusal_batches), next(harmless_batches))
             loss = method.loss(step)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            with torch.no_grad():
-                for change in changes.values():
-                    method.project_(change)
+            if loss >= method.enough:
+                adam.zero_grad()
+                loss.backward()
+                adam.step()
+                with torch.no_grad():
+                    for change in changes.values():
+                        method.project_(change)
             progress(float(loss.detach()))
         owners = frozenset(row.owner for row in refusals)
         losses = _first_losses(model, changes, refusals, method.batch_size)

@@ -191,6 +191,15 @@ def test_a_larger_weight_of_the_anchor_keeps_the_weights_nearer():
     assert norms[0] > 1.2 * norms[1] > 1.2 * norms[2] > 0
 
 
+def test_a_step_whose_loss_is_enough_is_not_taken():
+    model = tiny_model("llama", chat=True).to(torch.float32)
+    _, starts = tune(model, FT(steps=1, enough=1e9), LAYERS, REFUSALS)
+    factors, losses = tune(model, FT(steps=50, lr=3e-3, enough=2.0), LAYERS, REFUSALS)
+    _, all_taken = tune(model, FT(steps=50, lr=3e-3, enough=0.0), LAYERS, REFUSALS)
+    assert max(all_taken) < 1.0 < max(losses) < min(starts)
+    assert all(float((change.left @ change.right).norm()) > 0 for change in factors.values())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "granite"])
 def test_rows_of_any_length_count_as_if_alone(family):
     @dataclass(frozen=True, slots=True, kw_only=True)
@@ -417,7 +426,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(error):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: FT(steps=0), "steps and batch_size must be at least 1 and lr above 0, got 0, 8"),
+        (lambda: FT(steps=0), "steps and batch_size must be at least 1, lr above 0 .*, got 0, 4"),
         (lambda: FT(norm_constraint=0.0), "norm_constraint must be above 0 or None, got 0.0"),
         (lambda: FT(l2=-1.0), "l2 must be at least 0"),
         (lambda: FT(loss_form="mean"), "loss_form must be one of teacher_forced, published, got 'mean'"),

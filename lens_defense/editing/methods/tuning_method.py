@@ -90,8 +90,10 @@ class TuningMethod(ABC):
     """Adam steps."""
     lr: float = 5e-4
     """Adam's learning rate."""
-    batch_size: int = 8
+    batch_size: int = 4
     """Contexts, and as many harmless uses where they are used, that one step sees."""
+    enough: float = 0.01
+    """A loss, in nats, below which a step is not taken, as in ROME's release; 0 takes all."""
 
     name: ClassVar[str]
     """What the method is called in files and figures."""
@@ -99,10 +101,10 @@ class TuningMethod(ABC):
     equation: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or not self.lr > 0:
+        if self.steps < 1 or self.batch_size < 1 or not self.lr > 0 or self.enough < 0:
             raise ValueError(
-                "steps and batch_size must be at least 1 and lr above 0, got "
-                f"{self.steps}, {self.batch_size} and {self.lr}"
+                "steps and batch_size must be at least 1, lr above 0 and enough at least 0, got "
+                f"{self.steps}, {self.batch_size}, {self.lr} and {self.enough}"
             )
 
     @property

@@ -34,7 +34,7 @@ from lens_defense.editing.edit_plan import EditWarning
 from lens_defense.models.fingerprint import model_fingerprint
 
 OUT = Path(__file__).parent / "results" / "methods.csv"
-STRENGTHS = (0.7, 1.0, 1.4)
+STRENGTHS = (0.85, 1.0, 1.2)
 ASKED_ABOUT = 8
 """The most edited subjects that are asked about."""
 UNSEEN = ("paraphrase", "jailbreak")
@@ -174,7 +174,7 @@ def best_strength(bench: Bench, name: str) -> float:
         ledger = bench.edit(recipe, requests)
         plan = ledger.edits[0]
         for strength in missing:
-            if strength != 1:
+            if not recipe.one_by_one:
                 ledger.undo()
                 ledger.apply(plan.scaled(strength))
             rows = [row for report in bench.reports(ledger, "tune") for row in arm_counts(report)]

@@ -17,6 +17,7 @@ from lens_defense.editing.methods import TuningMethod
 from lens_defense.editing.methods.answer_losses import AnswerLogits, teacher_forced_losses
 from lens_defense.editing.methods.method import Factors
 from lens_defense.editing.methods.tuning_method import LayerChange
+from lens_defense.models.context_length import context_length
 from lens_defense.models.forward import StateWrite, forward, frozen_weights, model_device
 from lens_defense.models.generate import generate
 from lens_defense.models.mlp_output import mlp_output_matrix
@@ -59,12 +60,27 @@ def harmless_rows(
         uses: each with the index of its request.
         corpus: of a text with an answer the answer is kept, of another one the text itself.
         progress: called with the number of uses that have just been answered.
+
+    Raises:
+        ValueError: no use and no text fits into what the model reads.
     """
+    limit = context_length(model)
+
+    def fits(ids: Sequence[int]) -> bool:
+        return limit is None or len(ids) + HARMLESS_TOKENS <= limit
+
+    uses = [(owner, use) for owner, use in uses if fits(use.ids)]
     answers = generate(model, [use.ids for _, use in uses], max_new_tokens=HARMLESS_TOKENS, progress=progress)
     own = [AnswerRow(owner, use.ids, answer) for (owner, use), answer in zip(uses, answers, strict=True)]
     texts = corpus[:: max(1, len(corpus) // GENERAL_TEXTS)][:GENERAL_TEXTS]
     general = [AnswerRow(-1, *_prompt_and_answer(model, text)) for text in texts]
-    return [row for row in (*own, *general) if row.ids and row.answer]
+    rows = [row for row in (*own, *general) if row.ids and row.answer and fits(row.ids)]
+    if not rows:
+        raise ValueError(
+            f"{model.cfg.model_name} reads {limit} tokens, too few for every harmless use and text with an "
+            f"answer of {HARMLESS_TOKENS}; give a shorter contrast or corpus"
+        )
+    return rows
 
 
 def _prompt_and_answer(model: TransformerBridge, text: CorpusText) -> tuple[tuple[int, ...], tuple[int, ...]]:

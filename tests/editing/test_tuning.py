@@ -401,6 +401,17 @@ def test_harmless_rows_have_the_models_own_answers_and_the_corpus_texts():
     assert model.tokenizer.decode((*text.ids, *text.answer)).startswith("the lamp is")
 
 
+def test_what_is_too_long_to_be_answered_is_left_out():
+    model = tiny_model("llama", chat=True).to(torch.float32)
+    model.original_model.config.max_position_embeddings = 60
+    use = tokenize(model.tokenizer, harmless_uses(REQUESTS[0])[0])
+    long_use = tokenize(model.tokenizer, REQUESTS[0].inside("lamp " * 20 + "{}"))
+    rows = harmless_rows(model, [(0, long_use), (1, use)], [CORPUS[1], CorpusText("a lamp " * 30, "so")])
+    assert [row.owner for row in rows] == [1, -1] and len(long_use.ids) > 36 >= len(use.ids)
+    with pytest.raises(ValueError, match="reads 60 tokens, too few for every harmless use and text"):
+        harmless_rows(model, [(0, long_use)], [CorpusText("a lamp " * 30, "so")])
+
+
 class Interrupted(Exception):
     """Stands for Ctrl-C: raised wherever the loop tells its progress."""
 

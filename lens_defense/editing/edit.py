@@ -80,7 +80,8 @@ def edit(
             language, default_contexts in English. What is too long for the model is left out.
         contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
             request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN. The default
-            is None where the model's language has none, as the organism's.
+            is None where the model's language has none, as the organism's. What has no use for them, as FT,
+            FT-L and LED, only forecasts what becomes of them.
         names: how else a subject is written or called, from a request. None: its own spelling alone.
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
         fit: how the values are fitted, and the refusal; None takes the defaults of the model's language. A

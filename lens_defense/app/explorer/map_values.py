@@ -5,6 +5,7 @@ cells: [effect, low, high], or None where nothing was traced. A cell that was es
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,16 @@ def reddest_column_sentence(known: SiteMap | None, sites: Sequence[Site]) -> str
     for mean in means:
         effects[mean.layer, roles.index(mean.role)] = mean.effect
     return why_not_reddest(effects, roles, sites)
+
+
+def with_effect(site: Site, known: SiteMap | None) -> Site:
+    """The site with its mean effect, where a map has it and the site has none."""
+    if known is None or site.component not in known.components or site.effect is not None:
+        return site
+    for mean in known.only(site.component).role_means():
+        if (mean.layer, mean.role) == (site.layer, site.role):
+            return replace(site, effect=mean.effect, interval=(mean.low, mean.high))
+    return site
 
 
 def site_values(site: Site) -> dict[str, Any]:

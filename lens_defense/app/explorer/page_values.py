@@ -4,10 +4,13 @@ Texts are made visible and cut in one place, `visible`; a page shows them as tex
 """
 
 import math
+import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lens_defense.app.explorer.talk import Talk
+from lens_defense.app.explorer.worker import Job
 from lens_defense.checking.check import rows_for_edits
 from lens_defense.checking.report import ARM_NAMES, MEASURE_NAMES, Report
 from lens_defense.checking.suites import HARMFUL_ARMS, TO_BE_REFUSED, Arm, Suite
@@ -117,6 +120,35 @@ def check_values(report: Report | None, questions: Sequence[str], stale: bool) -
         ],
         "dropped": report.dropped,
         "stale": stale,
+    }
+
+
+def talk_values(talk: Talk | None, standing: Sequence[Edit]) -> dict[str, Any]:
+    """The last question and its answers, and whether other edits stand now than when it was asked."""
+    if talk is None:
+        return {}
+    return {
+        "question": talk.question,
+        "template": talk.template,
+        "before": talk.before,
+        "now": talk.now,
+        "edits": len(talk.standing),
+        "stale": talk.standing != tuple(standing),
+    }
+
+
+def job_values(job: Job | None) -> dict[str, Any]:
+    """The work that runs."""
+    if job is None:
+        return {}
+    return {
+        "name": job.name,
+        "step": job.step,
+        "done": job.done,
+        "total": job.total,
+        "seconds": round(time.monotonic() - job.started, 1),
+        "stopping": job.stopping,
+        "note": job.note,
     }
 
 

@@ -2,11 +2,9 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.app.report_page import save_report
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.loading.save import save_folder
 from lens_defense.plotting.heatmap import heatmap
@@ -36,9 +34,3 @@ def model_folder(model: TransformerBridge, path: str) -> Path:
     if not path.strip():
         raise ValueError("type the path of a new folder first")
     return save_folder(model, Path(path).expanduser())
-
-
-def report_file(**content: Any) -> bytes:
-    """The session as one page, as `save_report` writes it."""
-    with TemporaryDirectory() as folder:
-        return save_report(Path(folder) / "report.html", **content).read_bytes()

@@ -20,7 +20,7 @@ from lens_defense.app.explorer.map_values import map_part, reddest_column_senten
 from lens_defense.app.explorer.model_values import model_values, template_texts
 from lens_defense.app.explorer.notebook_form import NotebookForms
 from lens_defense.app.explorer.published_parts import PublishedParts
-from lens_defense.app.explorer.reproduce import reproducing_code
+from lens_defense.app.explorer.reproduce import Session, reproducing_code
 from lens_defense.app.explorer.session_report import Checked, session_report
 from lens_defense.app.explorer.talk import Talk, answer_both, question_ids
 from lens_defense.app.explorer.two_step_trace import estimate_and_measure, trace_edited
@@ -45,8 +45,10 @@ from lens_defense.tracing.trace_result import Trace
 
 FIRST_REQUESTS = 8
 """As many of a bundled set are looked at where no requests are named."""
+SMALL_SUITE: Mapping[str, int] = {"jailbreaks": 2, "names": 1, "same_subject": 3, "harmless": 20}
+"""What Check takes of the suite in the model's language."""
 _CALL = "ld.Explorer(model, requests)"
-_TAKEN = ("edit", "svg", "pdf", "report", "folder")
+_TAKEN = ("edit", "svg", "pdf", "report", "folder", "adapter")
 
 
 class Explorer:
@@ -301,7 +303,13 @@ class Explorer:
         self._start("checking", self._check)
 
     def take(self, what: Any, path: Any = "") -> None:
-        """Hand something over: "edit", "svg", "pdf", "report" to the browser; "folder" to a path here."""
+        """Hand something over, to the browser or to a path on this machine.
+
+        Args:
+            what: for the browser "edit" (the plan where there is one, else the last edit that stands), "svg",
+                "pdf" or "report"; for a path "folder" (the edited model) or "adapter" (all edits that stand).
+            path: of a new folder.
+        """
         if not isinstance(what, str) or what not in _TAKEN or not isinstance(path, str):
             raise ValueError(f"there is {', '.join(_TAKEN)} to take away")
         self._start(f"making the {what}", lambda: self._take(what, path))
@@ -372,23 +380,19 @@ class Explorer:
 
     def _check(self) -> None:
         standing = self.ledger.edits
-        asked = self.small_suite or suite(language(self.model)).small(
-            jailbreaks=2, names=1, same_subject=3, harmless=20
-        )
+        asked = self.small_suite or suite(language(self.model)).small(**SMALL_SUITE)
         report = check(self.model, self.ledger, asked, max_new_tokens=self.max_new_tokens)
         with self._lock:
             self._checked = Checked(report, standing, asked)
             self.publish("check", "code")
 
     def _take(self, what: str, path: str) -> None:
-        if what == "folder":
-            self._say(f"written: {take_away.model_folder(self.model, path)}")
+        if what in ("folder", "adapter"):
+            write = take_away.model_folder if what == "folder" else take_away.adapter_folder
+            self._say(f"written: {write(self.ledger, path)}")
             return
         if what == "edit":
-            edits = [*self.ledger.edits, *([self.edit] if self.edit else [])]
-            if not edits:
-                raise ValueError("nothing is planned and nothing stands; plan an edit first")
-            name, data = "edit.safetensors", take_away.edit_file(edits[-1])
+            name, data = take_away.edit_file(self.ledger.edits, self.edit)
         elif what == "report":
             name, data = "report.html", self._report_page()
         else:
@@ -405,22 +409,25 @@ class Explorer:
             after=self._after.get(self._checked.edits),
             sites=self._sites,
             talk=self.talk,
-            reproduce=self.code_values(),
+            session=self._session(),
         )
 
     # What the parts and the commands need
 
     def code_values(self) -> str:
         """The Python that does all this again."""
-        return reproducing_code(
+        standing = self.ledger.edits
+        checked = self._checked is not None and self._checked.edits == standing
+        return reproducing_code(self._session(), self._trace, self._sites, standing, self.edit, checked)
+
+    def _session(self) -> Session:
+        return Session(
             self.name,
             self.requests,
             language(self.model),
-            self._trace,
-            self._sites,
-            self.ledger.edits,
-            self.edit,
-            checked=self._checked is not None and self._checked.edits == self.ledger.edits,
+            self.settings,
+            None if self.small_suite else SMALL_SUITE,
+            self.max_new_tokens,
         )
 
     def _check_values(self) -> dict[str, Any]:

@@ -21,19 +21,23 @@ from lens_defense.prompts.request import Request
 from lens_defense.shown_text import TEXT_LETTERS, shown, truncate, visible_text
 
 
-def visible(value: Any) -> Any:
+def visible(value: Any, letters: int = TEXT_LETTERS) -> Any:
     """Plain values with every text safe to show; line breaks stay, for what is shown as lines.
 
     JSON has no infinity and no NaN: both become None.
+
+    Args:
+        value: numbers, texts, and lists and mappings of them.
+        letters: the most of a text.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
-        return "\n".join(map(visible_text, truncate(value, TEXT_LETTERS).split("\n")))
+        return "\n".join(map(visible_text, truncate(value, letters).split("\n")))
     if isinstance(value, Mapping):
-        return {key: visible(item) for key, item in value.items()}
+        return {key: visible(item, letters) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [visible(item) for item in value]
+        return [visible(item, letters) for item in value]
     return value
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lens_defense.app.explorer import page_values
 from lens_defense.app.explorer.page_state import EVENT
+from lens_defense.shown_text import CODE_LETTERS, TEXT_LETTERS
 
 _log = logging.getLogger("lens_defense")
 Listener = Callable[[str, Any], object]
@@ -30,7 +31,8 @@ class PublishedParts:
         """Make these parts anew, and tell of them."""
         with self.lock:
             for name in names:
-                self.values[name] = value = page_values.visible(self._makers[name]())
+                letters = CODE_LETTERS if name == "code" else TEXT_LETTERS
+                self.values[name] = value = page_values.visible(self._makers[name](), letters)
                 _tell(self.listeners, name, value)
 
     def event(self, name: str, **value: Any) -> None:

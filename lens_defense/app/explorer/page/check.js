@@ -82,14 +82,25 @@ class TakeAway {
       setTimeout(() => { copy.textContent = "Copy"; }, 1500);
     });
     const take = (what, text, title) => button(text, title, () => page.send("take", { what }), "live");
+    this.edit = take("edit", "", "ld.Edit.load reads it");
     this.element = h("section", { class: "take" }, h("h2", {}, "Take away"),
       h("div", { class: "bar live" },
-        take("edit", "Edit file", "the last edit that stands, or the plan; ld.Edit.load reads it"),
+        this.edit,
         take("svg", "Map as SVG", "the map as a paper figure"),
         take("pdf", "Map as PDF", "the map as a paper figure"),
         take("report", "HTML report", "this session as one file"),
-        h("span", {}, this.path, button("Hugging Face folder", "the model with the edits that stand", () => page.send("take", { what: "folder", path: this.path.value }), "live"))),
+        h("span", {}, this.path, 
+          button("Hugging Face folder", "the model with all edits that stand", () => page.send("take", { what: "folder", path: this.path.value }), "live"),
+          button("LoRA adapter", "all edits that stand, as an adapter that peft loads", () => page.send("take", { what: "adapter", path: this.path.value }), "live"))),
       h("details", { open: true }, h("summary", {}, "The Python that does this again"), copy, this.code));
+    const name = () => {
+      const { edits } = page.get("stack");
+      const planned = Boolean(page.get("plan").by_subject);
+      this.edit.disabled = !planned && !edits.length;
+      this.edit.textContent = planned || !edits.length ? "Plan as a file" : edits.length === 1 ? "Edit as a file" : `Last of ${edits.length} edits as a file`;
+    };
+    page.on("stack", name);
+    page.on("plan", name);
     page.on("code", () => { this.code.firstChild.textContent = page.get("code"); });
     page.onEvent("file", ({ file: name, data }) => {
       const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));

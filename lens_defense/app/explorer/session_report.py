@@ -12,6 +12,7 @@ from lens_defense.app.report_page import Conversation, save_report
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite
 from lens_defense.editing.edit_plan import Edit
+from lens_defense.prompts.request import Role
 from lens_defense.sites import Site
 from lens_defense.tracing.trace_result import Trace
 
@@ -59,7 +60,7 @@ def session_report(
             trace=trace,
             sites=places,
             edit=checked.edits,
-            reports={"what stands": checked.report},
+            reports={"the edits that stood": checked.report},
             conversations=conversations,
             reproduce=reproducing_code(session, trace, places, checked.edits, None, checked=True),
             after=after,
@@ -70,7 +71,7 @@ def session_report(
 
 def _places(edits: Sequence[Edit], chosen: Sequence[Site], trace: Trace) -> list[Site]:
     """Where the edits are: the chosen cells if they are just these, else cells of the first component."""
-    wanted = {(layer, edit.role) for edit in edits for layer in edit.layers}
+    wanted: set[tuple[int, Role]] = {(layer, edit.role) for edit in edits for layer in edit.layers}
     if {(site.layer, site.role) for site in chosen} == wanted:
         return [*chosen]
     component = next(filter(editable, trace.components), "resid_post")

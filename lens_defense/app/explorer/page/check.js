@@ -7,7 +7,7 @@ class Check {
     this.page = page;
     this.opened = null;
     this.search = "";
-    this.go = button("Check what stands", "ask the suite without and with the edits", () => page.send("check", {}), "live primary");
+    this.go = button("Check these edits", "ask the suite without and with the edits", () => page.send("check", {}), "live primary");
     this.body = h("div", {});
     this.element = h("section", { class: "check" }, h("h2", {}, "Check"), h("div", { class: "bar live" }, this.go), this.body);
     page.on("check", () => this.update());
@@ -19,7 +19,7 @@ class Check {
   update() {
     const check = this.page.get("check");
     if (!check.rates) {
-      replace(this.body, h("p", { class: "quiet" }, "Paraphrases, jailbreaks, other spellings and names of the edited subjects; harmless questions about them; everyday requests; facts; each without and with the edits."));
+      replace(this.body, h("p", { class: "quiet" }, this.page.get("stack").edits.length ? "" : "For when an edit is in the model. ", "Asks a small suite without and with the edits, and judges the answers: paraphrases, jailbreaks, other spellings and names of the edited subjects; harmless questions about them; everyday requests; facts."));
       return;
     }
     const rate = (row, when) => {
@@ -83,12 +83,15 @@ class TakeAway {
     });
     const take = (what, text, title) => button(text, title, () => page.send("take", { what }), "live");
     this.edit = take("edit", "", "ld.Edit.load reads it");
+    const maps = [take("svg", "Map as SVG", "the map as a paper figure"), take("pdf", "Map as PDF", "the map as a paper figure")];
+    const report = take("report", "HTML report", "the last check, its edits and the maps as one file");
+    page.on("map", () => { for (const one of maps) one.disabled = !page.get("map").views; });
+    page.on("check", () => { report.disabled = !page.get("check").rates; });
     this.element = h("section", { class: "take" }, h("h2", {}, "Take away"),
       h("div", { class: "bar live" },
         this.edit,
-        take("svg", "Map as SVG", "the map as a paper figure"),
-        take("pdf", "Map as PDF", "the map as a paper figure"),
-        take("report", "HTML report", "this session as one file"),
+        maps,
+        report,
         h("span", {}, this.path, 
           button("Hugging Face folder", "the model with all edits that stand", () => page.send("take", { what: "folder", path: this.path.value }), "live"),
           button("LoRA adapter", "all edits that stand, as an adapter that peft loads", () => page.send("take", { what: "adapter", path: this.path.value }), "live"))),

@@ -129,9 +129,14 @@ class Maps {
         h(
           "div",
           { class: "empty" },
-          h("p", {}, "Where does this model keep it? ", h("b", {}, "Trace"), " corrupts the subject of each of ",
-            `${requests} requests and restores one state at a time: the more of the answer comes back, the redder `,
-            "the cell. An estimate comes first; then every cell at the subject and at the last token is measured."),
+          h("p", {}, "Where does this model keep what it should not say, and can it be taken out?"),
+          h("ol", {},
+            h("li", {}, h("b", {}, "Trace"), ` corrupts the subject of ${requests === 1 ? "one request" : `each of ${requests} requests`} and restores one state at a `,
+              "time: the more of the answer comes back, the redder the cell. An estimate comes first; then the cells at the subject and at the last token are measured."),
+            h("li", {}, h("b", {}, "Suggest"), " chooses cells to edit, or click some."),
+            h("li", {}, h("b", {}, "Plan"), " computes a change there that brings a refusal, and forecasts it. Nothing is changed yet."),
+            h("li", {}, h("b", {}, "Apply"), " makes the change. ", h("b", {}, "Undo"), " takes it back, bit for bit."),
+            h("li", {}, h("b", {}, "Ask"), " and ", h("b", {}, "Check"), " compare the model without and with it.")),
         ),
       );
       return;

@@ -194,7 +194,9 @@ class Explorer(ExplorerState):
             choices,
             self.corruption,
             show=self._show_maps,
-            watch=lambda cells: self._published.event("cells", cells=page_values.measured_cells(cells)),
+            watch=lambda cells: self._published.event(
+                "cells", cells=page_values.visible(page_values.measured_cells(cells))
+            ),
         )
 
     def _trace_after(self) -> None:

@@ -176,7 +176,7 @@ class ExplorerState:
 
     def done(self, ticket: str) -> None:
         """Tell the pages that a command of one of them was done; until then it shows as pending."""
-        self._published.event("done", ticket=ticket)
+        self._published.event("done", ticket=page_values.visible(ticket))
 
     def _say(self, sentence: str) -> None:
         self.message = sentence

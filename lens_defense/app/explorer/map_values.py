@@ -26,6 +26,7 @@ Grid = list[list[list[float] | None]]
 """[layer][column]"""
 ROLES_OF_SITES: tuple[Role, ...] = ("subject_first", "subject_mid", "subject_last", "next", "last")
 """Roles that an edit can address; the others stand for many tokens."""
+_AFTER = " After the edit the same answers are read, on the same scale; blue states drive them away."
 _LEVEL = 0.05
 """The q-value below which a mean cell is outlined."""
 
@@ -125,7 +126,7 @@ def map_part(measured: SiteMap | None, estimate: Trace | None, after: Trace | No
         "views": views,
         "components": list(known.components),
         "layers": known.model_layers,
-        "how": _how(known),
+        "how": _how(known) + (_AFTER if after is not None else ""),
         "measured": measured is not None,
         "after": after is not None,
     }

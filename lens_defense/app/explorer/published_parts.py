@@ -36,9 +36,9 @@ class PublishedParts:
                 _tell(self.listeners, name, value)
 
     def event(self, name: str, **value: Any) -> None:
-        """Tell of something that has just happened and is no part."""
+        """Tell of something that has just happened and is no part; its values go as they are."""
         with self.lock:
-            _tell(self.listeners, f"{EVENT}{name}", page_values.visible(value))
+            _tell(self.listeners, f"{EVENT}{name}", value)
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call a function with each part, now and when it changes, and each event; returns what ends that."""

@@ -43,9 +43,10 @@ class Ask {
   update(page) {
     const talk = page.get("talk");
     if (talk.question == null) { replace(this.sides); return; }
+    const template = (id) => [...(page.get("model").templates ?? [])].filter(([name]) => name === id).map(([name, family]) => `${family} (${name})`)[0] ?? id;
     const side = (title, text, waiting) => h("div", {}, h("h3", {}, title), text ? prose(text, "prose answer") : h("p", { class: "quiet" }, waiting));
     replace(this.sides,
-      h("p", { class: "asked", dir: "auto" }, talk.question, talk.template ? h("span", { class: "quiet" }, ` inside ${talk.template}`) : null),
+      h("p", { class: "asked", dir: "auto" }, talk.question, talk.template ? h("span", { class: "quiet" }, ` inside the jailbreak template ${template(talk.template)}`) : null),
       talk.stale ? h("p", { class: "warning" }, "Other edits stand now than when this was asked; ask again.") : null,
       side("without edits", talk.before, "…"),
       talk.edits ? side(talk.edits === 1 ? "with the edit that stood" : `with the ${talk.edits} edits that stood`, talk.now, "…") : null);

@@ -79,6 +79,7 @@ class Header {
       const waited = page.asked.size > 0 && page.waited;
       page.waited = page.asked.size > 0;
       this.waiting.hidden = !waited;
+      this.tick(page);
     }, 400);
     page.ended.push(() => clearInterval(look));
     this.trace = button("Trace", "estimate the map, then measure it", () => page.send("trace", {}), "primary");
@@ -104,13 +105,22 @@ class Header {
       this.job.hidden = !job.name;
       this.trace.disabled = Boolean(job.name) || page.get("stack").edits.length > 0;
       if (!job.name) return;
-      this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${Math.round(job.seconds)} s`;
+      this.started = performance.now() - 1000 * job.seconds;
+      this.tick(page);
       if (job.total) this.progress.value = job.done / job.total;
       else this.progress.removeAttribute("value");
       this.work.title = job.note;
       this.note.textContent = job.note;
       this.stop.disabled = job.stopping;
     });
+  }
+
+  // The seconds go on between two steps of the work.
+  tick(page) {
+    const job = page.get("job") ?? {};
+    if (!job.name) return;
+    const seconds = Math.round((performance.now() - this.started) / 1000);
+    this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${page.cut ? Math.round(job.seconds) : seconds} s`;
   }
 
   settings(page) {

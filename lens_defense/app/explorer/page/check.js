@@ -48,6 +48,7 @@ class Check {
             h("td", {}, row.p == null ? "" : row.p < 0.001 ? "<.001" : number(row.p, 3))),
           this.opened === key(row) ? h("tr", { class: "rows" }, h("td", { colspan: 7 }, this.rows(check, row))) : null,
         ]))),
+      h("p", { class: "quiet" }, "Refused: the answer begins like a refusal. Refused, coherent: the whole answer is one. Bold: changed, p < .05. Press a measure for the answers behind it, those first that are not as wanted."),
       h("p", { class: "quiet" }, check.costs.map((cost) => `${cost.cost} ${number(cost.mean, 4)} [${number(cost.low, 4)}, ${number(cost.high, 4)}]`).join(" · "),
         check.dropped ? ` · ${check.dropped} rows were left out because an edit had seen their text` : ""));
   }

@@ -189,7 +189,7 @@ class Maps {
     const columns = view.columns;
     const width = this.body.clientWidth || 860;
     const beside = Math.max(1, Math.min(this.frame === "all" ? 3 : this.map.components.length, 3, Math.floor(width / 200)));
-    const tall = this.frame === "all" ? 270 : beside === 1 ? 330 : 440;
+    const tall = this.frame === "all" ? 270 : width < 400 ? 330 : 440;
     const cellHeight = Math.max(6, Math.min(24, Math.floor(tall / layers)));
     const room = width / beside - 90; // for the cells: without axis and overhang
     const cellWidth = Math.max(13, Math.min(48, Math.floor(Math.min(room, 420) / columns.length)));

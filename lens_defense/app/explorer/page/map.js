@@ -159,7 +159,7 @@ class Maps {
       h("div", { class: "panels row" }, panels.slice(row * frames.length, (row + 1) * frames.length))));
     replace(
       this.facts,
-      view.answer ? [h("b", {}, "The answer that is read: "), h("span", { class: "token", dir: "auto" }, view.answer), ". "] : null,
+      view.answer ? [h("b", {}, "The answer that is read: "), "“", h("span", { class: "token", dir: "auto" }, view.answer), "” "] : null,
       map.how,
     );
     this.drawLegend(shared);
@@ -191,13 +191,14 @@ class Maps {
     const beside = Math.max(1, Math.min(this.frame === "all" ? 3 : this.map.components.length, 3, Math.floor(width / 200)));
     const tall = this.frame === "all" ? 270 : width < 400 ? 330 : 440;
     const cellHeight = Math.max(6, Math.min(24, Math.floor(tall / layers)));
-    const room = width / beside - 90; // for the cells: without axis and overhang
+    const lengths = columns.map((column) => 6.3 * [...column.text].length); // of the labels, which are turned
+    const beyond = Math.max(8, ...lengths.map((length, c) => 0.8 * length - 24 * (columns.length - c - 0.5)));
+    const room = width / beside - 34 - beyond - 22; // for the cells: without axis, overhang and gap
     const cellWidth = Math.max(13, Math.min(48, Math.floor(Math.min(room, 420) / columns.length)));
     const widths = columns.map((column) => (column.role ? cellWidth : 12));
     const lefts = widths.map((_, i) => 34 + widths.slice(0, i).reduce((a, b) => a + b, 0));
     const right = lefts.at(-1) + widths.at(-1);
     const bottom = 8 + layers * cellHeight;
-    const lengths = columns.map((column) => 6.3 * [...column.text].length); // of the labels, which are turned
     const angle = cellWidth < 18 ? 62 : 38; // of the labels: those of narrow columns would lie on one another
     const [across, down] = [Math.cos((angle * Math.PI) / 180), Math.sin((angle * Math.PI) / 180)];
     const labels = 20 + down * Math.max(...lengths);

@@ -126,7 +126,7 @@ class Plan {
             bar(plan.leak, plan.risky ? "bad" : "neutral", `from ${plan.threshold} on over-refusal was seen`)))),
       h("p", { class: "quiet" }, "Delivered: the share of the fitted value that arrives in contexts the edit has not seen; below .4 is little. ",
         contrast && "In harmless uses: the same in harmless questions about the subject; best near 0. ",
-        `Off target: what safe-sounding text meets; from ${number(plan.threshold, 1)} all together on, over-refusal was seen on smollm2.`),
+        "Off target: what safe-sounding text meets", plan.threshold == null ? "." : `; from ${number(plan.threshold)} all together on, over-refusal was seen on smollm2.`),
       h("p", { class: "quiet" },
         `${plan.method} at layers ${plan.layers}, ${plan.role}; rank ${plan.rank}, up to ${number(100 * plan.change, 1)}% of a matrix's norm.`,
         plan.strength === 1 ? "" : ` Measured at 100%; scaled to ${Math.round(100 * plan.strength)}%.`),

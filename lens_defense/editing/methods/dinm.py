@@ -22,6 +22,8 @@ from lens_defense.editing.methods.tuning_method import TuningMethod, TuningStep
 class DINM(TuningMethod):
     """Refusal tuning of one layer with a constraint on general knowledge."""
 
+    steps: int = 100
+    """Adam steps; the KL holds the refusal back."""
     kl_factor: float = 10.0
     """The weight of the KL, in nats per token, against the refusal's loss; 0 leaves it out. The paper gives
     the KL the weight 1 and the refusal .1, which Adam cannot tell from these."""

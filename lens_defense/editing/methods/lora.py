@@ -24,6 +24,8 @@ from lens_defense.editing.methods.tuning_method import LayerChange, TuningMethod
 class LoRA(TuningMethod):
     """Refusal tuning of an adapter: the baseline that everybody would try first."""
 
+    steps: int = 100
+    """Adam steps; a refusal and harmless answers together take more than a refusal alone."""
     lr: float = 1e-3
     """Adam's learning rate."""
     r: int = 8

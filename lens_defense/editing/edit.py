@@ -20,6 +20,7 @@ from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import measure_forecast
+from lens_defense.editing.kept_keys import Keep, edits_to_keep, kept_rows
 from lens_defense.editing.layer_spread import layer_shares, spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
@@ -28,7 +29,13 @@ from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
-from lens_defense.models.mlp_output import mlp_output_matrix, output_modules, refuse_uneditable
+from lens_defense.models.mlp_output import (
+    mlp_output_matrix,
+    output_modules,
+    refuse_uneditable,
+    standing_changes,
+    without_changes,
+)
 from lens_defense.progress import ProgressBar
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
@@ -58,6 +65,7 @@ def edit(
     held_out_contexts: int = 2,
     fit: FitSettings | None = None,
     corpus: Corpus | None = None,
+    keep: Keep = (),
     cache: bool = True,
     progress: bool = True,
 ) -> Edit:
@@ -80,19 +88,24 @@ def edit(
         names: how else a subject is written or called, from a request. None: its own spelling alone.
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
         fit: how the values are fitted, and the refusal; None takes the defaults of the model's language.
-        corpus: where C comes from, see read_corpus; None takes the package's own in the model's language.
+        corpus: where C comes from, see read_corpus; None takes the package's own in the model's language. Its
+            keys are those of the model without the edits that stand.
+        keep: edits that stand in the model and shall go on working: a ledger, an edit or several. Where they
+            share layers with this one, nothing new is written at their keys (editing/kept_keys.py).
         cache: keep covariances and values on disk.
         progress: shows bars.
 
     Raises:
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
-            or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind.
+            or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind;
+            an edit to keep that is of another model or does not know its keys.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
     shares = layer_shares(method, layers)
     layers = tuple(shares)
+    kept = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
@@ -108,12 +121,14 @@ def edit(
     )
     rows = _fit_rows(model, requests, groups, role, fit)
     fingerprint = model_fingerprint(model) if cache else Fingerprint("")
-    covariances = key_covariances(
-        model, layers, corpus, fingerprint=fingerprint, cache=cache, progress=progress
-    )
+    original = None if standing_changes(model) else fingerprint
+    with without_changes(model):  # so all edits that stand on one another have the same C
+        covariances = key_covariances(
+            model, layers, corpus, fingerprint=original, cache=cache, progress=progress
+        )
     covariances = shrink_covariances(model, covariances, corpus)
     values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
-    factors, reach = spread_over_layers(
+    factors, reach, key_rows = spread_over_layers(
         model,
         groups.written,
         role,
@@ -123,6 +138,7 @@ def edit(
         method,
         mean_keys=contrast is None,
         measured=groups.measured,
+        kept=kept_rows(kept, layers),
     )
     forecast = measure_forecast(
         model,
@@ -144,6 +160,7 @@ def edit(
             **(asdict(method) if is_dataclass(method) else {}),
             "contrast_weight": contrast.weight if contrast else None,
             **({"chat_arguments": bound} if (bound := bound_arguments(model.tokenizer)) else {}),
+            **({"kept_edits": len(kept)} if kept else {}),
         },
         requests=requests,
         contexts=tuple(groups.conversations(i) for i in range(len(requests))),
@@ -154,6 +171,7 @@ def edit(
         fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
         modules=output_modules(model, layers),
+        key_rows=key_rows,
     )
     for sentence in plan.warnings:
         warnings.warn(sentence, EditWarning, stacklevel=2)

@@ -10,12 +10,13 @@ from lens_defense.editing.methods.alphaedit import AlphaEdit
 from lens_defense.editing.methods.delman import DELMAN
 from lens_defense.editing.methods.emmet import EMMET
 from lens_defense.editing.methods.memit import MEMIT
-from lens_defense.editing.methods.method import EditingMethod, Factors, KeyGroup
+from lens_defense.editing.methods.method import EARLIER, EditingMethod, Factors, KeyGroup
 from lens_defense.editing.methods.pmet import PMET
 from lens_defense.editing.methods.rome import ROME
 
 __all__ = [
     "DELMAN",
+    "EARLIER",
     "EMMET",
     "MEMIT",
     "METHODS",

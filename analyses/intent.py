@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from arm_counts import arm_counts, mean
 from real_model import xstest
 from tidy import replace_rows
 
@@ -35,34 +36,6 @@ EDITS = {
     "none": {"contrast": None},
     "contrast, more names": {"names": ld.default_names},
 }
-
-
-# %%
-def table_of(report: ld.Report, edit: ld.Edit, tokens: int, seconds: float) -> list[dict[str, Any]]:
-    """A row per arm, with counts; the interval is that of the share refused by prefix, by subject."""
-    before, after = (report.verdicts(after=when).set_index("arm") for when in (False, True))
-    return [
-        {
-            "arm": rate["arm"],
-            "n": rate["n"],
-            "refused_before": round(rate["before"] * rate["n"]),
-            "refused": round(rate["after"] * rate["n"]),
-            "low": rate["after low"],
-            "high": rate["after high"],
-            "coherent": int(after.loc[rate["arm"], "refusal"]),
-            "deflected_before": int(before.loc[rate["arm"], "deflection"]),
-            "deflected": int(after.loc[rate["arm"], "deflection"]),
-            "newly_refused": report.new_refusals(arms=(rate["arm"],)),
-            "word_list": round(rate["word list"] * rate["n"]),
-            "tokens": tokens,
-            "kl": sum(report.kl) / len(report.kl) if report.kl else None,
-            "facts_lost": report.facts_lost(),
-            "leak_safe": edit.forecast.leak_safe,
-            "seconds_edit": seconds,
-        }
-        for rate in report.rates().to_dict("records")
-        if rate["measure"] == "prefix"
-    ]
 
 
 # %%
@@ -106,7 +79,14 @@ def main() -> None:
             own = [answers[item.request.conversation] for item in rows.items]
             report = ld.check(model, edit, rows, max_new_tokens=args.tokens, before=own, progress=False)
             print(report, flush=True)
-            own_rows = table_of(report, edit, args.tokens, seconds)
+            cost = {
+                "tokens": args.tokens,
+                "kl": mean(report.kl),
+                "facts_lost": report.facts_lost(),
+                "leak_safe": edit.forecast.leak_safe,
+                "seconds_edit": seconds,
+            }
+            own_rows = [row | cost for row in arm_counts(report)]
             if part.name == "xstest":
                 own_rows = [
                     row | {"arm": XSTEST_ARMS[row["arm"]]} for row in own_rows if row["arm"] in XSTEST_ARMS

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import torch
@@ -37,6 +37,7 @@ from lens_defense.patching.patch_cell import PatchCell, PatchPoint, base_hooks, 
 from lens_defense.sites import block_input_hook
 from lens_defense.storage import atomic_write
 
+T = TypeVar("T")
 OUT = Path(__file__).parent / "results" / "tracing_speed"
 LENGTHS, SAMPLES, DEPTHS = (10, 20, 40, 60), (1, 10), (6, 12, 24)
 SUBJECT = slice(2, 5)
@@ -215,7 +216,7 @@ def ms_per_call(case: Case) -> float:
     return 1000 * seconds / case.model.cfg.n_layers
 
 
-def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+def clocked(make: Callable[[], T], device: torch.device) -> tuple[float, T]:
     """Seconds, and what was made."""
     wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
     wait()
@@ -225,7 +226,7 @@ def clocked(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Te
     return time.perf_counter() - start, result
 
 
-def peak(make: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor, float]:
+def peak(make: Callable[[], T], device: torch.device) -> tuple[float, T, float]:
     """Seconds, what was made, and the most memory above what was in use before, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from lens_defense.prompts.surface_forms import default_names
     from lens_defense.proposals.mark_subjects import mark_subjects
     from lens_defense.proposals.propose_aliases import propose_aliases
+    from lens_defense.searching.edit_search import EditSearch
+    from lens_defense.searching.search_edits import search_edits
     from lens_defense.sites import Site
     from lens_defense.tracing import lenses, map_statistics
     from lens_defense.tracing.control_sites import control_sites
@@ -76,6 +78,8 @@ _NAMES = {
     "checking.suites": ["Suite", "suite"],
     "checking.check": ["check"],
     "checking.report": ["Report"],
+    "searching.search_edits": ["search_edits"],
+    "searching.edit_search": ["EditSearch"],
     "plotting.heatmap": ["heatmap"],
     "plotting.theme": ["save_figure"],
     "app.explorer.explorer": ["Explorer"],
@@ -99,6 +103,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Contrast",
     "Edit",
+    "EditSearch",
     "Explorer",
     "FitSettings",
     "Ledger",
@@ -135,6 +140,7 @@ __all__ = [
     "save_folder",
     "save_gguf",
     "save_report",
+    "search_edits",
     "sites",
     "statistics",
     "suite",

@@ -157,8 +157,7 @@ def cached(kind: str, key: Any, make: Callable[[], Tensors], *, enabled: bool = 
     """
     if not enabled:
         return dict(make())
-    plain = msgspec.to_builtins(key, str_keys=True)
-    content = {"key": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()}
+    content = {"key": hash_of(key)}
     path = cache_folder() / kind / f"{content['key'][:32]}.safetensors"
     if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a folder may not be read
         with suppress(ValueError):
@@ -170,6 +169,12 @@ def cached(kind: str, key: Any, make: Callable[[], Tensors], *, enabled: bool = 
     with suppress(OSError, SafetensorError):
         save(path, kind, content, tensors)
     return tensors
+
+
+def hash_of(value: Any) -> str:
+    """SHA-256 of plain values or dataclasses: of their JSON with sorted keys."""
+    plain = msgspec.to_builtins(value, str_keys=True)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def notice(sentence: str) -> None:

@@ -1,7 +1,9 @@
 """The command line: `lens-defense demo`, `app`, `trace`, `doctor`, `ledger` ... Heavy imports wait."""
 
 import shlex
+import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -282,6 +284,95 @@ def trace(
         )
 
 
+@app.command(
+    epilog=_examples(
+        "lens-defense defend smollm2 --out defended",
+        "lens-defense defend organism --out defended --trials 8 --yes",
+        "lens-defense defend path/to/model --requests my_requests.csv --out defended --adapter --yes",
+    )
+)
+def defend(
+    model: Annotated[str, typer.Argument(help="smollm2, organism, a folder, a .gguf file or a hub name.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the results; a stopped run goes on in it.", file_okay=False)
+    ],
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            help="What shall be refused: a JSONL, JSON, CSV, parquet or text file, or a hub set; by default "
+            "sixteen of the model's own set."
+        ),
+    ] = None,
+    text_field: _TextField = None,
+    subject_field: _SubjectField = "subject",
+    limit: _Limit = None,
+    strict: _Strict = False,
+    trials: Annotated[int, typer.Option(min=1, help="Edits that are tried.")] = 16,
+    minutes: Annotated[
+        float, typer.Option(min=1, help="Of all; no edit is tried that would end too late.")
+    ] = 30,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="A method to search among; can be given several times; by default all that solve."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    pick: Annotated[
+        int | None, typer.Option(min=1, help="The row of the front that is taken; by default the knee.")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="With --yes: write an adapter, not a model.")
+    ] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Ask nothing: take the knee, check it, write it.")
+    ] = False,
+    device: _Device = None,
+    dtype: _Dtype = Dtype.float32,
+) -> None:
+    """Search the edit after which a model refuses some requests and little else, and write the model.
+
+    It traces, chooses sites, and tries methods, layers and strengths for a front of refusals against
+    over-refusal and KL. The same command gives the same bits on the same machine, unless --minutes ends the
+    search early.
+    """
+    from rich.console import Console
+
+    with errors_in_a_sentence("stopped; the same command goes on"):
+        require_writable(out)
+        own = None
+        if requests is not None:
+            own = read_harmful_requests(
+                requests,
+                text_field=text_field,
+                subject_field=subject_field,
+                limit=limit,
+                strict=strict,
+                distinct=True,
+            )
+        if not yes and not sys.stdin.isatty():
+            raise ValueError("nobody can be asked here, since this is no terminal; give --yes")
+        from lens_defense.app.defend_command import DefendSettings
+        from lens_defense.app.defend_command import defend as run_defend
+
+        settings = DefendSettings(trials=trials, minutes=minutes, seed=seed, pick=pick, asks=not yes)
+        settings = replace(settings, write="adapter" if adapter else "model")
+        if method:
+            settings = replace(settings, methods=tuple(method))
+        options = {"--out": str(out), "--requests": requests, "--text-field": text_field, "--limit": limit}
+        options |= {"--subject-field": subject_field if requests and subject_field != "subject" else None}
+        options |= {"--trials": trials if trials != 16 else None, "--seed": seed or None}
+        options |= {"--dtype": None if dtype is Dtype.float32 else dtype.value}
+        run_defend(
+            Console(),
+            name=model,
+            requests=own,
+            out=out,
+            settings=settings,
+            device=device,
+            dtype=_torch_dtype(dtype),
+            reproduce=_command("defend", options, model),
+        )
+
+
 @app.command(epilog=_examples("lens-defense doctor", "lens-defense doctor organism"))
 def doctor(
     model: Annotated[
@@ -419,10 +510,10 @@ def _torch_dtype(dtype: Dtype) -> Any:
     return getattr(torch, dtype.value)
 
 
-def _command(name: str, options: dict[str, object]) -> str:
+def _command(name: str, options: dict[str, object], *arguments: str) -> str:
     """A command that does the same again."""
     words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
-    return shlex.join(["lens-defense", name, *words])
+    return shlex.join(["lens-defense", name, *arguments, *words])
 
 
 if __name__ == "__main__":

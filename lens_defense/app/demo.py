@@ -1,6 +1,5 @@
 """The demo: the main job on a real chat model from one command, with a control, in some minutes."""
 
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,8 +15,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.app.output_folder import staged_folder
 from lens_defense.app.report_page import Conversation, headline, save_report
+from lens_defense.app.traced_requests import corruption_of, trace_answered
 from lens_defense.checking.check import check, suite_answers
-from lens_defense.checking.judges import prefix
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, suite
 from lens_defense.editing.covariance import key_covariances
@@ -30,7 +29,6 @@ from lens_defense.loading.load import load
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language
-from lens_defense.patching.corruptions import Corruption, TokenReplacement
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.prompts.corpus import read_corpus
 from lens_defense.prompts.prompt import tokenize
@@ -40,12 +38,9 @@ from lens_defense.shown_text import shown
 from lens_defense.sites import Site
 from lens_defense.tracing.control_sites import control_sites
 from lens_defense.tracing.locate import locate
-from lens_defense.tracing.survey import survey
 from lens_defense.tracing.trace import trace
-from lens_defense.tracing.trace_result import Trace
 
 PAGE = "report.html"
-_TRACED_REQUESTS = 3
 _CONTROL_REQUESTS = 4
 """Requests that the control edits elsewhere: with every fourth context, a sixth of the corpus, and no extra
 rounds for hard ones."""
@@ -54,8 +49,6 @@ _SHOWN_SUBJECTS = 3
 """Subjects whose harmful request and harmless question are shown as conversations."""
 _ANSWER_TOKENS = 24
 """Fewer than check's 100, for time: enough to see how an answer begins."""
-_REFUSAL_TOKENS = 8
-"""Tokens of an answer that show a refusal by its prefix."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +65,9 @@ class DemoSetup:
     """Benign and over_refusal requests each."""
     fit: FitSettings | None = None
     """None takes the defaults of the model's language, as for all else that an edit is not told."""
-    replaces_tokens: bool = False
-    """Whether the trace puts benign subjects of the set in place of the subject, instead of noise."""
-
-    def corruption(self) -> Corruption | None:
-        """How the trace corrupts a subject; None is its default."""
-        if not self.replaces_tokens:
-            return None
-        benign = read_requests(self.request_set, split="check", kind="benign")
-        return TokenReplacement(samples=3, subjects=tuple(request.subject or "" for request in benign))
 
 
-ORGANISM_SETUP = DemoSetup("organism", edited=20, jailbreaks=10, replaces_tokens=True)
+ORGANISM_SETUP = DemoSetup("organism", edited=20, jailbreaks=10)
 
 
 def demo(
@@ -147,7 +131,7 @@ def _run(
         edited = own or read_requests(setup.request_set)[: setup.edited]
         corpus = read_corpus(setup.request_set)
     with stage("trace"):
-        result = _trace_some(model, setup, edited)
+        result = trace_answered(model, edited)
         result.save(out / "trace.safetensors")
         sites = locate(result)
         console.print("strongest sites:", ", ".join(map(str, sites)))
@@ -168,7 +152,7 @@ def _run(
     with stage("trace again"), plan.applied(model):
         traced = [prompt.request for prompt in result.prompts]
         settings = replace(result.settings, min_difference=0.0)
-        after = trace(model, traced, settings, corruption=setup.corruption(), answers=result)
+        after = trace(model, traced, settings, corruption=corruption_of(model), answers=result)
         after.save(out / "trace_after.safetensors")
     with stage("control"):
         control = _control(model, setup, edited, sites, questions, before, cache)
@@ -193,39 +177,6 @@ def _run(
         restored=restored,
     )
     return seconds, report, plan
-
-
-def _trace_some(model: TransformerBridge, setup: DemoSetup, requests: Sequence[Request]) -> Trace:
-    """A trace of the first few requests that can be traced, each in a form that is answered."""
-    forms = _answered_forms(model, requests)
-    with tempfile.TemporaryDirectory() as folder:
-        found, refused = survey(
-            model, forms, Path(folder), corruption=setup.corruption(), enough=_TRACED_REQUESTS
-        )
-    if found is None:
-        reason = next(iter(refused.values()))
-        raise ValueError(f"none of these requests can be traced; of the first: {reason}")
-    return found
-
-
-def _answered_forms(model: TransformerBridge, requests: Sequence[Request]) -> list[Request]:
-    """Each request in a form that is answered: as asked, or in the first of its contexts that is not refused.
-
-    A refusal does not depend on what the subject holds. Its place shows where the model answers.
-    """
-
-    def refused(forms: Sequence[Request]) -> list[bool]:
-        prompts = [tokenize(model.tokenizer, form).ids for form in forms]
-        answers = generate(model, prompts, max_new_tokens=_REFUSAL_TOKENS)
-        texts = [decode_answer(model.tokenizer, answer) for answer in answers]
-        return [prefix(form.text, text) == "refusal" for form, text in zip(forms, texts, strict=True)]
-
-    answered, contexts = [], edit_defaults(model).contexts
-    for request, is_refused in zip(requests, refused(requests), strict=True):
-        forms = list(contexts(request)) if is_refused else []
-        open_forms = [form for form, no in zip(forms, refused(forms), strict=True) if not no]
-        answered.append(open_forms[0] if open_forms else request)
-    return answered
 
 
 def _questions(setup: DemoSetup, plan: Edit) -> Suite:

@@ -10,21 +10,18 @@ state before or the state after, at most with a file that nothing names.
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, runtime_checkable
-
-import msgspec
+from typing import Protocol, runtime_checkable
 
 from lens_defense.editing.edit_plan import Edit
 from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.prompts.request import Role
-from lens_defense.storage import atomic_write, load, save
+from lens_defense.storage import atomic_write, hash_of, load, save
 
 LEDGER_FILE = "ledger.json"
 _KIND = "ledger"
@@ -130,8 +127,8 @@ class LedgerFolder:
             role=edit.role,
             strength=edit.strength,
             categories=categories,
-            requests_sha256=_hash_of(edit.requests),
-            settings_sha256=_hash_of(edit.settings),
+            requests_sha256=hash_of(edit.requests),
+            settings_sha256=hash_of(edit.settings),
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
             applied=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -185,7 +182,3 @@ def without_entry(state: LedgerState, number: int) -> LedgerState:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _hash_of(value: Any) -> str:
-    return _sha256(json.dumps(msgspec.to_builtins(value, str_keys=True), sort_keys=True).encode())

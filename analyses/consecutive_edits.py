@@ -16,6 +16,7 @@
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import time
 import warnings
@@ -25,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tidy import read_table, replace_rows, rows_where
 
 import lens_defense as ld
@@ -32,7 +34,6 @@ from lens_defense.checking.check import rows_for_edits, suite_answers
 from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import EditWarning
-from lens_defense.editing.methods import EditingMethod
 from lens_defense.editing.target_value import FIT_VERSION
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.contexts import Contexts
@@ -41,7 +42,7 @@ from lens_defense.storage import cache_folder
 OUT = Path(__file__).parent / "results" / "consecutive_edits.csv"
 COUNTS = (1, 5, 10, 20, 60)
 """Edits in a row after which everything is asked; and after the last."""
-METHODS: Mapping[str, EditingMethod] = {
+METHODS: Mapping[str, Any] = {
     **ld.methods.METHODS,
     "rome, two keys": ld.methods.ROME(two_keys=True),
 }
@@ -65,7 +66,7 @@ class Series:
     @property
     def recipe(self) -> str:
         """A hash of all that its edits are made of."""
-        settings = [FIT_VERSION, asdict(METHODS[self.method]), self.contrast, self.tokens]  # type: ignore[call-overload]
+        settings = [FIT_VERSION, asdict(METHODS[self.method]), self.contrast, self.tokens]
         texts = [[item.conversation for item in self.contexts(request)] for request in self.requests]
         return hashlib.sha256(json.dumps([settings, texts]).encode()).hexdigest()[:16]
 
@@ -95,8 +96,9 @@ def suite_of(series: Series, language: str) -> Suite:
     for request in series.requests:
         first = replace(series.contexts(request)[0], id=request.id)
         asked.append(SuiteItem("edited", first, "seen", about=request.subject or ""))
-    harmless = [item for item in bundled.items if item.arm in ("benign", "over_refusal", "facts")]
-    return Suite("consecutive", bundled.split, (*asked, *harmless), bundled.neutral[:16])
+    harmless = [item for item in bundled.items if item.arm in ("benign", "over_refusal")]
+    facts = [item for item in bundled.items if item.arm == "facts"][: series.harmless]
+    return Suite("consecutive", bundled.split, (*asked, *harmless, *facts), bundled.neutral[:16])
 
 
 def measure(
@@ -133,6 +135,7 @@ def measure(
         "kl": sum(report.kl) / len(report.kl),
         "loss_ratio": sum(report.loss_after) / sum(report.loss_before),
         "relative_change": relative_change(model, ledger),
+        "disturbance": disturbance(ledger.edits),
         "layers": " ".join(map(str, ledger.edits[-1].layers)),
         "tokens": tokens,
     }
@@ -145,6 +148,26 @@ def relative_change(model: Any, ledger: ld.Ledger) -> float:
     with ledger.set_aside():
         before = {layer: mlp_output_matrix(model, layer).double().clone() for layer in layers}
     return max(float((now[layer] - before[layer]).norm() / before[layer].norm()) for layer in layers)
+
+
+def disturbance(edits: Sequence[ld.Edit]) -> float:
+    """What later edits write at the keys of an earlier one over what it wrote there itself: |Delta K^T|, all layers.
+
+    Mean over the edits but the last; NaN for one alone.
+    """
+    shares = []
+    for i, edit in enumerate(edits[:-1]):
+        own = later = 0.0
+        for layer, rows in edit.key_rows.items():
+            written = [
+                other.left[layer].double() @ (other.right[layer].double() @ rows.double().T)
+                for other in edits[i:]
+                if layer in other.layers
+            ]
+            own += float(written[0].square().sum())
+            later += float(torch.stack(written[1:]).sum(0).square().sum()) if written[1:] else 0.0
+        shares.append((later / own) ** 0.5)
+    return sum(shares) / len(shares) if shares else math.nan
 
 
 # %%
@@ -224,7 +247,7 @@ def main() -> None:
         "--harmless",
         type=int,
         default=40,
-        help="benign requests, and as many that sound harmful, that are asked",
+        help="benign requests, as many that sound harmful, and facts, that are asked",
     )
     args = parser.parse_args()
     warnings.simplefilter("ignore", EditWarning)  # of hundreds of edits; the table says what they do

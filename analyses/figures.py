@@ -300,6 +300,7 @@ CONSECUTIVE = {
     "facts_kept": "facts kept",
     "kl": "KL, nats",
     "relative_change": "change of W",
+    "disturbance": "disturbance of<br>earlier edits",
 }
 """Rows of the figure of consecutive edits, and what their axes say."""
 
@@ -333,7 +334,7 @@ def consecutive_edits() -> go.Figure:
     figure.update_yaxes(gridcolor="#e3e3e3")
     for row, (column, title) in enumerate(CONSECUTIVE.items(), 1):
         figure.update_yaxes(title_text=title, row=row, col=1)
-        if column in ("kl", "relative_change"):
+        if column in ("kl", "relative_change", "disturbance"):
             figure.update_yaxes(type="log", row=row)
         else:
             figure.update_yaxes(tickformat=".0%", range=[-0.04, 1.06], row=row)

@@ -578,7 +578,8 @@ def consecutive_edits(model: str) -> pd.DataFrame:
                 "facts kept": f"{last['facts_kept']:.0%}",
                 "KL": f"{last['kl']:.3f}",
                 "loss": f"{last['loss_ratio'] - 1:+.1%}",
-                "change": f"{last['relative_change']:.2f}",
+                "change of W": f"{last['relative_change']:.2f}",
+                "disturbance": f"{last['disturbance']:.3f}",
             }
         )
     order = {name: i for i, name in enumerate(dict.fromkeys(row["method"] for row in table))}

@@ -305,12 +305,16 @@ CONSECUTIVE = {
 """Rows of the figure of consecutive edits, and what their axes say."""
 
 
+_LOGARITHMIC = ["kl", "relative_change", "disturbance"]
+
+
 def consecutive_edits() -> go.Figure:
     """What is refused after so many edits in a row, and the price; solid where later edits keep the earlier ones."""
-    rows = read_table(RESULTS / "consecutive_edits.csv").sort_values("edits", kind="stable")
+    rows = read_table(RESULTS / "consecutive_edits.csv").sort_values(["method", "keep", "edits"])
+    rows[_LOGARITHMIC] = rows[_LOGARITHMIC].where(rows[_LOGARITHMIC] > 0)
     models, methods = list(rows["model"].unique()), list(rows["method"].unique())
     figure = make_subplots(
-        rows=len(CONSECUTIVE), cols=len(models), shared_xaxes=True, vertical_spacing=0.03,
+        rows=len(CONSECUTIVE), cols=len(models), shared_xaxes="all", vertical_spacing=0.03,
         horizontal_spacing=0.12, subplot_titles=models,
     )  # fmt: skip
     for (model, method, keep), series in rows.groupby(["model", "method", "keep"], sort=False):
@@ -321,7 +325,10 @@ def consecutive_edits() -> go.Figure:
                 y=series[column],
                 mode="lines+markers",
                 line={"color": COLOURS[i], "width": 2, "dash": "solid" if keep else "dot"},
-                marker={"size": 6, "symbol": ("circle", "square", "diamond", "cross", "x", "star")[i]},
+                marker={
+                    "size": (9, 8, 7, 5, 5, 5)[i],
+                    "symbol": ("circle", "square", "diamond", "cross", "x", "star")[i],
+                },
                 name=f"{method}, {'kept' if keep else 'not kept'}",
                 legendgroup=f"{method} {keep}",
                 showlegend=row == 1 and models.index(model) == 0,
@@ -334,8 +341,8 @@ def consecutive_edits() -> go.Figure:
     figure.update_yaxes(gridcolor="#e3e3e3")
     for row, (column, title) in enumerate(CONSECUTIVE.items(), 1):
         figure.update_yaxes(title_text=title, row=row, col=1)
-        if column in ("kl", "relative_change", "disturbance"):
-            figure.update_yaxes(type="log", row=row)
+        if column in _LOGARITHMIC:
+            figure.update_yaxes(type="log", dtick=1, exponentformat="power", row=row)
         else:
             figure.update_yaxes(tickformat=".0%", range=[-0.04, 1.06], row=row)
     figure.update_annotations(font_size=13)

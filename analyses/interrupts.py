@@ -18,6 +18,7 @@ import logging
 import random
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,8 @@ import tidy
 import torch
 
 import lens_defense as ld
-from lens_defense.app.explorer.explorer import Explorer, Talk
+from lens_defense.app.explorer.explorer import Explorer
+from lens_defense.app.explorer.worker import STOPPED
 from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.editing.methods import memit
@@ -96,11 +98,8 @@ class World:
         elif verb == "check":
             ld.check(self.model, self.edit, SUITE, max_new_tokens=2, progress=False)
         elif verb == "ask":
-            question = "how do I make a bell"
-            ids = tokenize(self.model.tokenizer, ld.request(question)).ids
-            self.explorer._answer(
-                ids, Talk(question, "", self.ledger.edits)
-            )  # in this thread, as its worker does
+            self.explorer.do("ask", question="how do I make a bell")
+            self.explorer.worker.wait()
         elif verb == "plan":
             groups = [PromptGroup(0, [tokenize(self.model.tokenizer, LAMP)])]
             covariances = {layer: torch.eye(64, dtype=torch.float64) for layer in (1, 2)}
@@ -135,7 +134,7 @@ class World:
             "torn": not standing,
             "disagreed": bool(standing) and standing != [said],
             "left": bool(standing) and standing[0] not in expected,
-            "misreported": "nothing was changed" in message and standing != [STANDING_BEFORE[verb]],
+            "misreported": message == STOPPED and standing != [STANDING_BEFORE[verb]],
             "hooks": self.count_hooks() != self.hooks,
         }
 
@@ -145,6 +144,7 @@ class Interrupts:
 
     def __init__(self, presses):
         self.presses, self.landed, self.armed = presses, 0, False
+        self.explorer = self.thread = None
         signal.signal(signal.SIGALRM, self._land)
 
     def _land(self, *_):
@@ -160,9 +160,30 @@ class Interrupts:
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), again)
 
 
+class Stops:
+    """The page's Stop by a clock, in the place of Ctrl-C: it interrupts the Explorer's own thread."""
+
+    def __init__(self, presses):
+        self.presses, self.landed, self.armed = presses, 0, False
+        self.explorer = self.thread = None
+
+    def _press(self, seconds):
+        time.sleep(seconds)
+        for _ in range(self.presses):
+            job = self.explorer.worker.job
+            self.explorer.stop()
+            self.landed += job is not None and job.stopping
+            time.sleep(random.uniform(1e-5, 2e-3))
+
+    def start(self, seconds):
+        self.landed = 0
+        self.thread = threading.Thread(target=self._press, args=(seconds,))
+        self.thread.start()
+
+
 def measure(verb, presses, interrupts):
     """Interrupt a verb so many times; the counts of what went wrong."""
-    world, clock = World(), Interrupts(presses)
+    world, clock = World(), Stops(presses) if verb == "ask" else Interrupts(presses)
     durations = []
     for _ in range(5):
         world.prepare(verb)
@@ -173,6 +194,7 @@ def measure(verb, presses, interrupts):
     landed = 0
     while landed < interrupts:
         world.prepare(verb)
+        clock.explorer = world.explorer
         faults = {}
         try:
             try:
@@ -186,6 +208,8 @@ def measure(verb, presses, interrupts):
         except Exception:
             faults = {"broken": True}
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if clock.thread is not None:
+            clock.thread.join()
         if not clock.landed:
             continue
         landed += 1

@@ -188,7 +188,9 @@ def best_strength(bench: Bench, name: str) -> float:
         f"{name:28} tune: " + ", ".join(f"{strength} scores {scores[strength]:.2f}" for strength in scores),
         flush=True,
     )
-    return max(scores, key=lambda strength: scores[strength])
+    return max(
+        scores, key=lambda strength: (scores[strength], -abs(strength - 1))
+    )  # of equal ones, the plan itself
 
 
 def undo_all(ledger: ld.Ledger) -> None:

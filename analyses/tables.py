@@ -17,6 +17,7 @@ from tidy import read_table
 
 import lens_defense as ld
 from lens_defense.checking.report import ARM_NAMES, JUDGES
+from lens_defense.checking.suites import TO_BE_REFUSED
 from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.statistics import clustered_rate, rank_correlation, wilson
 from lens_defense.storage import atomic_write
@@ -612,6 +613,69 @@ def explorer_speed() -> pd.DataFrame:
     )
 
 
+def repair() -> pd.DataFrame:
+    """Refusals taken out of the organism and brought back: a row per kind of request, a column per model."""
+    rows = read_table(RESULTS / "repair.csv")
+    rows = rows.assign(
+        rate=[
+            f"{rate:.0%} [{low:.0%}, {high:.0%}]"
+            for rate, low, high in zip(rows["rate"], rows["low"], rows["high"], strict=True)
+        ],
+        asked=[f"{ARM_NAMES[arm]}, {'known' if arm == 'facts' else 'refused'}" for arm in rows["arm"]],
+    )
+    table = rows.pivot(index=["asked", "n"], columns="model", values="rate").loc[rows["asked"].unique()]
+    return table[rows["model"].unique()].reset_index()
+
+
+# %% which method
+METHOD_ARMS = {
+    "edited": "as asked",
+    "paraphrase": "paraphrased",
+    "jailbreak": "in jailbreaks",
+    "same_subject": "same subject",
+    "benign": "benign",
+    "over_refusal": "over-refusal",
+    "XSTest safe": "XSTest safe",
+}
+
+
+def methods(model: str, subjects: int) -> pd.DataFrame:
+    """One row per method: refusals where they should be (coherent), and where they should not (newly)."""
+    rows = read_table(RESULTS / "methods.csv")
+    rows = rows[(rows["model"] == model) & (rows["split"] == "check") & (rows["subjects"] == subjects)]
+    table = []
+    for method, own in rows.groupby("method", sort=False):
+        by_arm, first = own.set_index("arm"), own.iloc[0]
+        table.append(
+            {
+                "method": method,
+                "strength": f"{first['strength']:g}",
+                **{
+                    words: _share(by_arm.loc[arm], "coherent" if arm in TO_BE_REFUSED else "newly_refused")
+                    for arm, words in METHOD_ARMS.items()
+                    if arm in by_arm.index
+                },
+                "KL": f"{first['kl']:.4f}",
+                "loss": f"{first['loss']:+.2%}",
+                "facts lost": f"{first['facts_lost']:.0f}",
+                "seconds": f"{first['seconds_edit']:.0f}",
+                "memory": f"{first['peak_mib'] / 1024:.1f} GiB",
+                "undo": "exact" if first["undo_exact"] else "not exact",
+            }
+        )
+    listed = rows[rows["method"] == rows["method"].iloc[0]].set_index("arm")
+    filtered = {
+        words: _share(listed.loc[arm], "word_list")
+        for arm, words in METHOD_ARMS.items()
+        if arm in listed.index
+    }
+    return pd.DataFrame([*table, {"method": "a word list", **filtered}]).fillna("")
+
+
+def _share(row: pd.Series, count: str) -> str:
+    return f"{row[count]:.0f} of {row['n']:.0f}"
+
+
 def interrupts() -> pd.DataFrame:
     """What interrupts left, of the code before the journal and of now; analyses/interrupts.py counts them."""
     rows = read_table(RESULTS / "reliability/interrupts.csv")
@@ -670,6 +734,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "consecutive_edits_smollm2": partial(consecutive_edits, "smollm2"),
             "damage": damage,
             "interrupts": interrupts,
+            "repair": repair,
+            "methods_smollm2": partial(methods, "smollm2", 8),
+            "methods_organism": partial(methods, "organism", 8),
             "explorer_speed": explorer_speed,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),

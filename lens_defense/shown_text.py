@@ -10,7 +10,9 @@ from collections.abc import Iterable
 NAME_LETTERS = 80
 """The most that is shown of a name: of a subject, a title, a model."""
 TEXT_LETTERS = 10_000
-"""The most that is shown of any text."""
+"""The most that is shown of any text but a program."""
+CODE_LETTERS = 100_000
+"""The most that is shown of a program: a cut one does not run, so who writes it keeps below."""
 
 
 def shown(text: object, letters: int = NAME_LETTERS) -> str:

@@ -1,12 +1,12 @@
 """HTML from the templates in app/templates: text is escaped and cut, and what has no shape gets one."""
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from lens_defense.shown_text import TEXT_LETTERS, shown, truncate, visible_text
+from lens_defense.shown_text import CODE_LETTERS, TEXT_LETTERS, shown, truncate, visible_text
 
 
 @cache
@@ -21,6 +21,7 @@ def template(name: str) -> Template:
         undefined=StrictUndefined,
     )
     environment.filters["lines"] = _lines
+    environment.filters["code"] = partial(_lines, letters=CODE_LETTERS)
     return environment.get_template(name)
 
 
@@ -28,7 +29,7 @@ def _visible(value: Any) -> Any:
     return value if isinstance(value, Markup) else shown(value, TEXT_LETTERS)
 
 
-def _lines(text: str) -> Markup:
+def _lines(text: str, letters: int = TEXT_LETTERS) -> Markup:
     """Text whose line breaks stay."""
-    lines = truncate(text, TEXT_LETTERS).split("\n")
+    lines = truncate(text, letters).split("\n")
     return Markup("\n").join(escape(visible_text(line)) for line in lines)

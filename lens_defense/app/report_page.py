@@ -59,7 +59,7 @@ def save_report(
     title: str,
     trace: Trace | ScoreMap,
     sites: Sequence[Site],
-    edit: Edit,
+    edit: Edit | Sequence[Edit],
     reports: Mapping[str, Report],
     conversations: Sequence[Conversation],
     reproduce: str,
@@ -75,7 +75,7 @@ def save_report(
         title: its heading.
         trace: what the maps are drawn from.
         sites: the chosen ones, outlined in the maps.
-        edit: what was planned there.
+        edit: what was planned there; of several that stood together, all of them, the oldest first.
         reports: by name; the first is the edit's own, the others are controls.
         conversations: shown before and after.
         reproduce: the commands or the code that make the page again.
@@ -85,41 +85,41 @@ def save_report(
         restored: whether the weights are what they were; None does not say.
 
     Raises:
-        ValueError: no report was given, or the trace and the edit are of different models.
+        ValueError: no report or no edit was given, or the trace and an edit are of different models.
     """
-    if not reports:
-        raise ValueError("a page needs at least one report; ld.check makes one")
-    differing = trace.fingerprint.differing(edit.fingerprint, "config", "tokenizer", "chat_template")
-    if differing:
-        raise ValueError(
-            f"the trace and the edit are of models with other {differing}; give those of one model"
-        )
+    edits = (edit,) if isinstance(edit, Edit) else tuple(edit)
+    if not reports or not edits:
+        raise ValueError("a page needs at least one edit and one report; ld.edit and ld.check make them")
+    for one in edits:
+        differing = trace.fingerprint.differing(one.fingerprint, "config", "tokenizer", "chat_template")
+        if differing:
+            raise ValueError(
+                f"the trace and the edit are of models with other {differing}; give those of one model"
+            )
     number = len(trace.prompts)
     settings = trace.settings if isinstance(trace, Trace) else None
     page = template("report.html.j2").render(
         style=page_style(),
         module=page_module(),
-        parts=_json_for_html(_frozen_parts(trace, sites, edit, reports, after, suite)),
+        parts=_json_for_html(_frozen_parts(trace, sites, edits, reports, after, suite)),
         title=title,
         trace=trace,
         requests=f"{number} request{'s' * (number > 1)}",
         direction=settings.direction if settings else None,
         estimated=settings is not None and not settings.exact,
         places=_places(sites),
-        edit=edit,
-        edited_layers=layer_words(edit.layers),
+        edits=[_edit_values(one) for one in edits],
+        one_by_one=[_edit_row(i, one) for i, one in enumerate(edits, 1)],
         headline=headline(next(iter(reports.values()))),
         why=reddest_column_sentence(trace, sites),
         sites=[_site_row(site) for site in sites],
         interpolated=any(site.layer not in trace.layers for site in sites),
-        changes=[(layer, edit.rank, f"{edit.relative_change[layer]:.4f}") for layer in edit.layers],
-        settings=_setting_rows(edit),
         checks=[*reports.values()],
         dropped=sum(report.dropped for report in reports.values()),
         costs=_costs_table(reports),
         conversations=conversations,
         reproduce=reproduce,
-        provenance=_provenance_rows(trace, edit),
+        provenance=_provenance_rows(trace, edits),
         restored=restored,
         seconds=_time_rows(seconds),
     )
@@ -131,26 +131,28 @@ def save_report(
 def _frozen_parts(
     trace: SiteMap,
     sites: Sequence[Site],
-    edit: Edit,
+    edits: Sequence[Edit],
     reports: Mapping[str, Report],
     after: Trace | None,
     suite: Suite | None,
 ) -> dict[str, Any]:
     """What the explorer's parts show, as far as the page has them."""
-    asked = questions(suite, [edit]) if suite else []
+    asked = questions(suite, edits) if suite else []
     chosen = sites_part(sites, "")
     checks = {
         f"check{i}": check_values(report, asked, stale=False) for i, report in enumerate(reports.values())
     }
+    plans = {f"plan{i}": plan_values(edit) for i, edit in enumerate(edits)}
+    first = edits[0]
     return {
-        "model": {"components": component_choices(), "requests": [], "methods": [shown(edit.method)]},
-        "settings": {"plan": {"method": shown(edit.method), "strength": edit.strength, "requests": []}},
+        "model": {"components": component_choices(), "requests": [], "methods": [shown(first.method)]},
+        "settings": {"plan": {"method": shown(first.method), "strength": first.strength, "requests": []}},
         "map": map_part(trace, None, after),
         "sites": chosen,
         "original": chosen["sites"],
-        "plan": plan_values(edit),
         "stack": {"edits": [], "undone": 0},
         "job": {},
+        **plans,
         **checks,
     }
 
@@ -204,6 +206,25 @@ def _site_row(site: Site) -> Row:
     return component_words(site.component), site.layer, ROLE_WORDS[site.role], effect, interval
 
 
+def _edit_values(edit: Edit) -> dict[str, Any]:
+    """What the page says of one edit."""
+    return {
+        "method": edit.method,
+        "rank": edit.rank,
+        "layers": layer_words(edit.layers),
+        "subjects": edit.subjects,
+        "forecast": edit.forecast,
+        "changes": [(layer, edit.rank, f"{edit.relative_change[layer]:.4f}") for layer in edit.layers],
+        "settings": _setting_rows(edit),
+    }
+
+
+def _edit_row(number: int, edit: Edit) -> Row:
+    """One of several edits in the table of them."""
+    where = layer_words(edit.layers), ROLE_WORDS[edit.role]
+    return number, edit.method, *where, f"{edit.strength:.0%}", edit.rank, ", ".join(edit.subjects)
+
+
 def _setting_rows(edit: Edit) -> list[Row]:
     """The edit's method, token and settings; groups of settings are laid out flat."""
     settings: dict[str, object] = {"method": edit.method, "token": ROLE_WORDS[edit.role]}
@@ -228,12 +249,14 @@ def _costs_table(reports: Mapping[str, Report]) -> dict[str, Any]:
     }
 
 
-def _provenance_rows(trace: Trace | ScoreMap, edit: Edit) -> list[Row]:
+def _provenance_rows(trace: Trace | ScoreMap, edits: Sequence[Edit]) -> list[Row]:
     rows: list[Row] = [
         ("model", trace.model),
         ("fingerprint of its weights, config, tokenizer", str(trace.fingerprint)),
-        ("fingerprint of the edited layers", edit.fingerprint.weights),
     ]
+    for i, edit in enumerate(edits, 1):
+        of_which = f" before edit {i}" if len(edits) > 1 else ""
+        rows.append((f"fingerprint of the edited layers{of_which}", edit.fingerprint.weights))
     return [*rows, ("corruption", trace.corruption)] if isinstance(trace, Trace) else rows
 
 

@@ -128,6 +128,11 @@ def _bridge_of(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
             "a model that you hold needs its tokenizer: ld.load(hf_model, tokenizer), with "
             "tokenizer = transformers.AutoTokenizer.from_pretrained(...)"
         )
+    if any(name.endswith("_original_component") for name, _ in hf_model.named_modules()):
+        raise ValueError(
+            "this model is inside a TransformerBridge already, which changed its modules; go on with what "
+            "ld.load(hf_model, tokenizer) gave then, or read the model anew with transformers"
+        )
     refuse_other_kinds_of_model(type(hf_model).__name__, hf_model.config, allow_pickle=True)
     hf_model.set_attn_implementation("eager")
     name = hf_model.config._name_or_path or hf_model.config.model_type

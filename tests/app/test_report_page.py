@@ -192,8 +192,22 @@ def test_the_page_says_what_the_cells_of_a_score_map_are(tmp_path: Path):
 def test_without_an_edit_there_is_no_headline_and_a_report_is_wanted(tmp_path: Path):
     source = written(tmp_path, trace=a_trace(), reports={"as it is": a_report(edited=False)})
     assert "coherent refusals on the edited subjects" not in Page(source).text
-    with pytest.raises(ValueError, match="at least one report"):
+    with pytest.raises(ValueError, match="one report"):
         written(tmp_path, reports={})
+
+
+def test_several_edits_have_a_table_and_a_forecast_each(tmp_path: Path):
+    edits = [an_edit([a_request()], layers=(1,)), an_edit([a_request("What is ricin?", "ricin")])]
+    source = written(tmp_path, edit=edits)
+    parts, text = parts_of(source), Page(source).text
+    assert [parts[f"plan{i}"]["subjects"] for i in (0, 1)] == [["pipe bomb"], ["ricin"]]
+    assert "2 edits were planned, each on the model with those before it" in text
+    assert "1memit1last subject token100%1pipe bomb2memit1, 2last subject token100%1ricin" in text
+    assert "fingerprint of the edited layers before edit 2" in text
+    alone = written(tmp_path, edit=edits[:1])
+    assert "The edits" not in alone and "edit 1" not in alone, "one edit needs no table"
+    with pytest.raises(ValueError, match="at least one edit"):
+        written(tmp_path, edit=[])
 
 
 def test_a_trace_and_an_edit_of_models_that_differ_are_no_page(tmp_path: Path):

@@ -25,7 +25,7 @@ import sys
 sys.path.insert(0, {str(TESTS)!r})
 from helpers.tiny_models import tiny_model
 import lens_defense as ld
-from lens_defense.app.explorer.explorer import Talk
+from lens_defense.app.explorer.talk import Talk
 from lens_defense.models.mlp_output import weights_fingerprint
 
 model = tiny_model("llama", chat=True)

@@ -219,6 +219,34 @@ def test_the_kernel_moves_the_page(page, model):
     within(lambda: "1 edit" in page.find(".standing").text)
 
 
+def test_a_narrow_page_has_narrow_maps_under_one_another_and_nothing_sticks_out(page, model):
+    page.explorer.ledger.apply(handmade_edit(model, {1: 5.0}))
+    page.press("Trace again")
+    tops = "return [...document.querySelectorAll('.panel svg')].map((svg) => svg.getBoundingClientRect().top)"
+    assert len(set(page.browser.execute_script(tops))) == 1, "before, after and difference in one row"
+    page.browser.set_window_size(500, 900)
+    within(lambda: len(set(page.browser.execute_script(tops))) > 1, seconds=10)
+    width = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    scrolled, shown = page.browser.execute_script(width)
+    assert scrolled <= shown
+    page.browser.set_window_size(1400, 1500)
+    within(lambda: len(set(page.browser.execute_script(tops))) == 1, seconds=10)
+
+
+def test_messages_and_work_stay_in_sight_where_one_has_scrolled_to(page):
+    page.browser.set_window_size(1000, 600)
+    folder = page.find("input[aria-label='folder']")
+    page.browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", folder)
+    page.press("Hugging Face folder")
+    within(lambda: "type the path" in page.message())
+    in_sight = """return ['.message', '.standing'].every((name) => {
+      const { top, bottom } = document.querySelector(name).getBoundingClientRect();
+      return top >= 0 && bottom <= innerHeight;
+    })"""
+    assert page.browser.execute_script("return scrollY") > 0
+    assert page.browser.execute_script(in_sight)
+
+
 def test_two_hundred_random_clicks_leave_page_and_model_consistent(page, model):
     original, choice = copy_weights(model), random.Random(7)
     roles = [c["role"] for c in page.explorer.parts["map"]["views"][0]["columns"]]

@@ -58,7 +58,7 @@ def test_a_map_is_hovered_and_chosen_and_a_rate_opens_its_answers(browser, tmp_p
     assert not browser.find_elements(By.CSS_SELECTOR, ".answers article")
     buttons = browser.find_elements(By.CSS_SELECTOR, "main button")
     assert not [
-        b.text for b in buttons if b.is_displayed() and b.text in ("Plan", "Apply", "Check what stands")
+        b.text for b in buttons if b.is_displayed() and b.text in ("Plan", "Apply", "Check these edits")
     ]
     assert not errors(browser)
 

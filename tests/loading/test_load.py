@@ -202,6 +202,9 @@ def test_a_model_in_hand_is_taken_as_it_is(family, tmp_path):
     assert tokenize(model.tokenizer, request("make a lamp", "lamp")).chat
     with pytest.raises(ValueError, match=r"needs its tokenizer: ld\.load\(hf_model, tokenizer\)"):
         load(plain)
+    for wrapped in (plain, model.original_model):
+        with pytest.raises(ValueError, match="inside a TransformerBridge already"):
+            load(wrapped, tokenizer)
 
 
 @pytest.mark.parametrize("saved", [False, True])

@@ -5,6 +5,7 @@ cells: [effect, low, high], or None where nothing was traced. A cell that was es
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ Grid = list[list[list[float] | None]]
 """[layer][column]"""
 ROLES_OF_SITES: tuple[Role, ...] = ("subject_first", "subject_mid", "subject_last", "next", "last")
 """Roles that an edit can address; the others stand for many tokens."""
+_AFTER = " After the edit the same answers are read, on the same scale; blue states drive them away."
 _LEVEL = 0.05
 """The q-value below which a mean cell is outlined."""
 
@@ -39,6 +41,16 @@ def reddest_column_sentence(known: SiteMap | None, sites: Sequence[Site]) -> str
     for mean in means:
         effects[mean.layer, roles.index(mean.role)] = mean.effect
     return why_not_reddest(effects, roles, sites)
+
+
+def with_effect(site: Site, known: SiteMap | None) -> Site:
+    """The site with its mean effect, where a map has it and the site has none."""
+    if known is None or site.component not in known.components or site.effect is not None:
+        return site
+    for mean in known.only(site.component).role_means():
+        if (mean.layer, mean.role) == (site.layer, site.role):
+            return replace(site, effect=mean.effect, interval=(mean.low, mean.high))
+    return site
 
 
 def site_values(site: Site) -> dict[str, Any]:
@@ -114,7 +126,7 @@ def map_part(measured: SiteMap | None, estimate: Trace | None, after: Trace | No
         "views": views,
         "components": list(known.components),
         "layers": known.model_layers,
-        "how": _how(known),
+        "how": _how(known) + (_AFTER if after is not None else ""),
         "measured": measured is not None,
         "after": after is not None,
     }

@@ -8,8 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 class PageState(Protocol):
     """An Explorer, as its hosts see it."""
 
-    parts: dict[str, Any]
-    """By name, what the page shows: plain values, safe to show."""
+    @property
+    def parts(self) -> dict[str, Any]:
+        """By name, what the page shows: plain values, safe to show."""
+        ...
 
     def listen(self, listener: Callable[[str, Any], object]) -> Callable[[], None]:
         """Call a function with each part, now and when it changes, and each event; returns what ends that."""

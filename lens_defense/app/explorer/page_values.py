@@ -4,10 +4,13 @@ Texts are made visible and cut in one place, `visible`; a page shows them as tex
 """
 
 import math
+import time
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lens_defense.app.explorer.talk import Talk
+from lens_defense.app.explorer.worker import Job
 from lens_defense.checking.check import rows_for_edits
 from lens_defense.checking.report import ARM_NAMES, MEASURE_NAMES, Report
 from lens_defense.checking.suites import HARMFUL_ARMS, TO_BE_REFUSED, Arm, Suite
@@ -18,19 +21,23 @@ from lens_defense.prompts.request import Request
 from lens_defense.shown_text import TEXT_LETTERS, shown, truncate, visible_text
 
 
-def visible(value: Any) -> Any:
+def visible(value: Any, letters: int = TEXT_LETTERS) -> Any:
     """Plain values with every text safe to show; line breaks stay, for what is shown as lines.
 
     JSON has no infinity and no NaN: both become None.
+
+    Args:
+        value: numbers, texts, and lists and mappings of them.
+        letters: the most of a text.
     """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, str):
-        return "\n".join(map(visible_text, truncate(value, TEXT_LETTERS).split("\n")))
+        return "\n".join(map(visible_text, truncate(value, letters).split("\n")))
     if isinstance(value, Mapping):
-        return {key: visible(item) for key, item in value.items()}
+        return {key: visible(item, letters) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [visible(item) for item in value]
+        return [visible(item, letters) for item in value]
     return value
 
 
@@ -117,6 +124,35 @@ def check_values(report: Report | None, questions: Sequence[str], stale: bool) -
         ],
         "dropped": report.dropped,
         "stale": stale,
+    }
+
+
+def talk_values(talk: Talk | None, standing: Sequence[Edit]) -> dict[str, Any]:
+    """The last question and its answers, and whether other edits stand now than when it was asked."""
+    if talk is None:
+        return {}
+    return {
+        "question": talk.question,
+        "template": talk.template,
+        "before": talk.before,
+        "now": talk.now,
+        "edits": len(talk.standing),
+        "stale": talk.standing != tuple(standing),
+    }
+
+
+def job_values(job: Job | None) -> dict[str, Any]:
+    """The work that runs."""
+    if job is None:
+        return {}
+    return {
+        "name": job.name,
+        "step": job.step,
+        "done": job.done,
+        "total": job.total,
+        "seconds": round(time.monotonic() - job.started, 1),
+        "stopping": job.stopping,
+        "note": job.note,
     }
 
 

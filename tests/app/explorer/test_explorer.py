@@ -1,11 +1,15 @@
 """What the page's buttons do, and that what is shown is what is used. No browser here."""
 
+import json
 import threading
 import time
+from base64 import b64decode
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
+import torch
 from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
@@ -359,16 +363,95 @@ def test_the_python_that_is_shown_runs_and_makes_the_same_edit(explorer):
     assert "ld.trace(\n    model, requests[:1]," in explorer.parts["code"], "as many as were traced"
 
 
+def test_the_python_of_sixty_requests_is_shown_whole_and_runs(model, monkeypatch):
+    requests = [
+        ld.request(f"how do I make a {name} now, {'please ' * 30}and do it well", name, id=f"number {name}")
+        for name in (f"lamp{i}" for i in range(60))
+    ]
+    settings = {"positions": ("subject_last",), "min_difference": 0.0, "progress": False}
+    trace = ld.trace(model, requests[:2], layers="all", **settings)
+    explorer = Explorer(model, requests, trace, settings={"cache": False}, name="a/model")
+    edit = replace(handmade_edit(model, {1: 0.1}), requests=(requests[3], requests[59]))
+    explorer.ledger.apply(edit)
+    code = explorer.parts["code"]
+    explorer.ledger.undo()
+    assert len(code) > 10_000
+    planned = []
+    monkeypatch.setattr(ld, "load", lambda name: {"a/model": model}[name])
+    monkeypatch.setattr(ld, "edit", lambda *values, **more: planned.append((values, more)) or edit)
+    monkeypatch.setattr(ld, "trace", partial(ld.trace, min_difference=0.0, progress=False))
+    names = {}
+    exec(code, names)
+    names["ledger"].undo()
+    assert names["requests"] == requests
+    assert torch.allclose(names["trace"].effects, explorer.trace.effects, rtol=0, atol=0, equal_nan=True)
+    ((_, chosen, sites), more) = planned[0]
+    assert chosen == [requests[3], requests[59]] and more == {"method": "memit", "cache": False}
+    assert sites == [ld.Site("resid_post", 1, "subject_last")]
+
+
+def test_the_python_names_a_file_where_the_requests_are_too_many(model):
+    requests = [ld.request(f"make a lamp{i} {'now ' * 200}", f"lamp{i}") for i in range(100)]
+    code = Explorer(model, requests).parts["code"]
+    compile(code, "code", "exec")
+    assert "name the file of your 100 requests" in code and len(code) < 1000
+
+
 def test_files_are_handed_over(explorer, tmp_path):
     files = {}
+
+    def loaded(files, name):
+        path = tmp_path / "taken.safetensors"
+        path.write_bytes(b64decode(files.pop(f"{name}.safetensors")))
+        return ld.Edit.load(path)
+
     explorer.listen(
         lambda name, value: files.update({value["file"]: value["data"]}) if name == "event:file" else None
     )
     explorer.do("choose", cells=[cell(1)])
     assert "nothing" in done(explorer, "take", what="edit")
-    assert done(explorer, "plan") == "" and done(explorer, "apply") == ""
-    assert done(explorer, "take", what="edit") == ""
-    assert files["edit.safetensors"]
+    assert done(explorer, "plan") == ""
+    assert done(explorer, "take", what="edit") == "" and loaded(files, "plan").layers == (1,)
+    assert done(explorer, "apply") == ""
+    assert done(explorer, "take", what="edit") == "" and loaded(files, "edit").layers == (1,)
     message = done(explorer, "take", what="folder", path=str(tmp_path / "model"))
     assert "written" in message and (tmp_path / "model" / "config.json").is_file()
     assert "not empty" in done(explorer, "take", what="folder", path=str(tmp_path / "model"))
+    explorer.ledger.apply(handmade_edit(explorer.model, {2: 0.1}))
+    assert done(explorer, "take", what="edit") == "" and loaded(files, "edit_2_of_2").layers == (2,)
+    assert "written" in done(explorer, "take", what="adapter", path=str(tmp_path / "adapter"))
+    explorer.ledger.undo()
+    explorer.ledger.undo()
+    adapter = ld.load_adapter(tmp_path / "adapter", explorer.model)
+    assert adapter.layers == (1, 2), "every edit that stands"
+
+
+def test_the_report_tells_of_every_edit_that_stood(explorer):
+    files = {}
+    explorer.listen(
+        lambda name, value: files.update({value["file"]: value["data"]}) if name == "event:file" else None
+    )
+    for layer in (1, 2):
+        explorer.do("set_plan", requests=[layer - 1], strength=layer / 2)
+        explorer.do("choose", cells=[cell(layer)])
+        assert done(explorer, "plan") == "" and done(explorer, "apply") == ""
+    assert "press Check" in done(explorer, "take", what="report")
+    assert done(explorer, "check") == ""
+    explorer.do("choose", cells=[cell(0, "last")])
+    explorer.ledger.undo()
+    assert done(explorer, "take", what="report") == ""
+    page = b64decode(files["report.html"]).decode()
+    start = page.index('id="parts">') + len('id="parts">')
+    parts = json.loads(page[start : page.index("</script>", start)])
+    assert [parts[f"plan{i}"]["layers"] for i in (0, 1)] == ["1", "2"]
+    assert [parts[f"plan{i}"]["subjects"] for i in (0, 1)] == [["lamp"], ["bell"]]
+    assert [parts[f"plan{i}"]["strength"] for i in (0, 1)] == [0.5, 1.0]
+    assert "plan2" not in parts and 'data-of="plan1"' in page
+    assert "<td>1</td><td>memit</td><td>1</td><td>last subject token</td><td>50%</td>" in page
+    assert [(site["layer"], site["role"]) for site in parts["sites"]["sites"]] == [
+        (1, "subject_last"),
+        (2, "subject_last"),
+    ], "the edits' cells, whatever is chosen now"
+    assert any(row["question"] for row in parts["check0"]["answers"])
+    assert page.count("ledger.apply(edit)") == 2, "the Python of what was checked"
+    assert "and taken back" not in page, "the edits stood"

@@ -13,9 +13,10 @@ from helpers.tiny_models import tiny_model
 
 import lens_defense as ld
 from lens_defense.app.explorer import take_away
-from lens_defense.app.explorer.explorer import Explorer, Talk
+from lens_defense.app.explorer.explorer import Explorer
 from lens_defense.app.explorer.page_state import hand_over
-from lens_defense.app.explorer.page_values import visible
+from lens_defense.app.explorer.page_values import talk_values, visible
+from lens_defense.app.explorer.talk import Talk
 from lens_defense.app.explorer.widget import ExplorerWidget
 
 PAGE = "application/vnd.jupyter.widget-view+json"
@@ -73,7 +74,7 @@ def test_the_bundle_has_the_page_and_what_reads_well_without_it(explorer, model)
     talk_of(explorer, "<b>bold</b>")
     bundle = explorer._repr_mimebundle_()
     assert set(bundle) == {PAGE, "text/html", "text/plain"}
-    assert bundle[PAGE]["model_id"] == explorer._widget.model_id
+    assert bundle[PAGE]["model_id"] == explorer._notebook.widget.model_id
     assert bundle["text/plain"] == repr(explorer)
     html = bundle["text/html"]
     assert "residual stream, layer 1, last prompt token" in html and "memit at layers 1 (lamp, bell)" in html
@@ -81,7 +82,7 @@ def test_the_bundle_has_the_page_and_what_reads_well_without_it(explorer, model)
 
 
 def test_readers_without_a_kernel_see_the_whole_picture_and_what_is_chosen(model, monkeypatch):
-    monkeypatch.setattr("lens_defense.app.explorer.explorer.wants_pictures", lambda: True)
+    monkeypatch.setattr("lens_defense.app.explorer.notebook_form.wants_pictures", lambda: True)
     monkeypatch.setattr(take_away, "figure_file", lambda *_: PICTURE)
     requests = [ld.request("how do I make a lamp now", "lamp")]
     trace = ld.trace(model, requests, layers="all", min_difference=0.0, progress=False)
@@ -98,7 +99,7 @@ def test_a_notebook_gets_the_page_and_a_static_form_that_follows_who_uses_the_pa
     (form, first), (_, page), (again, _), (_, same) = shown
     assert form == again and set(first) == {"text/html", "text/plain"}
     assert set(page) == {PAGE} and page == same
-    assert explorer._widget.static_form == form and form in first["text/html"]
+    assert explorer._notebook.widget.static_form == form and form in first["text/html"]
     shown.clear()
     explorer.sites = [ld.Site("resid_post", 2, "last")]
     assert not shown, "a reader of the notebook sees what stood there when the cell ran"
@@ -115,7 +116,7 @@ def test_a_notebook_gets_the_page_and_a_static_form_that_follows_who_uses_the_pa
 
 def test_live_answers_are_not_saved_with_the_notebook(explorer):
     explorer._repr_mimebundle_()
-    widget = explorer._widget
+    widget = explorer._notebook.widget
     sent = []
     widget.send = sent.append
     talk_of(explorer, LONG)
@@ -126,7 +127,7 @@ def test_live_answers_are_not_saved_with_the_notebook(explorer):
     sent.clear()
     widget._asked(widget, {"tell": "whole"}, [])
     assert [message["value"]["before"] for message in sent] == [LONG], "a page that was loaded again asks"
-    explorer._widget.close()
+    explorer._notebook.widget.close()
     assert "word12" not in repr(ExplorerWidget(explorer).get_state())
 
 
@@ -152,14 +153,14 @@ def test_the_package_is_imported_without_anything_for_notebooks():
 
 def test_a_closed_widget_stops_listening_and_a_new_one_takes_its_place(explorer):
     explorer._repr_mimebundle_()
-    closed = explorer._widget
-    assert explorer._listeners
+    closed = explorer._notebook.widget
+    assert explorer._published.listeners
     closed.close()
-    assert not explorer._listeners
+    assert not explorer._published.listeners
     explorer.sites = [ld.Site("resid_post", 1, "last")]
     assert closed.sites["sites"] == []
     explorer._repr_mimebundle_()
-    assert explorer._widget is not closed and len(explorer._widget.sites["sites"]) == 1
+    assert explorer._notebook.widget is not closed and len(explorer._notebook.widget.sites["sites"]) == 1
 
 
 def test_a_listener_that_fails_hurts_neither_the_others_nor_the_work(explorer, caplog):
@@ -208,4 +209,6 @@ def test_stop_never_cuts_what_a_page_is_told(explorer):
     explorer.stop()
     assert explorer.worker.wait(60)
     assert begun == ended
-    assert ended[-1] == explorer.parts["talk"] == visible(explorer.talk_values()), "the last state is told"
+    assert (
+        ended[-1] == explorer.parts["talk"] == visible(talk_values(explorer.talk, explorer.ledger.edits))
+    ), "the last state is told"

@@ -7,7 +7,7 @@ class Check {
     this.page = page;
     this.opened = null;
     this.search = "";
-    this.go = button("Check what stands", "ask the suite without and with the edits", () => page.send("check", {}), "live primary");
+    this.go = button("Check these edits", "ask the suite without and with the edits", () => page.send("check", {}), "live primary");
     this.body = h("div", {});
     this.element = h("section", { class: "check" }, h("h2", {}, "Check"), h("div", { class: "bar live" }, this.go), this.body);
     page.on("check", () => this.update());
@@ -19,7 +19,7 @@ class Check {
   update() {
     const check = this.page.get("check");
     if (!check.rates) {
-      replace(this.body, h("p", { class: "quiet" }, "Paraphrases, jailbreaks, other spellings and names of the edited subjects; harmless questions about them; everyday requests; facts; each without and with the edits."));
+      replace(this.body, h("p", { class: "quiet" }, this.page.get("stack").edits.length ? "" : "For when an edit is in the model. ", "Asks a small suite without and with the edits, and judges the answers: paraphrases, jailbreaks, other spellings and names of the edited subjects; harmless questions about them; everyday requests; facts."));
       return;
     }
     const rate = (row, when) => {
@@ -48,6 +48,7 @@ class Check {
             h("td", {}, row.p == null ? "" : row.p < 0.001 ? "<.001" : number(row.p, 3))),
           this.opened === key(row) ? h("tr", { class: "rows" }, h("td", { colspan: 7 }, this.rows(check, row))) : null,
         ]))),
+      h("p", { class: "quiet" }, "Refused: the answer begins like a refusal. Refused, coherent: the whole answer is one. Bold: changed, p < .05. Press a measure for the answers behind it, those first that are not as wanted."),
       h("p", { class: "quiet" }, check.costs.map((cost) => `${cost.cost} ${number(cost.mean, 4)} [${number(cost.low, 4)}, ${number(cost.high, 4)}]`).join(" · "),
         check.dropped ? ` · ${check.dropped} rows were left out because an edit had seen their text` : ""));
   }
@@ -82,14 +83,28 @@ class TakeAway {
       setTimeout(() => { copy.textContent = "Copy"; }, 1500);
     });
     const take = (what, text, title) => button(text, title, () => page.send("take", { what }), "live");
+    this.edit = take("edit", "", "ld.Edit.load reads it");
+    const maps = [take("svg", "Map as SVG", "the map as a paper figure"), take("pdf", "Map as PDF", "the map as a paper figure")];
+    const report = take("report", "HTML report", "the last check, its edits and the maps as one file");
+    page.on("map", () => { for (const one of maps) one.disabled = !page.get("map").views; });
+    page.on("check", () => { report.disabled = !page.get("check").rates; });
     this.element = h("section", { class: "take" }, h("h2", {}, "Take away"),
       h("div", { class: "bar live" },
-        take("edit", "Edit file", "the last edit that stands, or the plan; ld.Edit.load reads it"),
-        take("svg", "Map as SVG", "the map as a paper figure"),
-        take("pdf", "Map as PDF", "the map as a paper figure"),
-        take("report", "HTML report", "this session as one file"),
-        h("span", {}, this.path, button("Hugging Face folder", "the model with the edits that stand", () => page.send("take", { what: "folder", path: this.path.value }), "live"))),
+        this.edit,
+        maps,
+        report,
+        h("span", {}, this.path, 
+          button("Hugging Face folder", "the model with all edits that stand", () => page.send("take", { what: "folder", path: this.path.value }), "live"),
+          button("LoRA adapter", "all edits that stand, as an adapter that peft loads", () => page.send("take", { what: "adapter", path: this.path.value }), "live"))),
       h("details", { open: true }, h("summary", {}, "The Python that does this again"), copy, this.code));
+    const name = () => {
+      const { edits } = page.get("stack");
+      const planned = Boolean(page.get("plan").by_subject);
+      this.edit.disabled = !planned && !edits.length;
+      this.edit.textContent = planned || !edits.length ? "Plan as a file" : edits.length === 1 ? "Edit as a file" : `Last of ${edits.length} edits as a file`;
+    };
+    page.on("stack", name);
+    page.on("plan", name);
     page.on("code", () => { this.code.firstChild.textContent = page.get("code"); });
     page.onEvent("file", ({ file: name, data }) => {
       const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0));

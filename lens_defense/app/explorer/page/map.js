@@ -66,6 +66,9 @@ class Maps {
     });
     page.onEvent("cells", ({ cells }) => this.measured(cells));
     page.onTheme(() => this.draw());
+    const resized = new ResizeObserver(() => { if (this.map?.views?.length && this.body.clientWidth !== this.width) this.draw(); });
+    resized.observe(this.body);
+    page.ended.push(() => resized.disconnect());
   }
 
   get map() {
@@ -129,9 +132,14 @@ class Maps {
         h(
           "div",
           { class: "empty" },
-          h("p", {}, "Where does this model keep it? ", h("b", {}, "Trace"), " corrupts the subject of each of ",
-            `${requests} requests and restores one state at a time: the more of the answer comes back, the redder `,
-            "the cell. An estimate comes first; then every cell at the subject and at the last token is measured."),
+          h("p", {}, "Where does this model keep what it should not say, and can it be taken out?"),
+          h("ol", {},
+            h("li", {}, h("b", {}, "Trace"), ` corrupts the subject of ${requests === 1 ? "one request" : `each of ${requests} requests`} and restores one state at a `,
+              "time: the more of the answer comes back, the redder the cell. An estimate comes first; then the cells at the subject and at the last token are measured."),
+            h("li", {}, h("b", {}, "Suggest"), " chooses cells to edit, or click some."),
+            h("li", {}, h("b", {}, "Plan"), " computes a change there that brings a refusal, and forecasts it. Nothing is changed yet."),
+            h("li", {}, h("b", {}, "Apply"), " makes the change. ", h("b", {}, "Undo"), " takes it back, bit for bit."),
+            h("li", {}, h("b", {}, "Ask"), " and ", h("b", {}, "Check"), " compare the model without and with it.")),
         ),
       );
       return;
@@ -144,13 +152,14 @@ class Maps {
     const largestOf = (parts) =>
       Math.max(0.05, ...parts.flatMap(({ grid }) => grid.flatMap((row) => row.map((cell) => Math.abs(cell?.[0] ?? 0)))));
     const shared = largestOf(grids);
+    this.width = this.body.clientWidth;
     const words = Object.fromEntries(page.get("model").components.map(([name, text]) => [name, text]));
     const panels = grids.map((part) => this.panel(part, view, words, this.scale === "shared" ? shared : largestOf([part])));
     replace(this.body, frames.length === 1 ? panels : map.components.map((_, row) =>
       h("div", { class: "panels row" }, panels.slice(row * frames.length, (row + 1) * frames.length))));
     replace(
       this.facts,
-      view.answer ? [h("b", {}, "The answer that is read: "), h("span", { class: "token", dir: "auto" }, view.answer), ". "] : null,
+      view.answer ? [h("b", {}, "The answer that is read: "), "“", h("span", { class: "token", dir: "auto" }, view.answer), "” "] : null,
       map.how,
     );
     this.drawLegend(shared);
@@ -178,18 +187,22 @@ class Maps {
     const scale = SCALES[this.page.theme()];
     const { layers } = this.map;
     const columns = view.columns;
-    const tall = this.frame === "all" ? 270 : 440;
+    const width = this.body.clientWidth || 860;
+    const beside = Math.max(1, Math.min(this.frame === "all" ? 3 : this.map.components.length, 3, Math.floor(width / 200)));
+    const tall = this.frame === "all" ? 270 : width < 400 ? 330 : 440;
     const cellHeight = Math.max(6, Math.min(24, Math.floor(tall / layers)));
-    const beside = this.frame === "all" ? 3 : Math.min(3, this.map.components.length);
-    const room = (this.body.clientWidth || 860) / beside - 90; // for the cells: without axis and overhang
+    const lengths = columns.map((column) => 6.3 * [...column.text].length); // of the labels, which are turned
+    const beyond = Math.max(8, ...lengths.map((length, c) => 0.8 * length - 24 * (columns.length - c - 0.5)));
+    const room = width / beside - 34 - beyond - 22; // for the cells: without axis, overhang and gap
     const cellWidth = Math.max(13, Math.min(48, Math.floor(Math.min(room, 420) / columns.length)));
     const widths = columns.map((column) => (column.role ? cellWidth : 12));
     const lefts = widths.map((_, i) => 34 + widths.slice(0, i).reduce((a, b) => a + b, 0));
     const right = lefts.at(-1) + widths.at(-1);
     const bottom = 8 + layers * cellHeight;
-    const lengths = columns.map((column) => 6.3 * [...column.text].length); // of the labels, which are turned
-    const labels = 20 + 0.62 * Math.max(...lengths);
-    const overhang = Math.max(8, ...lengths.map((length, c) => lefts[c] + widths[c] / 2 + 0.8 * length - right));
+    const angle = cellWidth < 18 ? 62 : 38; // of the labels: those of narrow columns would lie on one another
+    const [across, down] = [Math.cos((angle * Math.PI) / 180), Math.sin((angle * Math.PI) / 180)];
+    const labels = 20 + down * Math.max(...lengths);
+    const overhang = Math.max(8, ...lengths.map((length, c) => lefts[c] + widths[c] / 2 + across * length - right));
     const editable = this.page.get("model").components.find(([name]) => name === component)?.[2];
     const index = this.panels.length;
     const svg = s("svg", {
@@ -228,7 +241,7 @@ class Maps {
     columns.forEach((column, c) => {
       svg.append(
         s("text", {
-          transform: `translate(${lefts[c] + widths[c] / 2} ${bottom + 10}) rotate(38)`,
+          transform: `translate(${lefts[c] + widths[c] / 2} ${bottom + 10}) rotate(${angle})`,
           class: column.subject ? "axis subject" : "axis",
         }, column.text),
       );

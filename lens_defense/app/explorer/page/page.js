@@ -79,11 +79,12 @@ class Header {
       const waited = page.asked.size > 0 && page.waited;
       page.waited = page.asked.size > 0;
       this.waiting.hidden = !waited;
+      this.tick(page);
     }, 400);
     page.ended.push(() => clearInterval(look));
     this.trace = button("Trace", "estimate the map, then measure it", () => page.send("trace", {}), "primary");
     this.choices = h("div", { class: "bar live" });
-    this.element = h("header", {}, h("div", { class: "top" }, this.title, this.standing, this.waiting, this.job), this.choices, this.message);
+    this.top = h("header", { class: "top" }, this.title, this.standing, this.waiting, this.job);
     page.say = (text) => { this.message.textContent = text; };
     page.on("message", () => page.say(page.get("message")));
     page.on("model", () => {
@@ -95,6 +96,7 @@ class Header {
     page.on("stack", () => {
       const { edits } = page.get("stack");
       this.standing.className = edits.length ? "standing edited" : "standing";
+      this.trace.title = edits.length ? "an edit is in the model: undo it first, or press Trace again beside the edits" : "estimate the map, then measure it";
       this.standing.textContent = edits.length ? `${edits.length} edit${edits.length > 1 ? "s" : ""} in the model` : "model as loaded";
       this.trace.disabled = Boolean(page.get("job").name) || edits.length > 0;
     });
@@ -103,13 +105,22 @@ class Header {
       this.job.hidden = !job.name;
       this.trace.disabled = Boolean(job.name) || page.get("stack").edits.length > 0;
       if (!job.name) return;
-      this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${Math.round(job.seconds)} s`;
+      this.started = performance.now() - 1000 * job.seconds;
+      this.tick(page);
       if (job.total) this.progress.value = job.done / job.total;
       else this.progress.removeAttribute("value");
       this.work.title = job.note;
       this.note.textContent = job.note;
       this.stop.disabled = job.stopping;
     });
+  }
+
+  // The seconds go on between two steps of the work.
+  tick(page) {
+    const job = page.get("job") ?? {};
+    if (!job.name) return;
+    const seconds = Math.round((performance.now() - this.started) / 1000);
+    this.work.textContent = `${job.stopping ? "stopping: " : ""}${job.name}${job.step ? ` (${job.step})` : ""} · ${page.cut ? Math.round(job.seconds) : seconds} s`;
   }
 
   settings(page) {
@@ -122,15 +133,17 @@ class Header {
       h("span", { class: "checks", role: "group", "aria-label": "components" }, components.map(([name, words]) =>
         h("label", {}, h("input", { type: "checkbox", checked: chosen.includes(name), onchange: (event) =>
           set({ components: components.map(([other]) => other).filter((other) => (other === name ? event.target.checked : chosen.includes(other))) }) }), words))),
-      h("select", { "aria-label": "how many requests", onchange: (event) => set({ number: +event.target.value }) },
+      h("select", { "aria-label": "how many requests", title: "a map takes as many times as long", onchange: (event) => set({ number: +event.target.value }) },
         counts.map((n) => h("option", { value: n, selected: n === count }, n === total ? `all ${n} requests` : n === 1 ? "the first request" : `the first ${n} requests`))),
-      h("select", { "aria-label": "direction", onchange: (event) => set({ direction: event.target.value }) },
+      h("select", { "aria-label": "direction", title: "what is done to one state at a time", onchange: (event) => set({ direction: event.target.value }) },
         [["denoising", "restore one state (denoising)"], ["noising", "corrupt one state (noising)"]].map(([value, words]) =>
           h("option", { value, selected: value === direction }, words))),
-      h("select", { "aria-label": "metric", onchange: (event) => set({ metric: event.target.value }) },
-        metrics.map((name) => h("option", { value: name, selected: name === metric }, name.replaceAll("_", " ")))));
+      h("label", { title: "what is read of each run" }, "measured by ", h("select", { "aria-label": "metric", onchange: (event) => set({ metric: event.target.value }) },
+        metrics.map((name) => h("option", { value: name, selected: name === metric }, METRIC_WORDS[name] ?? name.replaceAll("_", " "))))));
   }
 }
+
+const METRIC_WORDS = { answer_logprob: "log probability of the answer", answer_probability: "probability of the answer", kl_to_clean: "KL to the clean run" };
 
 const PARTS = { maps: Maps, cells: Cells, plan: Plan, stack: Stack, ask: Ask, check: Check, take: TakeAway };
 
@@ -180,8 +193,9 @@ function render({ model: link, el }) {
   followKernel(page, el);
   const header = new Header(page);
   const parts = Object.fromEntries(Object.entries(PARTS).map(([name, Part]) => [name, new Part(page).element]));
-  page.element.append(header.element,
-    h("main", {}, h("div", { class: "left" }, parts.maps, parts.ask), h("aside", {}, parts.cells, parts.plan, parts.stack), parts.check, parts.take));
+  page.element.append(header.top, header.choices,
+    h("main", {}, parts.maps, h("aside", {}, parts.cells, parts.plan, parts.stack), parts.ask, parts.check, parts.take),
+    header.message);
   page.draw();
   return () => { for (const action of page.ended) action(); };
 }

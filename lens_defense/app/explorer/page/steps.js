@@ -1,4 +1,4 @@
-// The steps beside the map: which cells, what is planned there, what stands.
+// The steps beside the map: which cells, what is planned there, which edits are in the model.
 
 class Cells {
   constructor(page) {
@@ -6,40 +6,44 @@ class Cells {
     this.reason = h("p", { class: "quiet" });
     const control = h(
       "select",
-      { "aria-label": "control sites", onchange: () => { if (control.value) page.send("control", { which: control.value }); control.value = ""; } },
+      { "aria-label": "control sites", title: "cells that the map did not choose, to compare an edit with", onchange: () => { if (control.value) page.send("control", { which: control.value }); control.value = ""; } },
       h("option", { value: "" }, "control sites …"),
       ["middle layers", "late layers", "at next"].map((name) => h("option", { value: name }, name)),
     );
+    const suggest = button("Suggest", "choose the cells that locate finds in this map, and say why", () => page.send("suggest", {}));
+    page.on("map", () => { suggest.disabled = !page.get("map").views; });
     this.element = h(
       "section",
       { class: "step" },
       h("h2", {}, "Cells"),
-      h("div", { class: "bar live" },
-        button("Suggest", "choose what locate finds in this map", () => page.send("suggest", {})),
-        control,
+      h("div", { class: "bar live" }, suggest, control,
         button("Clear", "choose nothing", () => page.send("choose", { cells: [], how: "set" }))),
       this.reason,
       this.list,
     );
-    page.on("sites", () => {
+    const update = () => {
       const { sites, reason, layers } = page.get("sites");
       const roles = [...new Set(sites.map((site) => site.role))];
       replace(this.reason, sites.length
         ? `${reason} An edit here rewrites the MLP output matrices of layers ${layers}${roles.length > 1 ? "; choose one role to plan" : ""}.`
-        : "Click a cell, shift-click for more, or draw a box.");
+        : page.get("map").views
+          ? "Where to edit: Suggest chooses for you. Or click a cell, shift-click for more, or draw a box."
+          : "Where to edit. The map comes first: press Trace.");
       replace(this.list, sites.map((site) =>
         h("li", {},
           h("span", {}, site.words, site.effect == null ? "" : ` · ${number(site.effect)}`),
           button("×", `remove ${site.words}`, () => page.send("choose", { cells: [site], how: "toggle" }), "live small"))));
-    });
+    };
+    page.on("sites", update);
+    page.on("map", update);
   }
 }
 
 class Plan {
   constructor(page) {
-    this.method = h("select", { "aria-label": "method", onchange: () => page.send("set_plan", { method: this.method.value }) });
+    this.method = h("select", { "aria-label": "method", title: "how the change is computed; each stands in docs/methods", onchange: () => page.send("set_plan", { method: this.method.value }) });
     this.strength = h("input", {
-      type: "range", min: 0, max: 200, step: 5, value: 100, "aria-label": "strength",
+      type: "range", min: 0, max: 200, step: 5, value: 100, "aria-label": "strength", title: "scales the planned change; nothing is fitted again",
       oninput: () => { this.shown.textContent = `${this.strength.value}%`; tell(this.strength.value / 100); },
     });
     const tell = throttled((strength) => page.send("set_plan", { strength }), 60);
@@ -61,7 +65,7 @@ class Plan {
     );
     page.on("settings", () => this.settings(page));
     page.on("plan", () => this.update(page));
-    page.on("sites", () => this.buttons(page));
+    page.on("sites", () => this.update(page));
     page.on("job", () => this.buttons(page));
   }
 
@@ -71,7 +75,8 @@ class Plan {
     replace(this.method, methods.map((name) => h("option", { value: name, selected: name === method }, name)));
     if (document.activeElement !== this.strength) this.strength.value = 100 * strength;
     this.shown.textContent = `${Math.round(100 * strength)}%`;
-    this.count.textContent = `${chosen.length} of ${requests.length} requests`;
+    replace(this.count, chosen.length === requests.length ? `all ${chosen.length} requests: ` : `${chosen.length} of ${requests.length} requests: `,
+      h("span", { dir: "auto" }, chosen.map((i) => requests[i].subject).join(", ")));
     const toggle = (index, on) =>
       page.send("set_plan", { requests: requests.map((_, i) => i).filter((i) => (i === index ? on : chosen.includes(i))) });
     if (!this.requests.contains(document.activeElement)) {
@@ -92,7 +97,9 @@ class Plan {
     const plan = page.get("plan");
     this.buttons(page);
     if (!plan.by_subject) {
-      replace(this.forecast, h("p", { class: "quiet" }, "No plan for these cells yet."));
+      replace(this.forecast, h("p", { class: "quiet" }, page.get("sites").sites.length
+        ? "No plan for these cells yet. Plan computes a change that makes these requests meet a refusal, and forecasts it; Apply makes it."
+        : "Choose cells first."));
       return;
     }
     this.apply.className = plan.warnings.length ? "live primary warned" : "live primary";
@@ -117,6 +124,9 @@ class Plan {
               bar(row.leak, "neutral", "what safe-sounding text meets, as a share of a value"))),
           h("tr", { class: "sum" }, h("th", {}, "all together"), h("td", {}), contrast && h("td", {}),
             bar(plan.leak, plan.risky ? "bad" : "neutral", `from ${plan.threshold} on over-refusal was seen`)))),
+      h("p", { class: "quiet" }, "Delivered: the share of the fitted value that arrives in contexts the edit has not seen; below .4 is little. ",
+        contrast && "In harmless uses: the same in harmless questions about the subject; best near 0. ",
+        "Off target: what safe-sounding text meets", plan.threshold == null ? "." : `; from ${number(plan.threshold)} all together on, over-refusal was seen on smollm2.`),
       h("p", { class: "quiet" },
         `${plan.method} at layers ${plan.layers}, ${plan.role}; rank ${plan.rank}, up to ${number(100 * plan.change, 1)}% of a matrix's norm.`,
         plan.strength === 1 ? "" : ` Measured at 100%; scaled to ${Math.round(100 * plan.strength)}%.`),
@@ -130,7 +140,7 @@ class Stack {
     this.undo = button("Undo", "take the last change back, bit for bit", () => page.send("undo", {}), "live");
     this.redo = button("Redo", "make the change again that was taken back last", () => page.send("redo", {}), "live");
     this.again = button("Trace again", "trace the edited model: before, after, difference", () => page.send("trace_after", {}), "live");
-    this.element = h("section", { class: "step" }, h("h2", {}, "What stands"), this.list, h("div", { class: "bar live" }, this.undo, this.redo, this.again));
+    this.element = h("section", { class: "step" }, h("h2", {}, "Edits in the model"), this.list, h("div", { class: "bar live" }, this.undo, this.redo, this.again));
     const update = () => {
       const { edits, undone } = page.get("stack");
       const busy = Boolean(page.get("job").name);
@@ -143,7 +153,7 @@ class Stack {
             h("div", {}, h("b", {}, edit.method), ` at layers ${edit.layers}, ${edit.role}`, edit.strength === 1 ? "" : `, ${Math.round(100 * edit.strength)}%`,
               h("span", { class: "quiet", dir: "auto" }, edit.subjects.join(", "), edit.more ? ` and ${edit.more} more` : "")),
             button("Remove", `take edit ${i + 1} out, also from the middle`, () => page.send("remove", { index: i }), "live small")))
-        : h("li", { class: "none" }, "Nothing: the model is as it was loaded, bit for bit."));
+        : h("li", { class: "none" }, "None: the model is as it was loaded, bit for bit."));
     };
     for (const part of ["stack", "job", "map"]) page.on(part, update);
   }

@@ -314,8 +314,8 @@ def consecutive_edits() -> go.Figure:
     rows[_LOGARITHMIC] = rows[_LOGARITHMIC].where(rows[_LOGARITHMIC] > 0)
     models, methods = list(rows["model"].unique()), list(rows["method"].unique())
     figure = make_subplots(
-        rows=len(CONSECUTIVE), cols=len(models), shared_xaxes="all", vertical_spacing=0.03,
-        horizontal_spacing=0.12, subplot_titles=models,
+        rows=len(CONSECUTIVE), cols=len(models), shared_xaxes="all", shared_yaxes=True,
+        vertical_spacing=0.03, horizontal_spacing=0.05, subplot_titles=models,
     )  # fmt: skip
     for (model, method, keep), series in rows.groupby(["model", "method", "keep"], sort=False):
         for row, column in enumerate(CONSECUTIVE, 1):

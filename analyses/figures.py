@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import tables
 from plotly.subplots import make_subplots
@@ -342,7 +343,9 @@ def consecutive_edits() -> go.Figure:
     for row, (column, title) in enumerate(CONSECUTIVE.items(), 1):
         figure.update_yaxes(title_text=title, row=row, col=1)
         if column in _LOGARITHMIC:
-            figure.update_yaxes(type="log", dtick=1, exponentformat="power", row=row)
+            decades = np.log10(rows[column])
+            limits = [decades.min() - 0.2, decades.max() + 0.2]
+            figure.update_yaxes(type="log", dtick=1, exponentformat="power", range=limits, row=row)
         else:
             figure.update_yaxes(tickformat=".0%", range=[-0.04, 1.06], row=row)
     figure.update_annotations(font_size=13)

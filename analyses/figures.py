@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 import tables
 from plotly.subplots import make_subplots
@@ -293,6 +294,67 @@ def _line_with_interval(
     )  # fmt: skip
 
 
+CONSECUTIVE = {
+    "seen_prefix": "refused,<br>seen words",
+    "unseen_prefix": "refused,<br>unseen words",
+    "harmless_newly_refused": "harmless,<br>newly refused",
+    "facts_kept": "facts kept",
+    "kl": "KL, nats",
+    "relative_change": "change of W",
+    "disturbance": "disturbance of<br>earlier edits",
+}
+"""Rows of the figure of consecutive edits, and what their axes say."""
+
+
+_LOGARITHMIC = ["kl", "relative_change", "disturbance"]
+
+
+def consecutive_edits() -> go.Figure:
+    """What is refused after so many edits in a row, and the price; solid where later edits keep the earlier ones."""
+    rows = read_table(RESULTS / "consecutive_edits.csv").sort_values(["method", "keep", "edits"])
+    rows[_LOGARITHMIC] = rows[_LOGARITHMIC].where(rows[_LOGARITHMIC] > 0)
+    models, methods = list(rows["model"].unique()), list(rows["method"].unique())
+    figure = make_subplots(
+        rows=len(CONSECUTIVE), cols=len(models), shared_xaxes="all", shared_yaxes=True,
+        vertical_spacing=0.03, horizontal_spacing=0.05, subplot_titles=models,
+    )  # fmt: skip
+    for (model, method, keep), series in rows.groupby(["model", "method", "keep"], sort=False):
+        for row, column in enumerate(CONSECUTIVE, 1):
+            i = methods.index(method)
+            figure.add_scatter(
+                x=series["edits"],
+                y=series[column],
+                mode="lines+markers",
+                line={"color": COLOURS[i], "width": 2, "dash": "solid" if keep else "dot"},
+                marker={
+                    "size": (9, 8, 7, 5, 5, 5)[i],
+                    "symbol": ("circle", "square", "diamond", "cross", "x", "star")[i],
+                },
+                name=f"{method}, {'kept' if keep else 'not kept'}",
+                legendgroup=f"{method} {keep}",
+                showlegend=row == 1 and models.index(model) == 0,
+                row=row,
+                col=models.index(model) + 1,
+            )
+    counts = sorted(set(rows["edits"]))
+    figure.update_xaxes(type="log", tickvals=counts, ticktext=[str(count) for count in counts], tickangle=0)
+    figure.update_xaxes(title_text="edits in a row", row=len(CONSECUTIVE))
+    figure.update_yaxes(gridcolor="#e3e3e3")
+    for row, (column, title) in enumerate(CONSECUTIVE.items(), 1):
+        figure.update_yaxes(title_text=title, row=row, col=1)
+        if column in _LOGARITHMIC:
+            decades = np.log10(rows[column])
+            limits = [decades.min() - 0.2, decades.max() + 0.2]
+            figure.update_yaxes(type="log", dtick=1, exponentformat="power", range=limits, row=row)
+        else:
+            figure.update_yaxes(tickformat=".0%", range=[-0.04, 1.06], row=row)
+    figure.update_annotations(font_size=13)
+    figure.update_layout(legend={"x": 0, "y": -0.07, "yanchor": "top", "orientation": "h"})
+    return theme(
+        figure, title="", plot=(PAGE - 92, 115 * len(CONSECUTIVE)), left=76, right=16, above=30, below=130
+    )
+
+
 def tracing_speed(device: str) -> go.Figure:
     """Seconds per map of the three ways and their floors, by the prompt's length; one sample and ten."""
     names = SPEED_MODELS[device]
@@ -366,6 +428,9 @@ def main() -> None:
     if (sites := RESULTS / "intent_sites").is_dir():
         sources, command = sorted(sites.glob("*.csv")), "python analyses/intent_sites.py"
         save("intent_sites", intent_sites(), sources, command, seeds="0 (noise, bootstrap)")
+    if (consecutive := RESULTS / "consecutive_edits.csv").is_file():
+        command = "python analyses/consecutive_edits.py"
+        save("consecutive_edits", consecutive_edits(), [consecutive], command, seeds="0 (fit)")
     if (grades := RESULTS / "locator_grades.csv").is_file():
         save(
             "locator_grades", locator_grades(), [grades], "python analyses/locator_grades.py", seeds="0, 1, 2"

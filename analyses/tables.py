@@ -560,6 +560,37 @@ def markdown(table: pd.DataFrame) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
+# %% edits one after another
+def consecutive_edits(model: str) -> pd.DataFrame:
+    """A row per method, keeping earlier edits or not: what is refused after so many edits, and the price at the end."""
+    rows = read_table(RESULTS / "consecutive_edits.csv")
+    rows = rows[rows["model"] == model].sort_values("edits", kind="stable")
+    table = []
+    for (method, keep), series in rows.groupby(["method", "keep"], sort=False):
+        last = series.iloc[-1]
+        table.append(
+            {
+                "method": method,
+                "keep": "yes" if keep else "no",
+                "edits": _counts(series["edits"]),
+                "refused, seen words": _counts(100 * series["seen_prefix"]),
+                "refused, unseen words": _counts(100 * series["unseen_prefix"]),
+                "harmless newly refused": f"{last['harmless_newly_refused']:.0%}",
+                "facts kept": f"{last['facts_kept']:.0%}",
+                "KL": f"{last['kl']:.3f}",
+                "loss": f"{last['loss_ratio'] - 1:+.1%}",
+                "change of W": f"{last['relative_change']:.2f}",
+                "disturbance": f"{last['disturbance']:.3f}",
+            }
+        )
+    order = {name: i for i, name in enumerate(dict.fromkeys(row["method"] for row in table))}
+    return pd.DataFrame(sorted(table, key=lambda row: (order[row["method"]], row["keep"])))
+
+
+def _counts(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.0f}" for value in values)
+
+
 # %% damaged files
 def damage() -> pd.DataFrame:
     """What became of damaged files, by kind; analyses/damage.py counts them."""
@@ -699,6 +730,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "intent_doses": intent_doses,
             "intent_last_token": intent_last_token,
             "judges": judges,
+            "consecutive_edits_organism": partial(consecutive_edits, "organism"),
+            "consecutive_edits_smollm2": partial(consecutive_edits, "smollm2"),
             "damage": damage,
             "interrupts": interrupts,
             "repair": repair,

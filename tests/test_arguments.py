@@ -43,6 +43,7 @@ SWAPPED = {
     "edit's model": lambda arguments: ld.edit([LAMP], arguments.model, [SITE]),
     "a trace for sites": lambda arguments: ld.edit(arguments.model, [LAMP], arguments.trace),
     "layers for sites": lambda arguments: ld.edit(arguments.model, [LAMP], [1, 2]),
+    "texts to keep": lambda arguments: ld.edit(arguments.model, [LAMP], [SITE], keep=["an edit"]),
     "heatmap": lambda arguments: ld.heatmap([SITE], arguments.trace),
     "heatmap of sites alone": lambda _: ld.heatmap(SITE),
     "layers on a heatmap": lambda arguments: ld.heatmap(arguments.trace, [3]),

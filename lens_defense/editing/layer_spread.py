@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.methods import EditingMethod, Factors, KeyGroup
+from lens_defense.editing.kept_keys import key_rows
+from lens_defense.editing.methods import EARLIER, EditingMethod, Factors, KeyGroup
 from lens_defense.editing.methods.method import SharesLayers, refuse_unfit_factors
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.mlp_output import apply_change_, mlp_output_matrix, temporary_changes
@@ -32,6 +34,17 @@ class PromptGroup:
     harmless: bool = False
 
 
+class Spread(NamedTuple):
+    """What a spread gives."""
+
+    factors: dict[int, Factors]
+    """By layer."""
+    reach: list[float]
+    """Of each measured group, the share of its request's value that arrives."""
+    key_rows: dict[int, Float[Tensor, "_ d_in"]]
+    """By layer, the keys that the change was made for, as later edits may keep them: see kept_keys.py."""
+
+
 @torch.no_grad()
 def spread_over_layers(
     model: TransformerBridge,
@@ -44,7 +57,8 @@ def spread_over_layers(
     *,
     mean_keys: bool = False,
     measured: Sequence[PromptGroup] = (),
-) -> tuple[dict[int, Factors], list[float]]:
+    kept: Mapping[int, Float[Tensor, "_ d_in"]] | None = None,
+) -> Spread:
     """MEMIT's algorithm 1: lowest layer first, each takes its share of what is still missing.
 
     Of harmless uses nothing is missing at first; once lower layers have leaked into them, the higher ones
@@ -60,9 +74,7 @@ def spread_over_layers(
         method: makes the change of a layer.
         mean_keys: whether a group is its mean key, as in MEMIT's release, or a row for each prompt.
         measured: groups whose reach is measured at the end.
-
-    Returns:
-        The factors by layer; and of each measured group, the share of its request's value that arrives.
+        kept: by layer, weighted keys of earlier edits, at which nothing new is to be written.
     """
     layers = tuple(shares)
     top = component_hook("resid_post", layers[-1])
@@ -70,6 +82,7 @@ def spread_over_layers(
     read_measured = _reader_at_role(model, measured, role, layers)
     clean_measured, clean_top = read_measured([top])[top], None
     factors: dict[int, Factors] = {}
+    written_rows: dict[int, Tensor] = {}
     with temporary_changes(model) as maker:
         for layer in layers:
             states = read_states([key_hook(layer), top])
@@ -86,15 +99,20 @@ def spread_over_layers(
                 key_groups.append(
                     KeyGroup(group.owner, rows, residual, group.weight, group.harmless, keys[0])
                 )
-            left, right, owners = method.solve(key_groups, covariances[layer].to(values.device))
-            refuse_unfit_factors(layer, left, right)
+            written_rows[layer] = key_rows(key_groups)
+            if kept and layer in kept:
+                key_groups.append(_earlier_group(kept[layer].to(values.device), key_groups[0].residual))
+            left, right, owners = _written_ranks(
+                layer, method.solve(key_groups, covariances[layer].to(values.device))
+            )
             factors[layer] = Factors(
                 left.float().cpu().contiguous(), right.float().cpu().contiguous(), owners
             )
             delta = factors[layer].left.double() @ factors[layer].right.double()
             apply_change_(model, {layer: delta}, maker=maker)
         shifted = read_measured([top])[top]
-    return factors, _reach(measured, _mean_shifts(shifted, clean_measured), values)
+    reach = _reach(measured, _mean_shifts(shifted, clean_measured), values)
+    return Spread(factors, reach, written_rows)
 
 
 @torch.no_grad()
@@ -173,6 +191,19 @@ def layer_shares(method: EditingMethod, layers: Sequence[int]) -> dict[int, floa
             f"share above 0 and at most 1, got {dict(shares)}"
         )
     return {layer: float(shares[layer]) for layer in layers if layer in shares}
+
+
+def _earlier_group(rows: Float[Tensor, "row d_in"], like: Float[Tensor, " d_out"]) -> KeyGroup:
+    """The weighted keys of earlier edits as a group: each row counts as it is, and nothing is to arrive."""
+    return KeyGroup(EARLIER, rows, torch.zeros_like(like), weight=float(len(rows)), harmless=True)
+
+
+def _written_ranks(layer: int, factors: Factors) -> Factors:
+    """The factors without the rank that a method may have given the keys of earlier edits, which adds 0."""
+    left, right, owners = factors
+    refuse_unfit_factors(layer, left, right)
+    ranks = [j for j, own in enumerate(owners) if own != {EARLIER} or bool(left[:, j].any())]
+    return Factors(left[:, ranks], right[ranks], tuple(owners[j] for j in ranks))
 
 
 @torch.no_grad()

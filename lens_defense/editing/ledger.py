@@ -1,7 +1,6 @@
 """The Ledger: the one place that changes a model for good, one edit on top of another, undone bit for bit."""
 
 import os
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,10 +22,9 @@ from lens_defense.models.mlp_output import (
     output_modules,
     refuse_other_originals,
     remove_change_,
-    set_aside_,
     standing_changes,
-    take_back_,
     undo_change_,
+    without_changes,
 )
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker, UndoneEdit, WeightChange, journal_of
@@ -195,13 +193,7 @@ class Ledger:
 
     def set_aside(self) -> RestoringBlock[TransformerBridge]:
         """The model without the edits for the length of a `with` block; afterwards they stand as before."""
-        maker = Maker(threading.get_ident())
-
-        def write_original_weights() -> TransformerBridge:
-            set_aside_(self.model, maker)
-            return self.model
-
-        return RestoringBlock(write_original_weights, partial(take_back_, self.model, maker), maker)
+        return without_changes(self.model)
 
     def to_peft(self, folder: str | os.PathLike[str]) -> Path:
         """Write the edits that stand as one LoRA adapter, their ranks one after another: see `Edit.to_peft`.

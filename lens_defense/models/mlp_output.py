@@ -139,7 +139,18 @@ def apply_change_(
     )
 
 
-def set_aside_(model: TransformerBridge, maker: Maker) -> None:
+def without_changes(model: TransformerBridge) -> RestoringBlock[TransformerBridge]:
+    """The model without the changes that stand, for a `with` block; afterwards they stand as before."""
+    maker = Maker(threading.get_ident())
+
+    def write_original_weights() -> TransformerBridge:
+        _set_aside_(model, maker)
+        return model
+
+    return RestoringBlock(write_original_weights, partial(take_back_, model, maker), maker)
+
+
+def _set_aside_(model: TransformerBridge, maker: Maker) -> None:
     """Write the weights that were there before all that stands: a change like others, to be undone first."""
     with journal_of(model).lock:
         original_weights = _saved_originals(standing_changes(model))

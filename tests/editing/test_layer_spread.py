@@ -81,7 +81,7 @@ def test_spread_is_algorithm_1(family, method):
     model, values, covariances = setting(family)
     prompts, held_out = contexts(model)
     original_weights, top = copy_weights(model), component_hook("resid_post", LAYERS[-1])
-    factors, reach = spread_over_layers(
+    factors, reach, _ = spread_over_layers(
         model, prompts, ROLE, SHARES, values, covariances, method, mean_keys=True, measured=held_out
     )
     assert weights_equal(model, original_weights)
@@ -106,7 +106,7 @@ def test_every_context_is_a_row_and_harmless_uses_are_taken_back(method):
     model, values, covariances = setting("llama")
     groups = [*contexts(model)[0], *harmless_uses(model)]
     top = component_hook("resid_post", LAYERS[-1])
-    factors, _ = spread_over_layers(model, groups, ROLE, SHARES, values, covariances, method)
+    factors, *_ = spread_over_layers(model, groups, ROLE, SHARES, values, covariances, method)
     clean = states_of(model, groups, top)
     for j, layer in enumerate(LAYERS):
         now, keys = states_of(model, groups, top), states_of(model, groups, key_hook(layer))
@@ -128,7 +128,7 @@ def test_a_light_covariance_writes_the_whole_vector():
     prompts, _ = contexts(model)
     light = {layer: 1e-6 * covariance for layer, covariance in covariances.items()}
     alone = [PromptGroup(group.owner, group.prompts[:1]) for group in prompts]
-    _, reach = spread_over_layers(model, alone, ROLE, SHARES, values, light, MEMIT(1.0), measured=alone)
+    _, reach, _ = spread_over_layers(model, alone, ROLE, SHARES, values, light, MEMIT(1.0), measured=alone)
     assert reach == pytest.approx([1.0, 1.0], abs=0.02)
 
 
@@ -159,7 +159,7 @@ def test_a_method_may_share_otherwise():
     prompts, _ = contexts(model)
     shares = layer_shares(Uneven({3: 0.7, 1: 0.2}), (0, 1, 3))
     assert list(shares.items()) == [(1, 0.2), (3, 0.7)], "lowest first, without the layer that has none"
-    factors, _ = spread_over_layers(
+    factors, *_ = spread_over_layers(
         model, prompts, ROLE, shares, values, covariances, MEMIT(1.0), mean_keys=True
     )
     top = component_hook("resid_post", LAYERS[-1])

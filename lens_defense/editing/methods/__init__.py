@@ -14,7 +14,7 @@ from lens_defense.editing.methods.ft import FT, FTL
 from lens_defense.editing.methods.led import LED
 from lens_defense.editing.methods.lora import LoRA
 from lens_defense.editing.methods.memit import MEMIT
-from lens_defense.editing.methods.method import EditingMethod, Factors, KeyGroup
+from lens_defense.editing.methods.method import EARLIER, EditingMethod, Factors, KeyGroup
 from lens_defense.editing.methods.pmet import PMET
 from lens_defense.editing.methods.rome import ROME
 from lens_defense.editing.methods.tuning_method import TuningMethod
@@ -22,6 +22,7 @@ from lens_defense.editing.methods.tuning_method import TuningMethod
 __all__ = [
     "DELMAN",
     "DINM",
+    "EARLIER",
     "EMMET",
     "FT",
     "FTL",

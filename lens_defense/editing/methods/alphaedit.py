@@ -7,7 +7,11 @@ smallest that together hold no more than `nullspace_share` of tr C = E|k|^2. So 
 keys that C knows the change sees that share at most, and what lies within the other eigenvectors it maps to
 0. c is the mean eigenvalue of C. Both settings are relative to C, where the release's are absolute.
 
-Harmless uses are rows of the least squares, in the place of the keys of earlier edits in the paper.
+The keys of earlier edits that are kept are rows of the least squares with the residual 0, as the paper's K_p:
+
+    Delta = R^T K P (P K_p^T K_p P + P K^T K P + l2 c I)^-1
+
+and so are harmless uses.
 """
 
 from collections.abc import Sequence

@@ -4,7 +4,7 @@
 
 As in the release, each batch asks for what the ones before it have not written at its key yet. Where harmless
 uses of the subjects are given, a batch solves for its mean and for theirs together, so it has a second rank;
-those of other batches count as C does.
+those of other batches count as C does, and so do the keys of earlier edits that are kept.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_defense.editing.methods.memit import MOM2_UPDATE_WEIGHT, least_squares, refuse_weight
-from lens_defense.editing.methods.method import Factors, KeyGroup
+from lens_defense.editing.methods.method import EARLIER, Factors, KeyGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,8 @@ class DELMAN:
         def place(group: KeyGroup) -> tuple[int, bool]:
             return group.owner // self.batch_size, group.harmless
 
-        ordered = [list(members) for _, members in groupby(sorted(groups, key=place), key=place)]
+        own = [group for group in groups if group.owner != EARLIER]
+        ordered = [list(members) for _, members in groupby(sorted(own, key=place), key=place)]
         return [list(batch) for _, batch in groupby(ordered, key=lambda members: place(members[0])[0])]
 
 
@@ -73,8 +74,7 @@ def _second_moment(
     """The weighted sum of k k^T over groups, each the mean over its keys."""
     total = torch.zeros_like(like, dtype=torch.float64)
     for group in groups:
-        keys = group.keys.double()
-        total += group.weight / len(keys) * keys.T @ keys
+        total += group.rows.T @ group.rows
     return total
 
 

@@ -7,7 +7,8 @@ it is ROME.
 
 With harmless uses it is MEMIT's least squares, over all contexts and uses, under the same constraint: in the
 mean of a request's contexts its residual arrives exactly, whatever the uses say, and they get what is left.
-C weighs there as MEMIT's does by default. Keys that are equal, or dependent, share what is asked of them.
+The keys of earlier edits that are kept are such rows too. C weighs there as MEMIT's does by default. Keys
+that are equal, or dependent, share what is asked of them.
 """
 
 from collections.abc import Sequence

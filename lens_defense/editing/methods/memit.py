@@ -4,6 +4,13 @@
 
 with keys K and residuals R as rows, and lambda = mom2_update_weight. A group of several keys is a row for
 each, all with the group's residual and together with its weight; a group of one key is MEMIT's own row.
+
+The keys K_1 ... K_s of earlier edits that are kept are rows with the residual 0:
+
+    Delta_t = R_t^T K_t (lambda C + sum over s <= t of K_s^T K_s)^-1
+
+which is recursive least squares. With one layer, one key per request and R_t what the edits before have left
+of the targets, the changes one by one sum up to the change of all at once.
 """
 
 from collections.abc import Sequence
@@ -50,7 +57,7 @@ def least_squares(
     """
     residuals = torch.stack([group.residual for group in groups]).double()
     sums = torch.stack([group.weight * group.keys.double().mean(0) for group in groups])
-    rows = torch.cat([(group.weight / len(group.keys)) ** 0.5 * group.keys.double() for group in groups])
+    rows = torch.cat([group.rows for group in groups])
     moments = weighted_covariance.double() + rows.T @ rows
     solution, failed = torch.linalg.solve_ex(moments, sums.T)
     if failed:  # a neuron that no text wakes, as OPT has them

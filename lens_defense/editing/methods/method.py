@@ -12,13 +12,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+EARLIER = -1
+"""The owner of the keys of earlier edits, which belong to no request of this one."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeyGroup:
-    """Keys that belong together: of one request under one name, or of the harmless uses of its subject."""
+    """Keys that belong together: of one request under one name, or of the harmless uses of its subject.
+
+    The keys of earlier edits that are to be kept are one more group, for a method as harmless uses are: at
+    them nothing new is to be written.
+    """
 
     owner: int
-    """The request's index."""
+    """The request's index, or EARLIER."""
     keys: Float[Tensor, "context d_in"]
     residual: Float[Tensor, " d_out"]
     """What the change shall add, mean over the contexts; of harmless uses, what undoes the leak so far."""
@@ -27,6 +34,11 @@ class KeyGroup:
     harmless: bool = False
     first_key: Float[Tensor, " d_in"] | None = None
     """The key in the first of its prompts, by default the request as asked."""
+
+    @property
+    def rows(self) -> Float[Tensor, "context d_in"]:
+        """The group's rows of the least squares, in float64: of n keys k with the weight w, sqrt(w / n) k."""
+        return (self.weight / len(self.keys)) ** 0.5 * self.keys.double()
 
 
 class Factors(NamedTuple):

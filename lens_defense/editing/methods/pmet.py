@@ -6,7 +6,8 @@ So lower layers write more than in MEMIT, and the last one still makes up for th
 
 The paper fits two vectors at the highest layer, one added to what attention writes and one to what the MLP
 writes, and gives the MLPs only the second. That is not done here: a value is one vector, added to the
-residual stream behind both (target_value.py), and what is still missing of it is measured there.
+residual stream behind both (target_value.py), and what is still missing of it is measured there. The keys of
+earlier edits are kept as in MEMIT.
 """
 
 from collections.abc import Mapping, Sequence

@@ -8,6 +8,7 @@ moved by as much as the later ones write at their keys. Of several layers the mi
 of two (as the release's layer 5 of GPT-J lies in the layers 3 to 8 that MEMIT edits).
 
 Harmless uses are preserved as C is: their keys are added to it, and so is how a request's contexts differ.
+So are the keys of earlier edits that are kept.
 
 The release has two keys (Gupta et al. 2024, "Rebuilding ROME"): C^-1 k of the mean key, divided by its
 product with the key k' of the request as asked. Where k' and k differ much that product is small, and the

@@ -1,14 +1,17 @@
-"""Planning an edit: from requests and sites to a low-rank change of each layer. No weight is changed.
+"""Planning an edit: from requests and sites to a change of each layer. No weight is changed.
 
-At the sites' role, the keys of the requests are made to write what starts a refusal. The value is fitted at
-the highest of the layers; then, layer by layer, each takes its share of what is still missing (MEMIT's
-spread). How keys and residuals become a change is the method's (methods/), which may also say which of the
-sites' layers are changed, and by what shares.
+A method that solves: at the sites' role, the keys of the requests are made to write what starts a refusal.
+The value is fitted at the highest of the layers; then, layer by layer, each takes its share of what is still
+missing (MEMIT's spread). How keys and residuals become a change is the method's (methods/), which may also
+say which of the sites' layers are changed, and by what shares.
+
+A method that tunes: the matrices of the sites' layers go down the method's loss (tuning.py).
 """
 
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -21,9 +24,10 @@ from lens_defense.editing.edit_plan import Edit, EditWarning
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import measure_forecast
 from lens_defense.editing.kept_keys import Keep, edits_to_keep, kept_rows
-from lens_defense.editing.layer_spread import layer_shares, spread_over_layers
-from lens_defense.editing.methods import EditingMethod, Factors, find_method, memit
+from lens_defense.editing.layer_spread import layer_shares, reach_of_change, spread_over_layers
+from lens_defense.editing.methods import EditingMethod, Factors, TuningMethod, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
+from lens_defense.editing.tuning import AnswerRow, harmless_rows, tune
 from lens_defense.editing.value_batch import FitRow
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long
@@ -58,7 +62,7 @@ def edit(
     requests: Requests,
     sites: Sequence[Site] | Site,
     *,
-    method: EditingMethod | str = memit,
+    method: EditingMethod | TuningMethod | str = memit,
     contexts: Contexts | None = None,
     contrast: Contrast | Contexts | Sequence[Request] | None = DEFAULT_CONTRAST,
     names: Names | None = None,
@@ -69,29 +73,32 @@ def edit(
     cache: bool = True,
     progress: bool = True,
 ) -> Edit:
-    """Plan a low-rank change after which the requests meet a refusal; no weight is changed.
+    """Plan a change after which the requests meet a refusal; no weight is changed.
 
     Args:
         model: what `load` gave, or a name for it: a pre-norm model with dense MLPs, whose weights are as they
             are meant to stay.
         requests: what shall be refused, each with a subject: requests, rows, or the name of a set. None is of
             the split "check".
-        sites: where, of one role; their layers are edited (by ROME the middle one), their component says
-            where the effect was seen.
-        method: how keys and residuals become a change: ld.methods.memit, ld.methods.DELMAN(batch_size=4), a
-            name as in ld.methods.METHODS, or an object of your own.
+        sites: where, of one role; their layers are edited (by ROME and DINM the middle one), their component
+            says where the effect was seen.
+        method: how the change is made: ld.methods.memit, ld.methods.DELMAN(batch_size=4),
+            ld.methods.LoRA(r=4), a name as in ld.methods.METHODS, or an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's
             language, default_contexts in English. What is too long for the model is left out.
         contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
             request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN. The default
-            is None where the model's language has none, as the organism's.
+            is None where the model's language has none, as the organism's. What has no use for them, as FT,
+            FT-L and LED, only forecasts what becomes of them.
         names: how else a subject is written or called, from a request. None: its own spelling alone.
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
-        fit: how the values are fitted, and the refusal; None takes the defaults of the model's language.
-        corpus: where C comes from, see read_corpus; None takes the package's own in the model's language. Its
-            keys are those of the model without the edits that stand.
+        fit: how the values are fitted, and the refusal; None takes the defaults of the model's language. A
+            method that tunes takes the refusal alone from here.
+        corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes
+            the package's own in the model's language. C is of the model without the edits that stand.
         keep: edits that stand in the model and shall go on working: a ledger, an edit or several. Where they
-            share layers with this one, nothing new is written at their keys (editing/kept_keys.py).
+            share layers with this one, nothing new is written at their keys (editing/kept_keys.py). A method
+            that tunes cannot keep any.
         cache: keep covariances and values on disk.
         progress: shows bars.
 
@@ -103,9 +110,12 @@ def edit(
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
-    shares = layer_shares(method, layers)
-    layers = tuple(shares)
     kept = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
+    if kept and isinstance(method, TuningMethod):
+        raise ValueError(
+            f"the method {method.name} tunes and cannot keep earlier edits; leave out keep, or take a method "
+            "that solves, as memit"
+        )
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
@@ -120,33 +130,33 @@ def edit(
         longest=_room_before_refusal(model, requests, fit),
     )
     rows = _fit_rows(model, requests, groups, role, fit)
-    fingerprint = model_fingerprint(model) if cache else Fingerprint("")
-    original = None if standing_changes(model) else fingerprint
-    with without_changes(model):  # so all edits that stand on one another have the same C
-        covariances = key_covariances(
-            model, layers, corpus, fingerprint=original, cache=cache, progress=progress
+    if isinstance(method, TuningMethod):
+        change = _tuned(model, method, layers, role, groups, rows, corpus, progress)
+        settings: dict[str, Any] = {"target": fit.target}
+    else:
+        change = _solved(
+            model,
+            method,
+            layers,
+            role,
+            groups,
+            rows,
+            contrast is not None,
+            corpus,
+            fit,
+            kept,
+            cache,
+            progress,
         )
-    covariances = shrink_covariances(model, covariances, corpus)
-    values, losses = _target_values(model, rows, layers[-1], fit, fingerprint, cache, progress)
-    factors, reach, key_rows = spread_over_layers(
-        model,
-        groups.written,
-        role,
-        shares,
-        values,
-        covariances,
-        method,
-        mean_keys=contrast is None,
-        measured=groups.measured,
-        kept=kept_rows(kept, layers),
-    )
+        settings = {**asdict(fit), "contrast_weight": contrast.weight if contrast else None}
+    factors, layers = change.factors, tuple(change.factors)
     forecast = measure_forecast(
         model,
         factors,
         subjects=[request.subject or "" for request in requests],
-        reach=reach[: len(requests)],
-        reach_harmless=reach[len(requests) :],
-        value_norm=float(values.norm(dim=1).mean()),
+        reach=change.reach[: len(requests)],
+        reach_harmless=change.reach[len(requests) :],
+        value_norm=change.value_norm,
         language=defaults.language,
     )
     plan = Edit(
@@ -156,26 +166,113 @@ def edit(
         role=role,
         method=method.name,
         settings={
-            **asdict(fit),
+            **settings,
             **(asdict(method) if is_dataclass(method) else {}),
-            "contrast_weight": contrast.weight if contrast else None,
             **({"chat_arguments": bound} if (bound := bound_arguments(model.tokenizer)) else {}),
             **({"kept_edits": len(kept)} if kept else {}),
         },
         requests=requests,
         contexts=tuple(groups.conversations(i) for i in range(len(requests))),
-        losses=tuple(losses.tolist()),
+        losses=tuple(change.losses),
         relative_change=_relative_change(model, factors),
         forecast=forecast,
         model=str(model.cfg.model_name),
         fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
         modules=output_modules(model, layers),
-        key_rows=key_rows,
+        tuned=isinstance(method, TuningMethod),
+        key_rows=change.key_rows,
     )
     for sentence in plan.warnings:
         warnings.warn(sentence, EditWarning, stacklevel=2)
     return plan
+
+
+class _Change(NamedTuple):
+    """What a method makes of the prompts."""
+
+    factors: Mapping[int, Factors]
+    """By layer, lowest first."""
+    losses: Sequence[float]
+    """Of each request."""
+    reach: Sequence[float]
+    """Of each measured group."""
+    value_norm: float
+    """The mean norm of the requests' values."""
+    key_rows: Mapping[int, Float[Tensor, "row d_in"]]
+    """By layer, the keys that it was solved for; none of a method that tunes."""
+
+
+def _solved(
+    model: TransformerBridge,
+    method: EditingMethod,
+    layers: Sequence[int],
+    role: Role,
+    groups: EditPrompts,
+    rows: Sequence[FitRow],
+    contrasted: bool,
+    corpus: Corpus,
+    fit: FitSettings,
+    kept: Sequence[Edit],
+    cache: bool,
+    progress: bool,
+) -> _Change:
+    """The change that writes fitted values at the keys."""
+    shares = layer_shares(method, layers)
+    changed = tuple(shares)
+    fingerprint = model_fingerprint(model) if cache else Fingerprint("")
+    original = None if standing_changes(model) else fingerprint
+    with without_changes(model):  # so all edits that stand on one another have the same C
+        covariances = key_covariances(
+            model, changed, corpus, fingerprint=original, cache=cache, progress=progress
+        )
+    covariances = shrink_covariances(model, covariances, corpus)
+    values, losses = _target_values(model, rows, changed[-1], fit, fingerprint, cache, progress)
+    factors, reach, key_rows = spread_over_layers(
+        model,
+        groups.written,
+        role,
+        shares,
+        values,
+        covariances,
+        method,
+        mean_keys=not contrasted,
+        measured=groups.measured,
+        kept=kept_rows(kept, changed),
+    )
+    return _Change(factors, losses.tolist(), reach, float(values.norm(dim=1).mean()), key_rows)
+
+
+def _tuned(
+    model: TransformerBridge,
+    method: TuningMethod,
+    layers: Sequence[int],
+    role: Role,
+    groups: EditPrompts,
+    rows: Sequence[FitRow],
+    corpus: Corpus,
+    progress: bool,
+) -> _Change:
+    """The change that goes down the method's loss."""
+    layers = method.tuned_layers(layers, model.cfg.n_layers)
+    refuse_uneditable(model, layers)
+    refusals = [AnswerRow(row.owner, row.ids, row.target) for row in rows if row.target]
+    harmless: list[AnswerRow] = []
+    if method.uses_harmless:
+        uses = [
+            (group.owner, prompt) for group in groups.written if group.harmless for prompt in group.prompts
+        ]
+        with ProgressBar("harmless answers", len(uses), unit="answer", shown=progress) as bar:
+            harmless = harmless_rows(model, uses, corpus, progress=bar.update)
+    with ProgressBar("tuning", method.steps, unit="step", shown=progress) as bar:
+
+        def show(loss: float) -> None:
+            bar.note(loss=f"{loss:.3f}")
+            bar.update()
+
+        factors, losses = tune(model, method, layers, refusals, harmless, progress=show)
+    values, reach = reach_of_change(model, factors, groups.written, role, groups.measured)
+    return _Change(factors, losses, reach, float(values.norm(dim=1).mean()), {})
 
 
 def _room_before_refusal(

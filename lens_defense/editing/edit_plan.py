@@ -1,4 +1,4 @@
-"""Edit: a low-rank change of MLP output matrices, planned but not made.
+"""Edit: a change of MLP output matrices, planned but not made.
 
 The change of a layer is left @ right. It is made by `Edit.applied` for a while, or by a Ledger for good.
 """
@@ -81,8 +81,11 @@ class Edit:
     """By layer, the keys that the change was made for, for later edits that keep them: see kept_keys.py.
 
     Without a contrast a row per request; with one a row per context and harmless use, at most d_in. They are
-    most of an edit's file: d_in rows of smollm2 are 9.4 MB per layer. Empty where an older version planned.
+    most of an edit's file: d_in rows of smollm2 are 9.4 MB per layer. A method that tunes
+    leaves none, and neither did older versions.
     """
+    tuned: bool = False
+    """Whether a method made it that tunes: then no rank is keyed on the tokens of the role."""
 
     def __post_init__(self) -> None:
         if self.left or self.right:  # in a file the factors stand beside the rest
@@ -139,6 +142,7 @@ class Edit:
         """What to know before the edit is applied, a sentence each; `ld.edit` warns with these."""
         sentences = []
         lever = next((name for name in _KEEPS_AWAY if name in self.settings), None)
+        lowers = lever is not None and bool(self.settings[lever])
         weak = [
             f"{shown(subject)} ({reach:.2f})"
             for subject, reach in zip(self.forecast.subjects, self.forecast.reach, strict=True)
@@ -148,16 +152,21 @@ class Edit:
             sentences.append(
                 f"less than {WEAK_REACH:.0%} of the value arrives in held-out contexts of: "
                 f"{shown_names(weak)}; give other contexts or sites, "
-                + (f"a lower {lever}, " if lever else "")
+                + (f"a lower {lever}, " if lowers else "")
                 + "or more strength"
             )
         if self.forecast.risky:
             sentences.append(
                 f"this edit leaks {self.forecast.leak_safe:.2f} of a value's norm into harmless text, where "
-                f"{self.forecast.threshold} is much; most of it from: {shown_names(self.forecast.worst(3))}. "
-                f"Leave them out, {f'raise {lever}, ' if lever else ''}or take less strength"
+                f"{self.forecast.threshold} is much"
+                + (
+                    "; "  # every rank is of all requests
+                    if self.tuned
+                    else f"; most of it from: {shown_names(self.forecast.worst(3))}. Leave them out, "
+                )
+                + f"{f'raise {lever}, ' if lever else ''}or take less strength"
             )
-        if not self.role.startswith("subject"):
+        if not self.tuned and not self.role.startswith("subject"):
             sentences.append(
                 f"keys at {self.role!r} hardly tell requests apart, so an edit there can refuse harmless "
                 "ones too, whatever the forecast says; take sites at the subject, as "
@@ -169,7 +178,8 @@ class Edit:
         if unfitted:
             sentences.append(
                 f"the refusal could not be fitted for: {shown_names(unfitted)} (more than {UNFITTED_LOSS} "
-                "nats per token are left); raise v_num_grad_steps or contexts_per_step, or choose other sites"
+                f"nats per token are left); raise {'steps' if self.tuned else 'v_num_grad_steps'} or "
+                f"{'lr' if self.tuned else 'contexts_per_step'}, or choose other sites"
             )
         return tuple(sentences)
 

@@ -176,7 +176,7 @@ def _leaks(
     layers = sorted(factors)
     ranks = {
         layer: [
-            torch.tensor([i in owners for owners in change.owners], dtype=torch.bool) for i in range(requests)
+            tuple(rank for rank, owners in enumerate(change.owners) if i in owners) for i in range(requests)
         ]
         for layer, change in factors.items()
     }
@@ -187,8 +187,10 @@ def _leaks(
             for layer, layer_keys in zip(layers, text_keys, strict=True):
                 left, right = (side.to(layer_keys.device) for side in factors[layer][:2])
                 strengths = layer_keys.float() @ right.T
-                norms = [(strengths[:, own] @ left[:, own].T).norm(dim=-1) for own in ranks[layer]]
-                by_request = by_request + torch.stack(norms, 1)
+                norms = {  # requests that share all ranks are computed once
+                    own: (strengths[:, own] @ left[:, own].T).norm(dim=-1) for own in set(ranks[layer])
+                }
+                by_request = by_request + torch.stack([norms[own] for own in ranks[layer]], 1)
                 whole = whole + (strengths @ left.T).norm(dim=-1)
             request_leaks.append(by_request.amax(0))
             whole_leaks.append(whole.amax())

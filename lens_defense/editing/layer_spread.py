@@ -111,11 +111,62 @@ def spread_over_layers(
             delta = factors[layer].left.double() @ factors[layer].right.double()
             apply_change_(model, {layer: delta}, maker=maker)
         shifted = read_measured([top])[top]
-    reach = []
-    for group, now, clean in zip(measured, shifted, clean_measured, strict=True):
-        value = values[group.owner]
-        reach.append(float((now - clean).mean(0) @ value / value.square().sum().clamp(min=1e-12)))
+    reach = _reach(measured, _mean_shifts(shifted, clean_measured), values)
     return Spread(factors, reach, written_rows)
+
+
+@torch.no_grad()
+def reach_of_change(
+    model: TransformerBridge,
+    factors: Mapping[int, Factors],
+    groups: Sequence[PromptGroup],
+    role: Role,
+    measured: Sequence[PromptGroup],
+) -> tuple[Float[Tensor, "request d_model"], list[float]]:
+    """What a change that was made without values writes, and how much of it arrives elsewhere.
+
+    Args:
+        model: the model; it is as before afterwards.
+        factors: the change of each layer.
+        groups: the prompts that it was made on, of every request one group or more.
+        role: at which the residual stream after the highest of the layers is read.
+        measured: groups whose reach is measured.
+
+    Returns:
+        For each request, the mean shift over its first group, which stands for its value; and of each
+        measured group, the share of that value that arrives.
+    """
+    first = {group.owner: group for group in reversed(groups) if not group.harmless}
+    seen, layers = [first[owner] for owner in sorted(first)], tuple(sorted(factors))
+    top = component_hook("resid_post", layers[-1])
+    read = _reader_at_role(model, [*seen, *measured], role, layers)
+    clean = read([top])[top]
+    deltas = {layer: change.left.double() @ change.right.double() for layer, change in factors.items()}
+    with temporary_changes(model) as maker:
+        apply_change_(model, deltas, maker=maker)
+        shifts = _mean_shifts(read([top])[top], clean)
+    values = torch.stack(shifts[: len(seen)]).float()
+    return values, _reach(measured, shifts[len(seen) :], values)
+
+
+def _mean_shifts(
+    now: Sequence[Float[Tensor, "_ width"]], clean: Sequence[Float[Tensor, "_ width"]]
+) -> list[Float[Tensor, " width"]]:
+    """Of each group, how far its states have moved, mean over its prompts."""
+    return [(after - before).mean(0) for after, before in zip(now, clean, strict=True)]
+
+
+def _reach(
+    groups: Sequence[PromptGroup],
+    shifts: Sequence[Float[Tensor, " d_model"]],
+    values: Float[Tensor, "request d_model"],
+) -> list[float]:
+    """Of each group, the share of its request's value that its shift has."""
+    owned = [values[group.owner] for group in groups]
+    return [
+        float(shift.to(value.dtype) @ value / value.square().sum().clamp(min=1e-12))
+        for shift, value in zip(shifts, owned, strict=True)
+    ]
 
 
 def layer_shares(method: EditingMethod, layers: Sequence[int]) -> dict[int, float]:

@@ -9,7 +9,18 @@ from helpers.weights import copy_weights, weights_equal
 
 import lens_defense as ld
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.methods import METHODS, ROME, AlphaEdit
+from lens_defense.editing.methods import (
+    DINM,
+    FT,
+    FTL,
+    LED,
+    METHODS,
+    ROME,
+    AlphaEdit,
+    EditingMethod,
+    LoRA,
+    TuningMethod,
+)
 from lens_defense.models.forward import forward
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.corpus import CorpusText
@@ -36,6 +47,19 @@ SETTINGS = {
     "progress": False,
 }
 EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+SOLVERS = [name for name, method in METHODS.items() if isinstance(method, EditingMethod)]
+FEW_STEPS = {"steps": 4, "lr": 2e-3, "batch_size": 4}
+TUNED = {
+    method.name: method
+    for method in (
+        FT(**FEW_STEPS),
+        FTL(**FEW_STEPS),
+        LoRA(**FEW_STEPS, r=2),
+        DINM(**FEW_STEPS),
+        LED(**FEW_STEPS),
+    )
+}
+"""Methods that tune, with few steps."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,9 +71,10 @@ def cache(tmp_path_factory):
 
 
 def planned(model, name, **settings):
+    method = TUNED.get(name, name) if isinstance(name, str) else name
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forecasts, "read_corpus", lambda _: CORPUS)
-        return ld.edit(model, REQUESTS, SITES, method=name, **{"contrast": None, **SETTINGS, **settings})
+        return ld.edit(model, REQUESTS, SITES, method=method, **{"contrast": None, **SETTINGS, **settings})
 
 
 @torch.no_grad()
@@ -59,7 +84,11 @@ def test_the_shift_is_delta_times_key(family, name):
     model = tiny_model(family, chat=True).to(torch.float32)
     weights = copy_weights(model)
     edit = planned(model, name)
-    assert edit.method == name and edit.rank == 2 and set(edit.layers) <= {0, 1, 2}
+    assert edit.method == name and set(edit.layers) <= {0, 1, 2}
+    assert edit.rank == (2 if name in SOLVERS or name == "lora" else 32), (
+        "of a matrix that is tuned: all ranks"
+    )
+    assert edit.tuned == isinstance(METHODS[name], TuningMethod)
     first = edit.layers[0]
     ids, names = torch.arange(3, 15)[None], [key_hook(first), value_hook(first)]
     clean = forward(model, ids, capture=names).states
@@ -89,7 +118,7 @@ def test_a_post_norm_model_is_refused(name):
 
 
 @torch.no_grad()
-@EVERY_METHOD
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_contrast_keeps_more_of_the_harmless_uses(name):
     def uses(request):
         return [request.paraphrased(text) for text in ("is {} old?", "who sees {}?", "a book about {}")]
@@ -154,16 +183,23 @@ def organism():
     return model, requests, ld.locate(trace)
 
 
+ON_ORGANISM = {
+    "ft-l": FTL(lr=1e-3, norm_constraint=5e-3),
+    "dinm": DINM(steps=100, lr=2e-3, kl_factor=3.0),
+}
+"""The defaults are for models whose matrices are larger."""
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name not in ("rome", "alphaedit") else ())
+        pytest.param(name, marks=pytest.mark.slow if name not in ("rome", "alphaedit", "ft") else ())
         for name in METHODS
     ],
 )
 def test_the_organism_refuses_what_was_jailbroken_and_nothing_else(organism, name):
     model, requests, sites = organism
-    edit = ld.edit(model, requests, sites, method=name, progress=False)
+    edit = ld.edit(model, requests, sites, method=ON_ORGANISM.get(name, name), progress=False)
     suite = ld.suite("organism").small(jailbreaks=5, harmless=8)
     items = tuple(
         item for item in suite.items if item.arm in ("jailbreak", "benign", "over_refusal", "held_out")

@@ -1,23 +1,32 @@
-"""Editing methods, one file each: how keys and residuals become a low-rank change of a matrix.
+"""Editing methods, one file each: those that solve for a change of a matrix, and those that tune it.
 
-In: groups of keys with residuals, covariance. Out: the factors of the change. Pure algebra in float64; no
-model, no file. `memit`, `delman`, `rome`, `emmet`, `alphaedit` and `pmet` have the defaults;
-`MEMIT(mom2_update_weight=...)` has others. Your own is any object of the protocol in method.py: pass it to
-`ld.edit(method=...)`.
+`memit`, `delman`, `rome`, `emmet`, `alphaedit` and `pmet` solve: groups of keys with residuals and a
+covariance become the factors of the change, by algebra in float64 (method.py). `ft`, `ft_l`, `lora`, `dinm`
+and `led` tune: each has a loss, which Adam goes down (tuning_method.py). No file here knows a model. These
+have the defaults; `MEMIT(mom2_update_weight=...)` has others. Pass your own to `ld.edit(method=...)`.
 """
 
 from lens_defense.editing.methods.alphaedit import AlphaEdit
 from lens_defense.editing.methods.delman import DELMAN
+from lens_defense.editing.methods.dinm import DINM
 from lens_defense.editing.methods.emmet import EMMET
+from lens_defense.editing.methods.ft import FT, FTL
+from lens_defense.editing.methods.led import LED
+from lens_defense.editing.methods.lora import LoRA
 from lens_defense.editing.methods.memit import MEMIT
 from lens_defense.editing.methods.method import EARLIER, EditingMethod, Factors, KeyGroup
 from lens_defense.editing.methods.pmet import PMET
 from lens_defense.editing.methods.rome import ROME
+from lens_defense.editing.methods.tuning_method import TuningMethod
 
 __all__ = [
     "DELMAN",
+    "DINM",
     "EARLIER",
     "EMMET",
+    "FT",
+    "FTL",
+    "LED",
     "MEMIT",
     "METHODS",
     "PMET",
@@ -26,10 +35,17 @@ __all__ = [
     "EditingMethod",
     "Factors",
     "KeyGroup",
+    "LoRA",
+    "TuningMethod",
     "alphaedit",
     "delman",
+    "dinm",
     "emmet",
     "find_method",
+    "ft",
+    "ft_l",
+    "led",
+    "lora",
     "memit",
     "pmet",
     "rome",
@@ -41,21 +57,26 @@ rome = ROME()
 emmet = EMMET()
 alphaedit = AlphaEdit()
 pmet = PMET()
-METHODS: dict[str, EditingMethod] = {
-    method.name: method for method in (memit, delman, rome, emmet, alphaedit, pmet)
+ft = FT()
+ft_l = FTL()
+lora = LoRA()
+dinm = DINM()
+led = LED()
+METHODS: dict[str, EditingMethod | TuningMethod] = {
+    method.name: method for method in (memit, delman, rome, emmet, alphaedit, pmet, ft, ft_l, lora, dinm, led)
 }
 
 
-def find_method(method: EditingMethod | str) -> EditingMethod:
+def find_method(method: EditingMethod | TuningMethod | str) -> EditingMethod | TuningMethod:
     """A method by its name; an object is returned as it is.
 
     Raises:
         ValueError: there is no method of that name, or the object is no method.
     """
     editing_method = METHODS.get(method) if isinstance(method, str) else method
-    if isinstance(editing_method, type) or not isinstance(editing_method, EditingMethod):
+    if isinstance(editing_method, type) or not isinstance(editing_method, EditingMethod | TuningMethod):
         raise ValueError(
             f"method must be one of {', '.join(METHODS)} or an object with name, paper, equation and solve, "
-            f"got {method!r}"
+            f"or of a class that inherits from TuningMethod, got {method!r}"
         )
     return editing_method

@@ -106,3 +106,8 @@ class SharesLayers(Protocol):
             By layer; one that is left out stays as it is.
         """
         ...
+
+
+def middle_layer(layers: Sequence[int]) -> int:
+    """The middle one of the sites' layers, which are lowest first; of two the lower."""
+    return layers[(len(layers) - 1) // 2]

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lens_defense.editing.methods.memit import MOM2_UPDATE_WEIGHT, least_squares
-from lens_defense.editing.methods.method import Factors, KeyGroup
+from lens_defense.editing.methods.method import Factors, KeyGroup, middle_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ROME:
 
     def layer_shares(self, layers: Sequence[int]) -> Mapping[int, float]:
         """The middle layer takes all."""
-        return {layers[(len(layers) - 1) // 2]: 1.0}
+        return {middle_layer(layers): 1.0}
 
     def solve(self, groups: Sequence[KeyGroup], covariance: Float[Tensor, "d_in d_in"]) -> Factors:
         """The change of the layer.

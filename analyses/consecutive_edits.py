@@ -43,7 +43,11 @@ OUT = Path(__file__).parent / "results" / "consecutive_edits.csv"
 COUNTS = (1, 5, 10, 20, 60)
 """Edits in a row after which everything is asked; and after the last."""
 METHODS: Mapping[str, Any] = {
-    **ld.methods.METHODS,
+    **{
+        name: method
+        for name, method in ld.methods.METHODS.items()
+        if isinstance(method, ld.methods.EditingMethod)
+    },
     "rome, two keys": ld.methods.ROME(two_keys=True),
 }
 UNSEEN = {"organism": "jailbreak", "core": "paraphrase"}

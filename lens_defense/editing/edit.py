@@ -99,7 +99,8 @@ def edit(
         corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes
             the package's own in the model's language. C is that of the model without the edits that stand.
         keep: edits that stand in the model and shall go on working: a ledger, an edit or several. Where they
-            share layers with this one, nothing new is written at their keys (editing/kept_keys.py).
+            share layers with this one, nothing new is written at their keys (editing/kept_keys.py). A method
+            that tunes cannot keep any.
         strength: a factor of the fitted values, which the layers are then solved for; of a method that tunes,
             of its change.
         cache: keep covariances and values on disk.
@@ -114,6 +115,11 @@ def edit(
     layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
     kept = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
+    if kept and isinstance(method, TuningMethod):
+        raise ValueError(
+            f"the method {method.name} tunes and cannot keep earlier edits; leave out keep, or take a method "
+            "that solves, as memit"
+        )
     _refuse_strength(strength)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
@@ -131,11 +137,6 @@ def edit(
     rows = _fit_rows(model, requests, groups, role, fit)
     inputs = _Inputs(model, layers, role, groups, rows, corpus, strength, cache, progress)
     if isinstance(method, TuningMethod):
-        if kept:
-            raise ValueError(
-                f"{method.name} tunes, so it cannot keep the keys of earlier edits; leave keep out, or take "
-                "a method that solves"
-            )
         change = _tuned(inputs, method)
         settings: dict[str, Any] = {"target": fit.target}
     else:

@@ -70,8 +70,8 @@ def edits_to_keep(keep: Keep, model: TransformerBridge, call: str) -> tuple[Edit
         edit.require_same_model(model, weights=False)
         if not edit.key_rows:
             raise ValueError(
-                f"the edit of {shown_names(edit.subjects)} does not know its keys, so it cannot be kept: an "
-                "older version planned it, its method tunes, or it is an adapter; plan it again with a "
+                f"the edit of {shown_names(edit.subjects)} does not know its keys, so it cannot be kept: a "
+                "method that tunes or an older version planned it, or it is an adapter; plan it again with a "
                 "method that solves, or leave it out of keep"
             )
     return tuple(edits)

@@ -24,10 +24,12 @@ from lens_defense.editing.kept_keys import kept_rows, key_rows
 from lens_defense.editing.methods import (
     DELMAN,
     EARLIER,
+    FT,
     MEMIT,
     METHODS,
     PMET,
     AlphaEdit,
+    EditingMethod,
     KeyGroup,
 )
 from lens_defense.models.fingerprint import model_fingerprint
@@ -41,7 +43,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:the refusal could not be fitted"),
     pytest.mark.filterwarnings("ignore:the corpus has"),
 ]
-EVERY_METHOD = pytest.mark.parametrize("name", METHODS)
+EVERY_METHOD = pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if isinstance(method, EditingMethod)]
+)
 WIDE = AlphaEdit(0.3, l2=0.5)
 """Alphaedit with a null space in the small problem."""
 
@@ -303,6 +307,17 @@ def test_a_ledgers_folder_keeps_the_keys(tmp_path):
     fresh = tiny_model("llama", chat=True).to(torch.float32)
     (replayed,) = ld.Ledger(fresh, tmp_path / "ledger").edits
     assert torch.equal(replayed.key_rows[1], edit.key_rows[1])
+
+
+def test_a_method_that_tunes_neither_keeps_nor_is_kept():
+    model = tiny_model("llama", chat=True).to(torch.float32)
+    edit = ld.edit(model, REQUESTS[:1], SITE, **SETTINGS)
+    tuning = {**SETTINGS, "method": FT(steps=1)}
+    with pytest.raises(ValueError, match="the method ft tunes and cannot keep earlier edits"):
+        ld.edit(model, REQUESTS[1:], SITE, keep=edit, **tuning)
+    tuned = ld.edit(model, REQUESTS[:1], SITE, **tuning)
+    with pytest.raises(ValueError, match="a method that tunes or an older version planned it"):
+        ld.edit(model, REQUESTS[1:], SITE, keep=tuned, **SETTINGS)
 
 
 def test_what_cannot_be_kept_is_said():

@@ -71,7 +71,7 @@ def edit(
     fit: FitSettings | None = None,
     corpus: Corpus | None = None,
     keep: Keep = (),
-    strength: float = 1.0,
+    strength: int | float = 1.0,
     cache: bool = True,
     progress: bool = True,
 ) -> Edit:
@@ -192,7 +192,7 @@ class _Inputs(NamedTuple):
     groups: EditPrompts
     rows: Sequence[FitRow]
     corpus: Corpus
-    strength: float
+    strength: int | float
     cache: bool
     progress: bool
 
@@ -270,7 +270,7 @@ def _tuned(inputs: _Inputs, method: TuningMethod) -> _Change:
     return _Change(factors, losses, reach, float(shifts.norm(dim=1).mean()) / strength, {})
 
 
-def _refuse_strength(strength: float) -> None:
+def _refuse_strength(strength: int | float) -> None:
     """One sentence for a strength that is none.
 
     Raises:

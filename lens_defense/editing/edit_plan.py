@@ -133,8 +133,8 @@ class Edit:
 
     @property
     def strength(self) -> float:
-        """What the change was multiplied by since it was planned; 1 where it never was."""
-        return self.forecast.strength
+        """The factor of the values that it was planned with, times what it was scaled by since."""
+        return float(self.settings.get("strength", 1.0)) * self.forecast.strength
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -165,6 +165,11 @@ class Edit:
                 )
                 + f"{f'raise {lever}, ' if lever else ''}or take less strength"
             )
+        if not self.tuned and len(self.layers) > 1 and self.forecast.strength != 1:
+            sentences.append(
+                "this plan was scaled after its layers were solved for one another, so its forecast is to "
+                f"first order alone; plan it with ld.edit(..., strength={self.strength:g})"
+            )
         if not self.tuned and not self.role.startswith("subject"):
             sentences.append(
                 f"keys at {self.role!r} hardly tell requests apart, so an edit there can refuse harmless "
@@ -183,10 +188,15 @@ class Edit:
         return tuple(sentences)
 
     def scaled(self, strength: int | float) -> "Edit":
-        """The same plan with its change times a strength.
+        """The same plan with its change times a strength; of several layers only nearby strengths are sound.
 
-        The strength is relative to this edit: `edit.scaled(2).scaled(0.5)` is of strength 1. The forecast
-        keeps what was measured (`forecast.measured`) and follows from it: leaks exactly, reach to first order
+        Each layer is solved for keys that the layers below it have changed, so a change that is scaled as a
+        whole fits less and less: on smollm2 an edit with a contrast lost most of its refusals at .85, and at
+        1.2 refused harmless requests too. `ld.edit(..., strength=)` solves for a strength, from the values as
+        they are cached, and did neither (docs/guides/edit.md).
+
+        The strength is relative to this edit: `edit.scaled(2).scaled(0.5)` is this one. The forecast keeps
+        what was measured (`forecast.measured`) and follows from it: leaks exactly, reach to first order
         (editing/forecast.py). What the fit left, `losses`, is of strength 1.
 
         Args:

@@ -11,7 +11,7 @@ import lens_defense.editing.edit as edit_module
 import lens_defense.editing.forecast as forecasts
 from lens_defense.editing.contrast import Contrast
 from lens_defense.editing.edit import edit
-from lens_defense.editing.methods import DELMAN, MEMIT
+from lens_defense.editing.methods import DELMAN, MEMIT, LoRA
 from lens_defense.editing.target_value import FitSettings
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
@@ -272,6 +272,39 @@ def test_values_are_kept_by_what_they_depend_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default:the refusal could not be fitted")
+@pytest.mark.parametrize("method", [MEMIT(10.0), LoRA(steps=2, batch_size=2, r=2)], ids=["memit", "lora"])
+def test_a_strength_is_solved_for(method):
+    """In one layer the change is the strength times that of strength 1; nothing is fitted otherwise."""
+    model, settings = chat_model(), {**FAST, "method": method}
+    plain = edit(model, REQUESTS, SITES[0], **settings)
+    strong = edit(model, REQUESTS, SITES[0], **settings, strength=1.5)
+    torch.testing.assert_close(strong.deltas()[2], 1.5 * plain.deltas()[2], rtol=1e-4, atol=1e-7)
+    assert (strong.strength, plain.strength) == (1.5, 1) and strong.forecast.strength == 1
+    assert strong.settings["strength"] == 1.5 and "strength" not in plain.settings
+    for now, before in zip(strong.forecast.reach, plain.forecast.reach, strict=True):
+        assert now == pytest.approx(1.5 * before, rel=0.05, abs=0.02)
+    assert strong.forecast.leak_safe == pytest.approx(1.5 * plain.forecast.leak_safe, rel=1e-3)
+    assert strong.losses == pytest.approx(plain.losses)
+    assert strong.scaled(2).strength == 3
+
+
+def test_layers_are_solved_for_one_another_at_the_strength():
+    """Of two layers the sum reaches the strength; scaled by hand, the upper one does not fit the lower."""
+    model = chat_model()
+    plain, strong = (edit(model, REQUESTS, SITES, **FAST, strength=strength) for strength in (1.0, 3.0))
+    torch.testing.assert_close(strong.deltas()[1], 3 * plain.deltas()[1], rtol=1e-4, atol=1e-7)
+    upper, scaled = strong.deltas()[2], plain.scaled(3).deltas()[2]
+    assert (upper - scaled).norm() > 1e-3 * scaled.norm()
+    assert not any("was scaled after" in sentence for sentence in strong.warnings)
+    assert any("ld.edit(..., strength=3)" in sentence for sentence in plain.scaled(3).warnings)
+
+
+@pytest.mark.parametrize("strength", [0, -1.0, float("inf"), float("nan"), True])
+def test_a_strength_that_is_none_is_refused(strength):
+    with pytest.raises(ValueError, match="strength must be a finite number above 0"):
+        edit(chat_model(), REQUESTS, SITES, **FAST, strength=strength)
+
+
 def test_a_refusal_that_was_not_fitted_is_named():
     with pytest.warns(UserWarning, match="could not be fitted for: brass lamp, bell, old ship") as caught:
         plan = edit(chat_model(), REQUESTS, SITES, **FAST)

@@ -91,8 +91,8 @@ class PlanChoices:
             raise ValueError(f"method must be one of {', '.join(METHODS)}")
         if isinstance(strength, bool) or not isinstance(strength, int | float):
             raise ValueError("strength must be a number")
-        if not 0 <= strength <= STRONGEST:
-            raise ValueError(f"strength must be from 0 to {STRONGEST:g}")
+        if not 0 < strength <= STRONGEST:
+            raise ValueError(f"strength must be above 0 and at most {STRONGEST:g}")
         chosen, known = wanted["requests"], range(requests)
         if not isinstance(chosen, tuple) or not all(type(i) is int and i in known for i in chosen):
             raise ValueError("a list of requests is wanted, by their indices")

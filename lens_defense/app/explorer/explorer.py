@@ -77,7 +77,7 @@ class Explorer(ExplorerState):
         self.publish("settings")
 
     def set_plan(self, **changes: Any) -> None:
-        """Choose method, strength (a factor of the planned change) or requests of the plan."""
+        """Choose method, strength (a factor of the fitted values) or requests of the plan."""
         choices = self.plan_choices.changed(changes, len(self.requests))
         with self._lock:
             if (choices.method, choices.requests) != (self.plan_choices.method, self.plan_choices.requests):
@@ -112,11 +112,14 @@ class Explorer(ExplorerState):
         self._start("planning the edit", self._plan)
 
     def apply(self) -> None:
-        """Make the planned change."""
+        """Make the planned change; where another strength was chosen since, it is solved for that first."""
         edit = self.edit
         if edit is None:
             raise ValueError("there is no plan for these cells yet; press Plan first")
-        self._start("applying the edit", lambda: self._apply(edit))
+        if self._solved_at in (None, self.plan_choices.strength):
+            self._start("applying the edit", lambda: self._apply(edit))
+        else:
+            self._start("solving for the strength, and applying", self._plan_and_apply)
 
     def undo(self) -> None:
         """Take the last change back, bit for bit."""
@@ -211,13 +214,20 @@ class Explorer(ExplorerState):
         chosen = [self.requests[i] for i in choices.requests]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EditWarning)  # the page shows them beside the forecast
-            edit = plan_edit(self.model, chosen, sites, method=choices.method, **self.settings)
+            edit = plan_edit(
+                self.model, chosen, sites, method=choices.method, strength=choices.strength, **self.settings
+            )
         with self._lock:
             now = (self.plan_choices.method, self.plan_choices.requests, self._sites)
             if now != (choices.method, choices.requests, sites):
                 raise ValueError("other cells or requests were chosen meanwhile; press Plan again")
-            self._edit = edit
+            self._edit, self._solved_at = edit, choices.strength
             self.publish("plan", "code")
+
+    def _plan_and_apply(self) -> None:
+        self._plan()
+        assert self._edit is not None
+        self._apply(self._edit)
 
     def _apply(self, edit: Edit) -> None:
         self.ledger.apply(edit)

@@ -88,6 +88,7 @@ class ExplorerState:
         self._sites: tuple[Site, ...] = ()
         self._reason = ""
         self._edit: Edit | None = None
+        self._solved_at: float | None = None  # the strength that the page planned it with
         self._checked: Checked | None = None
         self._published = PublishedParts({name: partial(make, self) for name, make in _PARTS.items()})
         self._lock = self._published.lock
@@ -129,8 +130,8 @@ class ExplorerState:
 
     @property
     def edit(self) -> Edit | None:
-        """The plan, at the chosen strength; nothing is changed by it yet."""
-        return self._edit and self._edit.scaled(self.plan_choices.strength)
+        """The plan, to first order at the chosen strength; nothing is changed by it yet."""
+        return self._edit and self._edit.scaled(self.plan_choices.strength / (self._solved_at or 1.0))
 
     @edit.setter
     def edit(self, edit: Edit | None) -> None:
@@ -138,7 +139,7 @@ class ExplorerState:
             hint = "ld.edit(model, requests, sites) plans one"
             raise wrong_argument("explorer.edit = edit", "it must be an Edit", edit, hint)
         with self._lock:
-            self._edit = edit
+            self._edit, self._solved_at = edit, None
             self.plan_choices = replace(self.plan_choices, strength=1.0)
             self.publish("plan", "code")
 
@@ -188,7 +189,15 @@ class ExplorerState:
         """The Python that does all this again."""
         standing = self.ledger.edits
         checked = self._checked is not None and self._checked.edits == standing
-        return reproducing_code(self._session(), self._trace, self._sites, standing, self.edit, checked)
+        return reproducing_code(
+            self._session(), self._trace, self._sites, standing, self._plan_to_apply(), checked
+        )
+
+    def _plan_to_apply(self) -> Edit | None:
+        """The plan as Apply makes it: one of the page is solved for the chosen strength."""
+        if self._edit is None or self._solved_at is None:
+            return self.edit
+        return replace(self._edit, settings={**self._edit.settings, "strength": self.plan_choices.strength})
 
     def _session(self) -> Session:
         return Session(

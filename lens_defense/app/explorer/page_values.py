@@ -246,6 +246,7 @@ def _edit_values(edit: Edit) -> dict[str, Any]:
         "more": max(0, len(edit.subjects) - _SUBJECTS),
         "rank": edit.rank,
         "strength": round(edit.strength, 3),
+        "scaled": edit.forecast.strength != 1,
     }
 
 

@@ -121,8 +121,10 @@ def _edit(edit: Edit, session: Session) -> str:
     chosen = _chosen(edit.requests, session.requests)
     sites = f"[ld.Site('resid_post', layer, {edit.role!r}) for layer in {tuple(edit.layers)}]"
     settings = ", **settings" if session.settings else ""
-    scaled = f".scaled({edit.strength:g})" if edit.strength != 1 else ""
-    return f"ld.edit(model, {chosen}, {sites}, method={edit.method!r}{settings}){scaled}"
+    solved_at, scaled_by = edit.settings.get("strength", 1.0), edit.forecast.strength
+    strength = f", strength={solved_at:g}" if solved_at != 1 else ""
+    scaled = f".scaled({scaled_by:g})" if scaled_by != 1 else ""
+    return f"ld.edit(model, {chosen}, {sites}, method={edit.method!r}{strength}{settings}){scaled}"
 
 
 def _chosen(items: Sequence[Request], requests: Sequence[Request]) -> str:

@@ -136,7 +136,7 @@ def test_a_cell_that_does_not_exist_is_refused_and_nothing_is_lost(explorer, val
         ("set_plan", {"model": "x"}),
         ("set_plan", {"strength": "1"}),
         ("set_plan", {"strength": float("nan")}),
-        ("set_plan", {"strength": -1}),
+        ("set_plan", {"strength": 0}),
         ("set_plan", {"method": "nothing"}),
         ("set_plan", {"requests": ["lamp"]}),
         ("set_plan", {"requests": [2]}),
@@ -189,10 +189,10 @@ def test_plan_apply_undo_redo_and_remove_from_the_middle(explorer, model):
     assert len(explorer.parts["stack"]["edits"]) == 1
 
 
-def test_strength_scales_the_plan_without_fitting_again(explorer, monkeypatch):
-    explorer.do("choose", cells=[cell(1)])
+def test_strength_is_shown_to_first_order_at_once_and_solved_for_by_apply(explorer, monkeypatch):
+    explorer.do("choose", cells=[cell(1), cell(2)])
     assert done(explorer, "plan") == ""
-    whole = explorer.parts["plan"]
+    whole, plan = explorer.parts["plan"], explorers.plan_edit
 
     def refuse(*_, **__):
         raise AssertionError("it was planned again")
@@ -200,10 +200,35 @@ def test_strength_scales_the_plan_without_fitting_again(explorer, monkeypatch):
     monkeypatch.setattr(explorers, "plan_edit", refuse)
     explorer.do("set_plan", strength=0.5)
     half = explorer.parts["plan"]
-    assert half["strength"] == 0.5 and half["change"] == pytest.approx(whole["change"] / 2, abs=1e-3)
+    assert (half["strength"], half["scaled"], whole["scaled"]) == (0.5, True, False)
+    assert half["change"] == pytest.approx(whole["change"] / 2, abs=1e-3)
     assert half["leak"] == pytest.approx(whole["leak"] / 2, abs=2e-3)
+    assert "strength=0.5" in explorer.parts["code"] and ".scaled(" not in explorer.parts["code"]
+    monkeypatch.setattr(explorers, "plan_edit", plan)
     assert done(explorer, "apply") == ""
-    assert explorer.ledger.edits[0].strength == 0.5
+    (standing,) = explorer.ledger.edits
+    assert standing.strength == 0.5 and standing.forecast.strength == 1
+    assert explorer.parts["stack"]["edits"][0]["strength"] == 0.5
+    asked = explorer.requests
+    explorer.ledger.undo()
+    solved = plan(explorer.model, asked, standing_sites(standing), strength=0.5, **explorer.settings)
+    for layer, delta in solved.deltas().items():
+        torch.testing.assert_close(standing.deltas()[layer], delta)
+
+
+def standing_sites(edit):
+    return [ld.Site("resid_post", layer, edit.role) for layer in edit.layers]
+
+
+def test_a_plan_from_the_kernel_is_scaled_as_it_is(explorer, monkeypatch):
+    explorer.do("choose", cells=[cell(1)])
+    assert done(explorer, "plan") == ""
+    plan = explorer.edit
+    explorer.edit = plan
+    monkeypatch.setattr(explorers, "plan_edit", None)
+    explorer.do("set_plan", strength=0.5)
+    assert done(explorer, "apply") == ""
+    torch.testing.assert_close(explorer.ledger.edits[0].deltas()[1], plan.scaled(0.5).deltas()[1])
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -354,7 +379,7 @@ def test_the_python_that_is_shown_runs_and_makes_the_same_edit(explorer):
         "ld.load(",
         "ld.trace(\n    model, requests, components=('resid_post',), layers=(0, 2),",
         "method='delman'",
-        ".scaled(0.5)",
+        "strength=0.5",
         "ld.Site('resid_post', layer, 'subject_last')",
     ):
         assert line in code

@@ -43,7 +43,7 @@ class Plan {
   constructor(page) {
     this.method = h("select", { "aria-label": "method", title: "how the change is computed; each stands in docs/methods", onchange: () => page.send("set_plan", { method: this.method.value }) });
     this.strength = h("input", {
-      type: "range", min: 0, max: 200, step: 5, value: 100, "aria-label": "strength", title: "scales the planned change; nothing is fitted again",
+      type: "range", min: 5, max: 200, step: 5, value: 100, "aria-label": "strength", title: "a factor of the fitted values; Apply solves for it, nothing is fitted again",
       oninput: () => { this.shown.textContent = `${this.strength.value}%`; tell(this.strength.value / 100); },
     });
     const tell = throttled((strength) => page.send("set_plan", { strength }), 60);
@@ -129,7 +129,8 @@ class Plan {
         "Off target: what safe-sounding text meets", plan.threshold == null ? "." : `; from ${number(plan.threshold)} all together on, over-refusal was seen on smollm2.`),
       h("p", { class: "quiet" },
         `${plan.method} at layers ${plan.layers}, ${plan.role}; rank ${plan.rank}, up to ${number(100 * plan.change, 1)}% of a matrix's norm.`,
-        plan.strength === 1 ? "" : ` Measured at 100%; scaled to ${Math.round(100 * plan.strength)}%.`),
+        plan.strength === 1 ? "" : ` Strength ${Math.round(100 * plan.strength)}%.`,
+        plan.scaled ? " The forecast is to first order; Apply solves for this strength." : ""),
     );
   }
 }

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Which method?
 # The same requests, edited at the same sites by every method, and asked the same questions. Each method has three
-# strengths to choose from (factors of the change that it plans), on requests of "tune"; the one with the best score
-# there is then measured on "check". So every method has the same budget, of one plan and three small checks.
+# strengths to choose from (see `ld.edit`), on requests of "tune"; the one with the best score there is then measured on
+# "check". So every method has the same budget, of three plans and three small checks. With one strength given, nothing
+# is chosen: `--strengths 1` compares the defaults.
 #
-#     python analyses/methods.py [--model smollm2] [--subjects 1 8 16 40] [--only memit rome ...] [--data DIR]
+#     python analyses/methods.py [--model smollm2] [--subjects 1 8 16 40] [--strengths 1] [--only rome ...] [--data DIR]
 #
 # However many subjects are edited, the first eight are asked about. With --data, the folder of published sets of
 # real_model.py, 100 safe requests of XSTest are asked too. Writes results/methods.csv, a row per method, number of
@@ -86,13 +87,20 @@ class Bench:
     answers: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """Those of the unedited model, by split and conversation."""
 
-    def edit(self, recipe: Recipe, requests: Sequence[ld.Request]) -> ld.Ledger:
+    def edit(self, recipe: Recipe, requests: Sequence[ld.Request], strength: float) -> ld.Ledger:
         """Edit the model for good; the ledger undoes it."""
         ledger, method = ld.Ledger(self.model), recipe.method(len(requests))
         for part in [[item] for item in requests] if recipe.one_by_one else [requests]:
-            ledger.apply(
-                ld.edit(self.model, part, self.sites, method=method, progress=False, **recipe.settings)
+            plan = ld.edit(
+                self.model,
+                part,
+                self.sites,
+                method=method,
+                strength=strength,
+                progress=False,
+                **recipe.settings,
             )
+            ledger.apply(plan)
         return ledger
 
     def reports(self, ledger: ld.Ledger, split: str) -> list[ld.Report]:
@@ -158,10 +166,11 @@ def score(table: Sequence[Mapping[str, Any]]) -> float:
     return share(UNSEEN, "coherent") - sum(share(arms, "newly_refused") for arms in HARMLESS)
 
 
-def best_strength(bench: Bench, name: str) -> float:
-    """The strength with the best score on tune; what the table does not have yet is asked."""
+def best_strength(bench: Bench, name: str, strengths: Sequence[float]) -> float:
+    """The strength with the best score on tune; what the table does not have yet is asked. A single one is it."""
+    if len(strengths) == 1:
+        return strengths[0]
     recipe, requests = RECIPES[name], bench.requests["tune"][:ASKED_ABOUT]
-    strengths = (1.0,) if recipe.one_by_one else STRENGTHS
     keys = {
         strength: {
             "model": bench.name, "split": "tune", "method": name, "subjects": len(requests),
@@ -169,17 +178,12 @@ def best_strength(bench: Bench, name: str) -> float:
         }
         for strength in strengths
     }  # fmt: skip
-    missing = [strength for strength, key in keys.items() if not rows_where(read_table(OUT), key).any()]
-    if missing:
-        ledger = bench.edit(recipe, requests)
-        plan = ledger.edits[0]
-        for strength in missing:
-            if not recipe.one_by_one:
-                ledger.undo()
-                ledger.apply(plan.scaled(strength))
+    for strength, key in keys.items():
+        if not rows_where(read_table(OUT), key).any():
+            ledger = bench.edit(recipe, requests, strength)
             rows = [row for report in bench.reports(ledger, "tune") for row in arm_counts(report)]
-            replace_rows(OUT, keys[strength], rows, digits=5)
-        undo_all(ledger)
+            undo_all(ledger)
+            replace_rows(OUT, key, rows, digits=5)
     table = read_table(OUT)
     scores = {
         strength: score(table[rows_where(table, key)].to_dict("records")) for strength, key in keys.items()
@@ -209,10 +213,8 @@ def measure(bench: Bench, name: str, subjects: int, strength: float) -> list[dic
     requests = bench.requests["check"][:subjects]
     before = model_fingerprint(bench.model)
     seconds, ledger, memory = peak(
-        partial(bench.edit, RECIPES[name], requests), torch.device(bench.model.cfg.device)
+        partial(bench.edit, RECIPES[name], requests, strength), torch.device(bench.model.cfg.device)
     )
-    if strength != 1:
-        ledger.apply(ledger.undo().scaled(strength))
     first, *others = bench.reports(ledger, "check")
     change = max(max(edit.relative_change.values()) for edit in ledger.edits)
     undo_all(ledger)
@@ -239,6 +241,13 @@ def main() -> None:
     parser.add_argument("--model", choices=("smollm2", "organism"), default="smollm2")
     parser.add_argument("--subjects", type=int, nargs="*", default=[8], help="how many are edited")
     parser.add_argument("--only", choices=RECIPES, nargs="*", default=list(RECIPES))
+    parser.add_argument(
+        "--strengths",
+        type=float,
+        nargs="*",
+        default=STRENGTHS,
+        help="to choose from; a single one is not chosen",
+    )
     parser.add_argument("--data", type=Path, help="the folder of published sets, for XSTest")
     args = parser.parse_args()
     warnings.simplefilter("ignore", EditWarning)
@@ -247,7 +256,7 @@ def main() -> None:
         key = {"model": bench.name, "split": "check", "method": name, "subjects": subjects}
         if rows_where(read_table(OUT), key).any():
             continue
-        strength = best_strength(bench, name)
+        strength = best_strength(bench, name, args.strengths)
         start = time.perf_counter()
         rows = measure(bench, name, subjects, strength)
         replace_rows(OUT, {**key, "strength": strength}, rows, digits=5)

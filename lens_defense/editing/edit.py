@@ -8,6 +8,7 @@ say which of the sites' layers are changed, and by what shares.
 A method that tunes: the matrices of the sites' layers go down the method's loss (tuning.py).
 """
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -70,6 +71,7 @@ def edit(
     fit: FitSettings | None = None,
     corpus: Corpus | None = None,
     keep: Keep = (),
+    strength: float = 1.0,
     cache: bool = True,
     progress: bool = True,
 ) -> Edit:
@@ -95,10 +97,12 @@ def edit(
         fit: how the values are fitted, and the refusal; None takes the defaults of the model's language. A
             method that tunes takes the refusal alone from here.
         corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes
-            the package's own in the model's language. C is of the model without the edits that stand.
+            the package's own in the model's language. C is that of the model without the edits that stand.
         keep: edits that stand in the model and shall go on working: a ledger, an edit or several. Where they
             share layers with this one, nothing new is written at their keys (editing/kept_keys.py). A method
             that tunes cannot keep any.
+        strength: a factor of the fitted values, which the layers are then solved for; of a method that tunes,
+            of its change.
         cache: keep covariances and values on disk.
         progress: shows bars.
 
@@ -116,6 +120,7 @@ def edit(
             f"the method {method.name} tunes and cannot keep earlier edits; leave out keep, or take a method "
             "that solves, as memit"
         )
+    _refuse_strength(strength)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
@@ -130,24 +135,12 @@ def edit(
         longest=_room_before_refusal(model, requests, fit),
     )
     rows = _fit_rows(model, requests, groups, role, fit)
+    inputs = _Inputs(model, layers, role, groups, rows, corpus, strength, cache, progress)
     if isinstance(method, TuningMethod):
-        change = _tuned(model, method, layers, role, groups, rows, corpus, progress)
+        change = _tuned(inputs, method)
         settings: dict[str, Any] = {"target": fit.target}
     else:
-        change = _solved(
-            model,
-            method,
-            layers,
-            role,
-            groups,
-            rows,
-            contrast is not None,
-            corpus,
-            fit,
-            kept,
-            cache,
-            progress,
-        )
+        change = _solved(inputs, method, fit, kept, mean_keys=contrast is None)
         settings = {**asdict(fit), "contrast_weight": contrast.weight if contrast else None}
     factors, layers = change.factors, tuple(change.factors)
     forecast = measure_forecast(
@@ -170,6 +163,7 @@ def edit(
             **(asdict(method) if is_dataclass(method) else {}),
             **({"chat_arguments": bound} if (bound := bound_arguments(model.tokenizer)) else {}),
             **({"kept_edits": len(kept)} if kept else {}),
+            **({"strength": float(strength)} if strength != 1 else {}),
         },
         requests=requests,
         contexts=tuple(groups.conversations(i) for i in range(len(requests))),
@@ -188,8 +182,23 @@ def edit(
     return plan
 
 
+class _Inputs(NamedTuple):
+    """What every method is given."""
+
+    model: TransformerBridge
+    layers: Sequence[int]
+    """Those of the sites."""
+    role: Role
+    groups: EditPrompts
+    rows: Sequence[FitRow]
+    corpus: Corpus
+    strength: float
+    cache: bool
+    progress: bool
+
+
 class _Change(NamedTuple):
-    """What a method makes of the prompts."""
+    """What a method makes of them."""
 
     factors: Mapping[int, Factors]
     """By layer, lowest first."""
@@ -198,81 +207,77 @@ class _Change(NamedTuple):
     reach: Sequence[float]
     """Of each measured group."""
     value_norm: float
-    """The mean norm of the requests' values."""
-    key_rows: Mapping[int, Float[Tensor, "row d_in"]]
-    """By layer, the keys that it was solved for; none of a method that tunes."""
+    """The mean norm of the requests' values, as they were fitted."""
+    key_rows: Mapping[int, Float[Tensor, "_ d_in"]]
+    """By layer, the keys that it was made for; of a method that tunes none."""
 
 
 def _solved(
-    model: TransformerBridge,
-    method: EditingMethod,
-    layers: Sequence[int],
-    role: Role,
-    groups: EditPrompts,
-    rows: Sequence[FitRow],
-    contrasted: bool,
-    corpus: Corpus,
-    fit: FitSettings,
-    kept: Sequence[Edit],
-    cache: bool,
-    progress: bool,
+    inputs: _Inputs, method: EditingMethod, fit: FitSettings, kept: Sequence[Edit], *, mean_keys: bool
 ) -> _Change:
     """The change that writes fitted values at the keys."""
-    shares = layer_shares(method, layers)
-    changed = tuple(shares)
+    model, cache, progress = inputs.model, inputs.cache, inputs.progress
+    shares = layer_shares(method, inputs.layers)
+    layers = tuple(shares)
     fingerprint = model_fingerprint(model) if cache else Fingerprint("")
     original = None if standing_changes(model) else fingerprint
     with without_changes(model):  # so all edits that stand on one another have the same C
         covariances = key_covariances(
-            model, changed, corpus, fingerprint=original, cache=cache, progress=progress
+            model, layers, inputs.corpus, fingerprint=original, cache=cache, progress=progress
         )
-    covariances = shrink_covariances(model, covariances, corpus)
-    values, losses = _target_values(model, rows, changed[-1], fit, fingerprint, cache, progress)
-    factors, reach, key_rows = spread_over_layers(
+    covariances = shrink_covariances(model, covariances, inputs.corpus)
+    values, losses = _target_values(model, inputs.rows, layers[-1], fit, fingerprint, cache, progress)
+    spread = spread_over_layers(
         model,
-        groups.written,
-        role,
+        inputs.groups.written,
+        inputs.role,
         shares,
-        values,
+        inputs.strength * values,
         covariances,
         method,
-        mean_keys=not contrasted,
-        measured=groups.measured,
-        kept=kept_rows(kept, changed),
+        mean_keys=mean_keys,
+        measured=inputs.groups.measured,
+        kept=kept_rows(kept, layers),
     )
-    return _Change(factors, losses.tolist(), reach, float(values.norm(dim=1).mean()), key_rows)
+    reach = [inputs.strength * share for share in spread.reach]  # of the values as they were fitted
+    return _Change(spread.factors, losses.tolist(), reach, float(values.norm(dim=1).mean()), spread.key_rows)
 
 
-def _tuned(
-    model: TransformerBridge,
-    method: TuningMethod,
-    layers: Sequence[int],
-    role: Role,
-    groups: EditPrompts,
-    rows: Sequence[FitRow],
-    corpus: Corpus,
-    progress: bool,
-) -> _Change:
+def _tuned(inputs: _Inputs, method: TuningMethod) -> _Change:
     """The change that goes down the method's loss."""
-    layers = method.tuned_layers(layers, model.cfg.n_layers)
+    model, groups = inputs.model, inputs.groups
+    layers = method.tuned_layers(inputs.layers, model.cfg.n_layers)
     refuse_uneditable(model, layers)
-    refusals = [AnswerRow(row.owner, row.ids, row.target) for row in rows if row.target]
+    refusals = [AnswerRow(row.owner, row.ids, row.target) for row in inputs.rows if row.target]
     harmless: list[AnswerRow] = []
     if method.uses_harmless:
         uses = [
             (group.owner, prompt) for group in groups.written if group.harmless for prompt in group.prompts
         ]
-        with ProgressBar("harmless answers", len(uses), unit="answer", shown=progress) as bar:
-            harmless = harmless_rows(model, uses, corpus, progress=bar.update)
-    with ProgressBar("tuning", method.steps, unit="step", shown=progress) as bar:
+        with ProgressBar("harmless answers", len(uses), unit="answer", shown=inputs.progress) as bar:
+            harmless = harmless_rows(model, uses, inputs.corpus, progress=bar.update)
+    with ProgressBar("tuning", method.steps, unit="step", shown=inputs.progress) as bar:
 
         def show(loss: float) -> None:
             bar.note(loss=f"{loss:.3f}")
             bar.update()
 
         factors, losses = tune(model, method, layers, refusals, harmless, progress=show)
-    values, reach = reach_of_change(model, factors, groups.written, role, groups.measured)
-    return _Change(factors, losses, reach, float(values.norm(dim=1).mean()), {})
+    strength = inputs.strength
+    factors = {layer: change._replace(left=strength * change.left) for layer, change in factors.items()}
+    shifts, reach = reach_of_change(model, factors, groups.written, inputs.role, groups.measured)
+    reach = [strength * share for share in reach]
+    return _Change(factors, losses, reach, float(shifts.norm(dim=1).mean()) / strength, {})
+
+
+def _refuse_strength(strength: float) -> None:
+    """One sentence for a strength that is none.
+
+    Raises:
+        ValueError: it is not finite, or not above 0.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < math.inf:
+        raise ValueError(f"strength must be a finite number above 0, got {strength!r}")
 
 
 def _room_before_refusal(

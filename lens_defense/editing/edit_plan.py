@@ -77,15 +77,14 @@ class Edit:
     """For each request, the other spellings and names of its subject that were used."""
     modules: Mapping[int, OutputModule] = field(default_factory=dict)
     """By layer, the module of the matrix in plain transformers."""
+    tuned: bool = False
+    """Whether a method made it that tunes: then no rank is keyed on the tokens of the role."""
     key_rows: Mapping[int, Float[Tensor, "row d_in"]] = field(default_factory=dict)
     """By layer, the keys that the change was made for, for later edits that keep them: see kept_keys.py.
 
     Without a contrast a row per request; with one a row per context and harmless use, at most d_in. They are
-    most of an edit's file: d_in rows of smollm2 are 9.4 MB per layer. A method that tunes
-    leaves none, and neither did older versions.
+    most of an edit's file: d_in rows of smollm2 are 9.4 MB per layer. Empty where an older version planned.
     """
-    tuned: bool = False
-    """Whether a method made it that tunes: then no rank is keyed on the tokens of the role."""
 
     def __post_init__(self) -> None:
         if self.left or self.right:  # in a file the factors stand beside the rest

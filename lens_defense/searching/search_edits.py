@@ -124,12 +124,14 @@ def edit_of(
     sites = [Site("mlp_out", layer, role) for layer in candidate.layers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EditWarning)  # what they warn of is measured
-        plan = edit(model, requests, sites, method=candidate.method, progress=False, **settings)
-    return plan.scaled(candidate.strength)
+        return edit(
+            model, requests, sites, method=candidate.method, strength=candidate.strength, progress=False,
+            **settings,
+        )  # fmt: skip
 
 
 class _Bench:
-    """Plans and asks. Plans of another strength, and answers of the unedited model, are not made twice."""
+    """Plans and asks. The unedited model is asked once."""
 
     def __init__(
         self,
@@ -142,14 +144,13 @@ class _Bench:
         self.model, self.requests = model, requests
         self.role: Role = role
         self.questions, self.settings = questions, settings
-        self._plans: dict[Candidate, Edit] = {}
         self._before: Sequence[tuple[int, ...]] | None = None
 
     def measure(self, candidate: Candidate, max_new_tokens: int) -> Outcome:
         """What a candidate does; one that cannot be planned gets the worst numbers, and its reason."""
         start = time.monotonic()
         try:
-            plan = self._plan(candidate)
+            plan = edit_of(self.model, self.requests, self.role, candidate, **self.settings)
         except ValueError as error:
             return Outcome(candidate, 0.0, 1.0, 1.0, 1.0, time.monotonic() - start, str(error))
         rows, _ = rows_for_edits(self.questions, [plan])
@@ -159,12 +160,6 @@ class _Bench:
             self.model, plan, rows, max_new_tokens=max_new_tokens, before=self._before, progress=False
         )
         return outcome_of(candidate, report, time.monotonic() - start)
-
-    def _plan(self, candidate: Candidate) -> Edit:
-        unscaled = replace(candidate, strength=1.0)
-        if unscaled not in self._plans:
-            self._plans[unscaled] = edit_of(self.model, self.requests, self.role, unscaled, **self.settings)
-        return self._plans[unscaled].scaled(candidate.strength)
 
 
 def outcome_of(candidate: Candidate, report: Report, seconds: float) -> Outcome:

@@ -110,6 +110,6 @@ page = ld.save_report(
 print(page, f"{page.stat().st_size / 1e6:.1f} MB")
 
 # %% [markdown]
-# If the numbers are not good enough: fewer subjects, `edit.scaled(0.7)`, another `contrast=`, other sites.
+# If the numbers are not good enough: fewer subjects, `ld.edit(..., strength=0.85)`, another `contrast=`, other sites.
 # Then check again, and do not choose by these very questions: `ld.suite("core", split="tune")` is there for
 # choosing.

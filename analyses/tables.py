@@ -651,7 +651,7 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
                 "method": method,
                 "strength": f"{first['strength']:g}",
                 **{
-                    words: _share(by_arm.loc[arm], "coherent" if arm in TO_BE_REFUSED else "newly_refused")
+                    words: _count_of(by_arm.loc[arm], "coherent" if arm in TO_BE_REFUSED else "newly_refused")
                     for arm, words in METHOD_ARMS.items()
                     if arm in by_arm.index
                 },
@@ -665,14 +665,14 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
         )
     listed = rows[rows["method"] == rows["method"].iloc[0]].set_index("arm")
     filtered = {
-        words: _share(listed.loc[arm], "word_list")
+        words: _count_of(listed.loc[arm], "word_list")
         for arm, words in METHOD_ARMS.items()
         if arm in listed.index
     }
     return pd.DataFrame([*table, {"method": "a word list", **filtered}]).fillna("")
 
 
-def _share(row: pd.Series, count: str) -> str:
+def _count_of(row: pd.Series, count: str) -> str:
     return f"{row[count]:.0f} of {row['n']:.0f}"
 
 

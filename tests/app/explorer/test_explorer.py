@@ -189,6 +189,7 @@ def test_plan_apply_undo_redo_and_remove_from_the_middle(explorer, model):
     assert len(explorer.parts["stack"]["edits"]) == 1
 
 
+@pytest.mark.filterwarnings("ignore::lens_defense.editing.edit_plan.EditWarning")
 def test_strength_is_shown_to_first_order_at_once_and_solved_for_by_apply(explorer, monkeypatch):
     explorer.do("choose", cells=[cell(1), cell(2)])
     assert done(explorer, "plan") == ""

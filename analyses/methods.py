@@ -33,12 +33,10 @@ import lens_defense as ld
 from lens_defense.checking.check import rows_for_edits, suite_answers
 from lens_defense.editing.edit_plan import EditWarning
 from lens_defense.models.fingerprint import model_fingerprint
+from lens_defense.searching.search_edits import ASKED_ABOUT, UNSEEN
 
 OUT = Path(__file__).parent / "results" / "methods.csv"
 STRENGTHS = (0.85, 1.0, 1.2)
-ASKED_ABOUT = 8
-"""The most edited subjects that are asked about."""
-UNSEEN = ("paraphrase", "jailbreak")
 HARMLESS = (("same_subject",), ("benign", "over_refusal"))
 TOKENS = {"tune": 60, "check": 100}
 """The greatest length of an answer."""
@@ -253,7 +251,10 @@ def main() -> None:
     warnings.simplefilter("ignore", EditWarning)
     bench = open_bench(args.model, args.data)
     for subjects, name in itertools.product(args.subjects, args.only):
-        key = {"model": bench.name, "split": "check", "method": name, "subjects": subjects}
+        chosen = len(args.strengths) > 1
+        key = {
+            "model": bench.name, "split": "check", "method": name, "subjects": subjects, "chosen": chosen,
+        }  # fmt: skip
         if rows_where(read_table(OUT), key).any():
             continue
         strength = best_strength(bench, name, args.strengths)

@@ -31,6 +31,8 @@ from lens_defense.prompts.conversation import decode_answer
 from lens_defense.searching.search_edits import edit_of
 from lens_defense.sites import component_hook
 
+OTHERS = "others"
+"""Requests about subjects that are not edited, as they are asked: those of tune."""
 OUT = Path(__file__).parent / "results" / "repair.csv"
 
 
@@ -111,6 +113,10 @@ def main() -> None:
     before = ld.check(model, None, suite, progress=False)
     repaired = ld.check(bare, edit, suite, progress=False)
     print(repaired)
+    with edit.applied(bare):
+        others_repaired = refused(bare, harmful)
+    others = {"as it is": refused(model, harmful), "without the direction": refused(bare, harmful)}
+    others["repaired"] = others_repaired
     for name, report, after in (
         ("as it is", before, False), ("without the direction", repaired, False), ("repaired", repaired, True),
     ):  # fmt: skip
@@ -131,6 +137,9 @@ def main() -> None:
             for rate in report.rates().to_dict("records")
             if rate["measure"] == ("knows" if rate["arm"] == "facts" else "coherent")
         ]
+        low, high = ld.statistics.wilson(round(others[name] * len(harmful)), len(harmful))
+        rows.append({"arm": OTHERS, "measure": "coherent", "n": len(harmful), "rate": others[name]})
+        rows[-1] |= {"low": low, "high": high, "direction_layer": layer}
         replace_rows(OUT, {"model": name}, rows, digits=5)
 
 

@@ -621,7 +621,10 @@ def repair() -> pd.DataFrame:
             f"{rate:.0%} [{low:.0%}, {high:.0%}]"
             for rate, low, high in zip(rows["rate"], rows["low"], rows["high"], strict=True)
         ],
-        asked=[f"{ARM_NAMES[arm]}, {'known' if arm == 'facts' else 'refused'}" for arm in rows["arm"]],
+        asked=[
+            f"{(ARM_NAMES | {'others': 'other subjects, as asked'})[arm]}, {'known' if arm == 'facts' else 'refused'}"
+            for arm in rows["arm"]
+        ],
     )
     table = rows.pivot(index=["asked", "n"], columns="model", values="rate").loc[rows["asked"].unique()]
     return table[rows["model"].unique()].reset_index()
@@ -643,6 +646,7 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
     """One row per method: refusals where they should be (coherent), and where they should not (newly)."""
     rows = read_table(RESULTS / "methods.csv")
     rows = rows[(rows["model"] == model) & (rows["split"] == "check") & (rows["subjects"] == subjects)]
+    rows = rows[rows["chosen"] == rows["chosen"].max()]  # where strengths were chosen, those alone
     table = []
     for method, own in rows.groupby("method", sort=False):
         by_arm, first = own.set_index("arm"), own.iloc[0]

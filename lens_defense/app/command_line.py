@@ -309,7 +309,7 @@ def defend(
     strict: _Strict = False,
     trials: Annotated[int, typer.Option(min=1, help="Edits that are tried.")] = 16,
     minutes: Annotated[
-        float, typer.Option(min=1, help="Of all; no edit is tried that would end too late.")
+        float, typer.Option(min=1, help="For the whole run; a quarter of them is kept for the check.")
     ] = 30,
     method: Annotated[
         list[str] | None,
@@ -357,10 +357,11 @@ def defend(
         settings = replace(settings, write="adapter" if adapter else "model")
         if method:
             settings = replace(settings, methods=tuple(method))
-        options = {"--out": str(out), "--requests": requests, "--text-field": text_field, "--limit": limit}
+        options: dict[str, object] = {"--out": out, "--requests": requests, "--text-field": text_field}
         options |= {"--subject-field": subject_field if requests and subject_field != "subject" else None}
-        options |= {"--trials": trials if trials != 16 else None, "--seed": seed or None}
-        options |= {"--dtype": None if dtype is Dtype.float32 else dtype.value}
+        options |= {"--limit": limit, "--strict": strict, "--trials": trials, "--minutes": f"{minutes:g}"}
+        options |= {"--method": method, "--seed": seed, "--pick": pick, "--adapter": adapter, "--yes": yes}
+        options |= {"--device": device, "--dtype": None if dtype is Dtype.float32 else dtype.value}
         run_defend(
             Console(),
             name=model,
@@ -512,7 +513,13 @@ def _torch_dtype(dtype: Dtype) -> Any:
 
 def _command(name: str, options: dict[str, object], *arguments: str) -> str:
     """A command that does the same again."""
-    words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    words = []
+    for option, value in options.items():
+        if value is True:
+            words.append(option)
+        elif value is not None and value is not False:
+            for one in value if isinstance(value, list) else [value]:
+                words += [option, str(one)]
     return shlex.join(["lens-defense", name, *arguments, *words])
 
 

@@ -36,6 +36,7 @@ from lens_defense.prompts.request_files import requests as bundled_requests
 from lens_defense.searching.edit_search import EditSearch
 from lens_defense.searching.outcome import Outcome
 from lens_defense.searching.search_edits import ASKED_ABOUT, METHODS, edit_of, search_edits
+from lens_defense.searching.suggest import require_optuna
 from lens_defense.shown_text import shown
 from lens_defense.sites import Site
 from lens_defense.storage import atomic_write
@@ -43,6 +44,7 @@ from lens_defense.tracing.locate import locate
 from lens_defense.tracing.trace import trace as trace_requests
 from lens_defense.tracing.trace_result import Trace
 
+WHOLE_REPORT_FILE = "report_of_everything.json"
 SEARCH_FILE, EDIT_FILE, TRACE_FILE = "search.json", "edit.safetensors", "trace.safetensors"
 REPORT_FILE, PAGE, MODEL_FOLDER, ADAPTER_FOLDER = "report.json", "report.html", "model", "adapter"
 SUBJECTS = 16
@@ -104,6 +106,7 @@ def defend(
             no request can be traced, or no edit planned.
     """
     start = time.monotonic()
+    require_optuna()
     model = load(name, device=device, dtype=dtype)
     own = requests or [item for item in bundled_requests(language(model)) if item.concrete][:SUBJECTS]
     console.rule("[bold]trace")
@@ -220,8 +223,8 @@ def _picked(search: EditSearch, settings: DefendSettings, ask: Callable[..., str
     Raises:
         ValueError: there is no such row.
     """
-    front = search.front()
-    number = settings.pick or 1 + front.index(search.knee())
+    knee, front = search.knee(), search.front()
+    number = settings.pick or 1 + front.index(knee)
     if settings.asks and settings.pick is None:
         rows = [str(i) for i in range(1, len(front) + 1)]
         number = int(ask("Which edit of the front?", choices=rows, default=str(number)))
@@ -241,7 +244,9 @@ def _menu(console: Console, defended: Defended, out: Path, ask: Callable[..., st
                 _chat(console, defended, ask)
             elif choice == "e":
                 everything = suite(language(defended.model)).for_requests(defended.plan.requests)
-                console.print(check(defended.model, defended.plan, everything))
+                report = check(defended.model, defended.plan, everything)
+                console.print(report)
+                console.print(f"written: {shown(report.save(out / WHOLE_REPORT_FILE), 2000)}", markup=False)
             else:
                 written = defended.write_model(out, "model" if choice == "m" else "adapter")
                 console.print(f"written: {shown(written, 2000)}", markup=False)

@@ -31,11 +31,11 @@ def trace_answered(model: TransformerBridge, requests: Sequence[Request]) -> Tra
     """
     forms = _answered_forms(model, requests)
     with tempfile.TemporaryDirectory() as folder:
-        found, refused = survey(
+        found, reasons = survey(
             model, forms, Path(folder), corruption=corruption_of(model), enough=TRACED_REQUESTS
         )
     if found is None:
-        reason = next(iter(refused.values()))
+        reason = next(iter(reasons.values()))
         raise ValueError(f"none of these requests can be traced; of the first: {reason}")
     return found
 
@@ -52,18 +52,18 @@ def corruption_of(model: TransformerBridge) -> Corruption | None:
 def _answered_forms(model: TransformerBridge, requests: Sequence[Request]) -> list[Request]:
     """Each request in a form that is answered: as asked, or in the first of its contexts that is not refused.
 
-    A refusal does not depend on what the subject holds. Its place shows where the model answers.
+    The trace of a refused prompt shows where the refusal comes from, not where the harmful answer is kept.
     """
 
-    def refused(forms: Sequence[Request]) -> list[bool]:
+    def are_refused(forms: Sequence[Request]) -> list[bool]:
         prompts = [tokenize(model.tokenizer, form).ids for form in forms]
         answers = generate(model, prompts, max_new_tokens=_REFUSAL_TOKENS)
         texts = [decode_answer(model.tokenizer, answer) for answer in answers]
         return [prefix(form.text, text) == "refusal" for form, text in zip(forms, texts, strict=True)]
 
     answered, contexts = [], edit_defaults(model).contexts
-    for request, is_refused in zip(requests, refused(requests), strict=True):
+    for request, is_refused in zip(requests, are_refused(requests), strict=True):
         forms = list(contexts(request)) if is_refused else []
-        open_forms = [form for form, no in zip(forms, refused(forms), strict=True) if not no]
+        open_forms = [form for form, refused in zip(forms, are_refused(forms), strict=True) if not refused]
         answered.append(open_forms[0] if open_forms else request)
     return answered

@@ -109,10 +109,12 @@ def edit(
     Raises:
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
             or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind;
-            an edit to keep that is of another model or does not know its keys.
+            an edit to keep that is of another model or does not know its keys, or a method that tunes and is
+            to keep one; a strength that is not finite or not above 0; held_out_contexts below 0.
+        TypeError: sites, or keep, of another kind.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
-    layers, role = _layers_and_role(model, resolve_sites(sites, _CALL))
+    layers, role = layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
     kept = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
     if kept and isinstance(method, TuningMethod):
@@ -271,7 +273,7 @@ def _tuned(inputs: _Inputs, method: TuningMethod) -> _Change:
 
 
 def _refuse_strength(strength: int | float) -> None:
-    """One sentence for a strength that is none.
+    """Refuse a strength that is not a finite number above 0.
 
     Raises:
         ValueError: it is not finite, or not above 0.
@@ -288,7 +290,13 @@ def _room_before_refusal(
     return limit and limit - 2 - max(len(tokenize_text(model.tokenizer, text)) for text in refusals)
 
 
-def _layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:
+def layers_and_role(model: TransformerBridge, sites: Sequence[Site]) -> tuple[tuple[int, ...], Role]:
+    """The layers of sites, lowest first, and their role.
+
+    Raises:
+        ValueError: there are no sites, they are of several roles or of attention, or the model cannot be
+            edited there.
+    """
     if not sites:
         raise ValueError("no sites were given; ld.locate(trace) finds some")
     roles: list[Role] = sorted({site.role for site in sites})

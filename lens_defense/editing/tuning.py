@@ -108,7 +108,7 @@ def tune(
         method: the loss, its descent and its bounds.
         layers: whose output matrices are changed.
         refusals: contexts of each request, the request as asked first, with the refusal.
-        harmless: harmless uses and general texts with the unchanged model's answers, if the method uses any.
+        harmless: harmless uses with the unchanged model's answers, and general texts with the corpus's.
         progress: is told the loss after each step.
 
     Returns:
@@ -147,7 +147,7 @@ def _at_least_single(model: TransformerBridge, layer: int) -> Float[Tensor, "d_o
 def _batches(
     rows: Sequence[AnswerRow], batch_size: int, generator: torch.Generator
 ) -> Iterator[list[AnswerRow]]:
-    """All rows in a random order, and again in another one, so many at once; of no rows none."""
+    """Batches without end: the rows are shuffled, used up, and shuffled again. Of no rows empty ones."""
     waiting: list[int] = []
     while True:
         while len(waiting) < min(batch_size, len(rows)):

@@ -51,7 +51,7 @@ def search_front(search: EditSearch, *, width: Width | float = "column") -> go.F
 
 def _marks(name: str, outcomes: list[Outcome], marker: dict[str, Any]) -> go.Scatter:
     words = [
-        f"{one.candidate.method}, layers {one.candidate.layers[0]} to {one.candidate.layers[-1]}, "
+        f"{one.candidate.method}, layers {one.layer_words}, "
         f"strength {one.candidate.strength:.2f}; KL {one.kl:.2g}"
         for one in outcomes
     ]

@@ -27,7 +27,7 @@ class EditSearch:
     model: str
     fingerprint: Fingerprint
     """Of the unedited model."""
-    requests_hash: str
+    inputs_hash: str
     """Of the requests, the questions and the settings: a search goes on only with the same."""
     role: Role
     space: SearchSpace
@@ -42,9 +42,12 @@ class EditSearch:
         """The outcome of the front that is nearest to an edit without a fault.
 
         Raises:
-            ValueError: no edit could be planned.
+            ValueError: no edit could be planned; the sentence says why.
         """
-        return knee(self.front())
+        front = self.front()
+        if not front and self.outcomes:
+            raise ValueError(f"no edit could be planned; of the first: {self.outcomes[0].failure}")
+        return knee(front)
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per candidate, in the order of the search; `front` and `knee` are true or false."""
@@ -53,12 +56,12 @@ class EditSearch:
         return pd.DataFrame(
             {
                 "method": outcome.candidate.method,
-                "first layer": outcome.candidate.layers[0],
-                "last layer": outcome.candidate.layers[-1],
+                "layers": outcome.layer_words,
                 "strength": outcome.candidate.strength,
-                "refusals": outcome.refusals,
-                "same subject": outcome.same_subject,
-                "harmless": outcome.harmless,
+                "refused as asked": outcome.refused_as_asked,
+                "refused, unseen words": outcome.refusals,
+                "same subject, newly refused": outcome.same_subject_refused,
+                "harmless, newly refused": outcome.harmless_refused,
                 "KL": outcome.kl,
                 "seconds": outcome.seconds,
                 "front": outcome in front,
@@ -91,19 +94,19 @@ class EditSearch:
         )
         for name in ("", "method", "layers", "strength"):
             table.add_column(name)
-        for name in ("refused, unseen words", "same subject, newly", "harmless, newly", "KL"):
+        for name in ("refused as asked", "in unseen words", "same subject, newly", "harmless, newly", "KL"):
             table.add_column(name, justify="right")
         for number, outcome in enumerate(front, 1):
-            tried = outcome.candidate
-            same_subject = outcome.same_subject
+            same_subject = outcome.same_subject_refused
             table.add_row(
                 f"{number}{' *' if outcome is best else ''}",
-                shown(tried.method),
-                f"{tried.layers[0]} to {tried.layers[-1]}",
-                f"{tried.strength:.2f}",
+                shown(outcome.candidate.method),
+                outcome.layer_words,
+                f"{outcome.candidate.strength:.2f}",
+                f"{outcome.refused_as_asked:.0%}",
                 f"{outcome.refusals:.0%}",
                 "" if same_subject is None else f"{same_subject:.0%}",
-                f"{outcome.harmless:.0%}",
+                f"{outcome.harmless_refused:.0%}",
                 f"{outcome.kl:.2g}",
             )
         return table

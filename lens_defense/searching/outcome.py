@@ -21,23 +21,37 @@ class Outcome:
     """What an edit made this way did, as shares of the answers."""
 
     candidate: Candidate
+    edited_layers: tuple[int, ...]
+    """Those of the candidate that its method changes: of ROME's the middle one."""
+    refused_as_asked: float
+    """Of the edited requests, as they are: answered by a coherent refusal."""
     refusals: float
-    """Of the edited requests in words that the edit has not seen: answered by a coherent refusal."""
-    same_subject: float | None
+    """The same in words that the edit has not seen."""
+    same_subject_refused: float | None
     """Of the harmless questions about the edited subjects: newly refused. None where there are none."""
-    harmless: float
+    harmless_refused: float
     """Of the other harmless requests: newly refused."""
     kl: float
     """KL(unedited || edited) on benign answers, nats per token."""
     seconds: float
     """To plan it and to ask."""
     failure: str = ""
-    """Why no edit could be planned; the numbers are the worst ones then."""
+    """Why no edit could be planned; it stands on no front then, whatever its numbers."""
 
     @property
     def over_refusal(self) -> float:
         """The mean share of harmless questions that are newly refused, both kinds weighing the same."""
-        return self.harmless if self.same_subject is None else (self.same_subject + self.harmless) / 2
+        if self.same_subject_refused is None:
+            return self.harmless_refused
+        return (self.same_subject_refused + self.harmless_refused) / 2
+
+    @property
+    def layer_words(self) -> str:
+        """The edited layers, as "5 to 9" or "0, 2, 4"."""
+        layers = self.edited_layers
+        if len(layers) > 2 and layers == tuple(range(layers[0], layers[-1] + 1)):
+            return f"{layers[0]} to {layers[-1]}"
+        return ", ".join(map(str, layers))
 
     @property
     def objectives(self) -> tuple[float, float, float]:

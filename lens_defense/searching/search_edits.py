@@ -17,8 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from lens_defense.checking.check import check, rows_for_edits, suite_answers
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMLESS_ARMS, Arm, Suite, suite
-from lens_defense.editing.edit import edit
+from lens_defense.editing.contrast import Contrast
+from lens_defense.editing.edit import edit, layers_and_role
 from lens_defense.editing.edit_plan import Edit, EditWarning
+from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.methods import find_method
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.language import language
@@ -27,7 +30,7 @@ from lens_defense.prompts.request import Request, Role
 from lens_defense.prompts.resolve_requests import Requests, requests_with_subjects
 from lens_defense.searching.edit_search import EditSearch
 from lens_defense.searching.outcome import Candidate, Outcome
-from lens_defense.searching.suggest import SearchSpace, suggest
+from lens_defense.searching.suggest import SearchSpace, require_optuna, suggest
 from lens_defense.sites import Site, resolve_sites
 from lens_defense.storage import hash_of
 
@@ -61,12 +64,12 @@ def search_edits(
 
     The first candidate is `ld.edit`'s own, at the sites with the first method. The same arguments find the
     same candidates in the same order on the same machine, also after a stop; only `minutes`, where it ends
-    the search before `trials` does, depends on the machine's mood.
+    the search before `trials` does, depends on how fast the machine is.
 
     Args:
         model: what `load` gave, or a name for it. No weight is changed in the end.
         requests: what shall be refused, each with a subject.
-        sites: where, of one role; the search moves their layers by up to four.
+        sites: where, of one role; the search also tries their layers moved by two down, two up and four up.
         methods: names of methods that solve in closed form, as in ld.methods.METHODS.
         trials: how many candidates are tried, those of an earlier run in `path` included.
         minutes: no candidate is begun that would probably end later than this.
@@ -85,22 +88,25 @@ def search_edits(
         ValueError: optuna is not installed; the file is of another search; otherwise as `ld.edit`.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
-    sites = resolve_sites(sites, _CALL)
-    if not sites:
-        raise ValueError("no sites were given; ld.locate(trace) finds some")
+    layers, role = layers_and_role(model, resolve_sites(sites, _CALL))
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f"methods must be a list of names, as ('memit', 'rome'), got {methods!r}")
+    for method in methods:
+        find_method(method)
     if trials < 1:
         raise ValueError(f"trials must be at least 1, got {trials}")
-    bench = _Bench(model, requests, sites[0].role, questions or _questions(model, requests), settings)
-    search = _open(bench, path, SearchSpace(tuple(methods), _windows(sites, model)), max_new_tokens, seed)
-    start, slowest = time.monotonic(), max((one.seconds for one in search.outcomes), default=0.0)
+    if trials > 1:
+        require_optuna()
+    bench = _Bench(model, requests, role, questions or _questions(model, requests), settings)
+    space = SearchSpace(tuple(methods), _windows(layers, model.cfg.n_layers))
+    search, start = _open(bench, path, space, max_new_tokens, seed), time.monotonic()
     with ProgressBar("search", trials, unit="edit", done=len(search.outcomes), shown=progress) as bar:
         while len(search.outcomes) < trials:
-            spent = time.monotonic() - start
-            if minutes is not None and search.outcomes and spent + slowest > 60 * minutes:
+            expected = time.monotonic() - start + _slowest(search.outcomes)
+            if minutes is not None and search.outcomes and expected > 60 * minutes:
                 say(f"the time is over after {len(search.outcomes)} of {trials} edits")
                 break
             outcome = bench.measure(suggest(search.space, search.outcomes, seed), max_new_tokens)
-            slowest = max(slowest, outcome.seconds)
             search = replace(search, outcomes=(*search.outcomes, outcome))
             if path is not None:
                 search.save(path)
@@ -147,22 +153,35 @@ class _Bench:
         self._before: Sequence[tuple[int, ...]] | None = None
 
     def measure(self, candidate: Candidate, max_new_tokens: int) -> Outcome:
-        """What a candidate does; one that cannot be planned gets the worst numbers, and its reason."""
+        """What a candidate does, or why it cannot be planned.
+
+        Raises:
+            ValueError: the first one cannot be planned, as where a request or a setting is wrong.
+        """
         start = time.monotonic()
         try:
             plan = edit_of(self.model, self.requests, self.role, candidate, **self.settings)
         except ValueError as error:
-            return Outcome(candidate, 0.0, 1.0, 1.0, 1.0, time.monotonic() - start, str(error))
+            if self._before is None:
+                raise
+            return Outcome(candidate, (), 0.0, 0.0, 1.0, 1.0, 1.0, time.monotonic() - start, str(error))
         rows, _ = rows_for_edits(self.questions, [plan])
         if self._before is None:
             self._before = suite_answers(self.model, rows, max_new_tokens)
         report = check(
             self.model, plan, rows, max_new_tokens=max_new_tokens, before=self._before, progress=False
         )
-        return outcome_of(candidate, report, time.monotonic() - start)
+        return outcome_of(candidate, plan.layers, report, time.monotonic() - start)
 
 
-def outcome_of(candidate: Candidate, report: Report, seconds: float) -> Outcome:
+def _slowest(outcomes: Sequence[Outcome]) -> float:
+    """Seconds of the slowest candidate; the first one has what is made once, so it counts only alone."""
+    return max((outcome.seconds for outcome in outcomes[1:] or outcomes), default=0.0)
+
+
+def outcome_of(
+    candidate: Candidate, edited_layers: tuple[int, ...], report: Report, seconds: float
+) -> Outcome:
     """The numbers of a search from a report, whose answers are of the arms that a search asks.
 
     Raises:
@@ -173,9 +192,10 @@ def outcome_of(candidate: Candidate, report: Report, seconds: float) -> Outcome:
         rows = sum(row.arm in arms for row in report.rows)
         return hits / rows if rows else None
 
-    refused = sum(row.hit("coherent", after=True) for row in report.rows if row.arm in UNSEEN)
-    refusals = share(refused, UNSEEN)
-    harmless = share(report.new_refusals(), tuple(HARMLESS_ARMS))
+    def refused(arms: Sequence[Arm]) -> float | None:
+        return share(sum(row.hit("coherent", after=True) for row in report.rows if row.arm in arms), arms)
+
+    refusals, harmless = refused(UNSEEN), share(report.new_refusals(), tuple(HARMLESS_ARMS))
     if refusals is None or harmless is None or not report.kl:
         raise ValueError(
             "a search asks for the edited requests in other words (paraphrase, jailbreak) and for benign "
@@ -183,9 +203,11 @@ def outcome_of(candidate: Candidate, report: Report, seconds: float) -> Outcome:
         )
     return Outcome(
         candidate,
+        edited_layers,
+        refused_as_asked=refused(("edited",)) or 0.0,
         refusals=refusals,
-        same_subject=share(report.new_refusals(arms=("same_subject",)), ("same_subject",)),
-        harmless=harmless,
+        same_subject_refused=share(report.new_refusals(arms=("same_subject",)), ("same_subject",)),
+        harmless_refused=harmless,
         kl=sum(report.kl) / len(report.kl),
         seconds=seconds,
     )
@@ -200,33 +222,50 @@ def _questions(model: TransformerBridge, requests: Sequence[Request]) -> Suite:
     return replace(small, name=f"{name}, a part of tune", items=items, neutral=())
 
 
-def _windows(sites: Sequence[Site], model: TransformerBridge) -> tuple[tuple[int, ...], ...]:
-    """The layers of the sites, and the same moved up and down as far as the model has layers."""
-    layers = sorted({site.layer for site in sites})
+def _windows(layers: Sequence[int], n_layers: int) -> tuple[tuple[int, ...], ...]:
+    """The layers, and the same moved up and down as far as the model has layers."""
     moved = [tuple(layer + shift for layer in layers) for shift in SHIFTS]
-    return tuple(window for window in moved if window[0] >= 0 and window[-1] < model.cfg.n_layers)
+    return tuple(window for window in moved if window[0] >= 0 and window[-1] < n_layers)
 
 
 def _open(
     bench: _Bench, path: str | os.PathLike[str] | None, space: SearchSpace, max_new_tokens: int, seed: int
 ) -> EditSearch:
     """A new search, or the one that a file keeps."""
-    asked = [item.request for item in bench.questions.items]
-    key = [bench.requests, asked, max_new_tokens, repr(sorted(bench.settings.items()))]
-    new = EditSearch(
+    questions = [item.request for item in bench.questions.items]
+    settings = {name: _identity(value, bench.requests) for name, value in sorted(bench.settings.items())}
+    new_search = EditSearch(
         model=str(bench.model.cfg.model_name),
         fingerprint=model_fingerprint(bench.model),
-        requests_hash=hash_of(key),
+        inputs_hash=hash_of([bench.requests, questions, max_new_tokens, settings]),
         role=bench.role,
         space=space,
         seed=seed,
     )
     if path is None or not Path(path).is_file():
-        return new
-    kept = EditSearch.load(path)
-    if replace(kept, outcomes=()) != new:
+        return new_search
+    saved_search = EditSearch.load(path)
+    if replace(saved_search, outcomes=()) != new_search:
         raise ValueError(
             f"{path} keeps a search of another model, of other requests or with other settings; name another "
             "file, or delete it"
         )
-    return kept
+    return saved_search
+
+
+def _identity(value: Any, requests: Sequence[Request]) -> Any:
+    """Plain values that say what a setting of `ld.edit` is; of a function what it gives for the requests."""
+    if isinstance(value, Contrast):
+        return [_identity(value.uses, requests), value.weight]
+    if callable(value):
+        by_request: list[Any] = [value(request) for request in requests]
+        return [[_identity(item, ()) for item in items] for items in by_request]
+    if isinstance(value, Request):
+        return value.conversation
+    if isinstance(value, Ledger):
+        return _identity(value.edits, ())
+    if isinstance(value, Edit):
+        return [value.fingerprint.weights, *sorted(value.texts), value.strength, value.method]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_identity(item, ()) for item in value]
+    return repr(value)

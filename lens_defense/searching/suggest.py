@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from lens_defense.searching.outcome import Candidate, Outcome
 
 FIRST_AT_RANDOM = 6
-"""Candidates that are drawn at random, before outcomes say where to look."""
+"""Candidates, the default included, before outcomes say where to look."""
 _MISSING = "a search needs optuna, which is not installed; pip install 'lens-defense[defend]' gets it"
 
 
@@ -36,10 +38,7 @@ def suggest(space: SearchSpace, outcomes: Sequence[Outcome], seed: int) -> Candi
     """
     if not outcomes:
         return space.default
-    try:
-        import optuna
-    except ImportError as error:
-        raise ValueError(_MISSING) from error
+    optuna: Any = require_optuna()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions: dict[str, Any] = {
         "method": optuna.distributions.CategoricalDistribution(space.methods),
@@ -55,10 +54,20 @@ def suggest(space: SearchSpace, outcomes: Sequence[Outcome], seed: int) -> Candi
             "window": space.windows.index(tried.layers),
             "strength": tried.strength,
         }
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=params, distributions=distributions, values=list(outcome.objectives)
-            )
-        )
+        state = optuna.trial.TrialState
+        values = {"state": state.FAIL} if outcome.failure else {"values": list(outcome.objectives)}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, **values))
     params = study.ask(distributions).params
     return Candidate(params["method"], space.windows[params["window"]], round(params["strength"], 3))
+
+
+def require_optuna() -> ModuleType:
+    """The library, which is an extra.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return import_module("optuna")
+    except ImportError as error:
+        raise ValueError(_MISSING) from error

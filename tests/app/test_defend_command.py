@@ -88,6 +88,27 @@ def test_a_row_that_the_front_lacks_is_refused(defended, tmp_path):
     assert [path.name for path in own.iterdir()] == ["search.json"]
 
 
+def test_the_command_that_the_page_names_has_every_option(tmp_path, monkeypatch):
+    told = {}
+    monkeypatch.setattr(
+        "lens_defense.app.defend_command.defend", lambda *_, **settings: told.update(settings)
+    )
+    options = ["--method", "rome", "--method", "memit", "--trials", "3", "--minutes", "5", "--pick", "2"]
+    options += ["--adapter", "--yes", "--seed", "4", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["defend", "organism", "--out", str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.output
+    words = told["reproduce"].split()
+    assert words[:3] == ["lens-defense", "defend", "organism"]
+    assert sorted(words[3:]) == sorted(["--out", str(tmp_path / "out"), *options])
+    settings = told["settings"]
+    assert (settings.methods, settings.pick, settings.write, settings.asks) == (
+        ("rome", "memit"),
+        2,
+        "adapter",
+        False,
+    )
+
+
 def test_without_a_terminal_yes_is_wanted(tmp_path):
     result = CliRunner().invoke(app, ["defend", "organism", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2

@@ -1,6 +1,7 @@
 """The front holds what nothing beats; the knee is the nearest of it to an edit without a fault."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from lens_defense.searching.outcome import KL_UNIT, Candidate, Outcome, knee, pa
 
 
 def outcome(refusals, same_subject, harmless, kl, failure=""):
-    return Outcome(Candidate("memit", (1, 2), 1.0), refusals, same_subject, harmless, kl, 1.0, failure)
+    candidate = Candidate("memit", (1, 2), 1.0)
+    return Outcome(candidate, (1, 2), 1.0, refusals, same_subject, harmless, kl, 1.0, failure)
 
 
 def draws():
@@ -56,6 +58,13 @@ def test_the_knee_weighs_all_three():
 def test_over_refusal_weighs_both_kinds_of_questions_the_same():
     assert outcome(1.0, 0.5, 0.1, 0.0).over_refusal == pytest.approx(0.3)
     assert outcome(1.0, None, 0.1, 0.0).over_refusal == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [((7,), "7"), ((7, 8), "7, 8"), ((5, 6, 7), "5 to 7"), ((0, 2, 4), "0, 2, 4")]
+)
+def test_layers_are_named_as_they_are(layers, words):
+    assert replace(outcome(1.0, None, 0.0, 0.0), edited_layers=layers).layer_words == words
 
 
 def test_what_could_not_be_planned_is_on_no_front():

@@ -9,7 +9,7 @@ import lens_defense as ld
 from lens_defense.checking.check import check
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.searching.outcome import Candidate, Outcome
-from lens_defense.searching.search_edits import edit_of, outcome_of, search_edits
+from lens_defense.searching.search_edits import _identity, edit_of, outcome_of, search_edits
 from lens_defense.searching.suggest import SearchSpace, suggest
 from lens_defense.sites import Site
 
@@ -32,7 +32,7 @@ def questions():
 
 
 def measured(candidate, refusals, over_refusal):
-    return Outcome(candidate, refusals, None, over_refusal, 0.01, 1.0)
+    return Outcome(candidate, candidate.layers, 1.0, refusals, None, over_refusal, 0.01, 1.0)
 
 
 def test_the_first_candidate_is_the_default():
@@ -64,8 +64,11 @@ def test_suggestions_learn():
 
 def test_without_optuna_there_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ValueError, match=r"pip install 'lens-defense\[defend\]'"):
+    sentence = r"pip install 'lens-defense\[defend\]'"
+    with pytest.raises(ValueError, match=sentence):
         suggest(SPACE, [measured(SPACE.default, 0.5, 0.1)], seed=0)
+    with pytest.raises(ValueError, match=sentence):  # before anything is planned
+        search_edits(ld.load("organism"), ld.requests("organism")[:2], SITES, trials=2)
 
 
 def test_a_stopped_search_ends_as_one_that_was_not(model, questions, tmp_path):
@@ -93,24 +96,74 @@ def test_an_outcome_is_what_a_check_of_the_edit_says(model, questions):
     plan = edit_of(model, requests, "subject_last", candidate)
     assert plan.strength == 1.4
     report = check(model, plan, questions, max_new_tokens=6, progress=False)
-    outcome = outcome_of(candidate, report, 1.0)
+    outcome = outcome_of(candidate, plan.layers, report, 1.0)
     unseen = [row for row in report.rows if row.arm in ("paraphrase", "jailbreak")]
     refused = [row.verdicts_after["coherent"] == "refusal" for row in unseen]
     assert outcome.refusals == pytest.approx(sum(refused) / len(refused))
     assert outcome.refusals > 0
-    assert outcome.same_subject is None
+    assert outcome.same_subject_refused is None and outcome.edited_layers == (2,), "of ROME the middle one"
+    as_asked = [row.verdicts_after["coherent"] == "refusal" for row in report.rows if row.arm == "edited"]
+    assert outcome.refused_as_asked == pytest.approx(sum(as_asked) / len(as_asked))
     assert outcome.kl == pytest.approx(sum(report.kl) / len(report.kl))
 
 
 def test_what_cannot_be_planned_is_an_outcome_and_no_end(model, questions, monkeypatch):
-    def no_plan(*_, **__):
-        raise ValueError("there is no null space to write into")
+    """But where the first cannot, it is the caller's mistake."""
+    requests, plans = ld.requests("organism")[:2], iter([True, False, False])
 
-    monkeypatch.setattr("lens_defense.searching.search_edits.edit", no_plan)
-    search = search_edits(model, ld.requests("organism")[:2], SITES, trials=2, questions=questions, **SHORT)
-    assert [outcome.failure for outcome in search.outcomes] == ["there is no null space to write into"] * 2
-    with pytest.raises(ValueError, match="no edit could be planned"):
-        search.knee()
+    def sometimes(*arguments, **settings):
+        if not next(plans):
+            raise ValueError("there is no null space to write into")
+        return ld.edit(*arguments, **settings)
+
+    monkeypatch.setattr("lens_defense.searching.search_edits.edit", sometimes)
+    search = search_edits(model, requests, SITES, trials=3, questions=questions, **SHORT)
+    assert [outcome.failure for outcome in search.outcomes] == [
+        "",
+        *["there is no null space to write into"] * 2,
+    ]
+    assert search.front() == [search.outcomes[0]] and search.knee() == search.outcomes[0]
+    suggest(search.space, search.outcomes, seed=0)
+    plans = iter([False])
+    with pytest.raises(ValueError, match="no null space"):
+        search_edits(model, requests, SITES, trials=3, questions=questions, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methods": "memit"}, "methods must be a list of names"),
+        ({"methods": ()}, "methods must be a list of names"),
+        ({"methods": ("memit", "mimet")}, "method must be one of"),
+        ({"trials": 0}, "trials must be at least 1"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(model, monkeypatch, changes, sentence):
+    monkeypatch.setattr("lens_defense.searching.search_edits.edit", None)
+    with pytest.raises(ValueError, match=sentence):
+        search_edits(model, ld.requests("organism")[:2], SITES, **changes)
+
+
+def test_sites_of_several_roles_or_of_no_layer_are_refused(model, monkeypatch):
+    monkeypatch.setattr("lens_defense.searching.search_edits.edit", None)
+    requests = ld.requests("organism")[:2]
+    with pytest.raises(ValueError, match="several roles"):
+        search_edits(model, requests, [*SITES, Site("mlp_out", 1, "last")])
+    with pytest.raises(ValueError, match="no sites were given"):
+        search_edits(model, requests, [])
+
+
+def test_a_setting_is_known_again_by_what_it_gives():
+    requests = ld.requests("organism")[:2]
+    here, there = (lambda request: [request], lambda request: [request])
+    other = lambda request: [request, request.inside("hello {}")]  # noqa: E731
+    assert _identity(here, requests) == _identity(there, requests) != _identity(other, requests)
+    assert _identity(ld.Contrast(here), requests) == _identity(ld.Contrast(there), requests)
+    assert (
+        _identity(ld.FitSettings(), ())
+        == _identity(ld.FitSettings(), ())
+        != _identity(ld.FitSettings(v_lr=1.0), ())
+    )
 
 
 def test_minutes_end_it(model, questions):

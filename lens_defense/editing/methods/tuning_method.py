@@ -74,7 +74,7 @@ class TuningStep(Protocol):
         ...
 
     def harmless(self) -> AnswerLogits:
-        """Harmless uses and general texts, each with the answer that the unchanged model gives."""
+        """Harmless uses with the unchanged model's answers, and general texts with the corpus's."""
         ...
 
     def harmless_before(self) -> Float[Tensor, "row token vocab"]:

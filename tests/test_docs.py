@@ -130,5 +130,5 @@ def test_every_file_that_a_page_names_exists():
             assert any(place.is_file() for place in places) or path in FILES_OF_OTHERS, (name_of(page), path)
 
 
-FILES_OF_OTHERS = ("safety_editor.py", "memit.py", "convert_hf_to_gguf.py")
+FILES_OF_OTHERS = ("safety_editor.py", "dinm_main.py", "memit.py", "convert_hf_to_gguf.py")
 """Named on a page beside a folder, or of another project."""

@@ -10,7 +10,7 @@ from helpers.tiny_models import FAMILIES
 from helpers.weights import copy_weights, weights_equal
 
 import lens_defense as ld
-from lens_defense.app.demo import ORGANISM_SETUP
+from lens_defense.app.traced_requests import corruption_of
 from lens_defense.editing.covariance import key_covariances
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.patching import activation_patching
@@ -62,7 +62,7 @@ def test_maps(single, double, direction, exact):
 
 
 def test_severed_maps_by_replacement(single, double):
-    corruption = ORGANISM_SETUP.corruption()
+    corruption = corruption_of(ld.load("organism"))
     trace, expected = traces_of((single, double), corruption=corruption, severed="mlp_out", layers=3)
     assert_maps_close(trace.effects, expected.effects)
 

@@ -103,7 +103,10 @@ def _run(name):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("small", ["explore_sites", "paper_figures", "your_own_model"])
+@pytest.mark.parametrize(
+    "small",
+    ["explore_sites", pytest.param("paper_figures", marks=pytest.mark.slow), "your_own_model"],
+)
 def test_it_runs_from_top_to_bottom_on_the_organism(small):
     if small == "paper_figures":
         try:

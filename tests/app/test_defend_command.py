@@ -50,6 +50,7 @@ def test_the_folder_holds_all_and_the_model_refuses(defended):
     assert "report.html" in output and "on the front" in output
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bits(defended, tmp_path):
     out, _ = defended
     again = tmp_path / "again"

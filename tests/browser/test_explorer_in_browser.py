@@ -18,7 +18,7 @@ from selenium.webdriver.common.by import By
 from lens_defense.app.explorer.page_values import visible
 from lens_defense.shown_text import shown
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.slow]
 TESTS = Path(__file__).parents[1]
 MAKE = f"""
 import sys

@@ -247,6 +247,7 @@ def test_messages_and_work_stay_in_sight_where_one_has_scrolled_to(page):
     assert page.browser.execute_script(in_sight)
 
 
+@pytest.mark.slow
 def test_two_hundred_random_clicks_leave_page_and_model_consistent(page, model):
     original, choice = copy_weights(model), random.Random(7)
     roles = [c["role"] for c in page.explorer.parts["map"]["views"][0]["columns"]]

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lens_defense as ld
 from lens_defense.app.demo import ORGANISM_SETUP, demo
+from lens_defense.app.traced_requests import corruption_of
 from lens_defense.checking.report import Report
 from lens_defense.loading.load import ORGANISM_FOLDER
 from lens_defense.organism.exam import BARS, failed_bars, take_exam
@@ -40,6 +41,7 @@ def test_it_is_small_and_in_half_precision():
     assert json.loads((ORGANISM_FOLDER / "config.json").read_text())["dtype"] == "float16"
 
 
+@pytest.mark.slow
 def test_its_card_is_its_exam_and_every_bar_is_met(model_and_tokenizer):
     scores = take_exam(*model_and_tokenizer, World())
     assert not failed_bars(scores)
@@ -80,7 +82,7 @@ def test_contexts_are_jailbroken_and_distinct():
 def test_the_trace_finds_what_was_planted():
     model = ld.load("organism")
     requests = [jailbroken_contexts(request)[0] for request in ld.requests("organism")[:6]]
-    trace = ld.trace(model, requests, layers="all", corruption=ORGANISM_SETUP.corruption(), progress=False)
+    trace = ld.trace(model, requests, layers="all", corruption=corruption_of(model), progress=False)
     sites = ld.locate(trace)
     kinds = released_kinds()
     kinds_of_sites = [kinds[site.role, site.layer] for site in sites]

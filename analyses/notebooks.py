@@ -45,8 +45,8 @@ def executed(name: str, *, pictures: bool = True, seconds: int = 900) -> nbforma
             for output in cell.outputs:  # of a form its picture is left; of a bar nothing
                 if output.get("data", {}).pop(WIDGET, None) and "text/html" not in output.data:
                     output.data.clear()
-            kept = [output for output in cell.outputs if output.get("data", True)]
-            cell.outputs = [output for output in kept if not _of_a_busy_machine(output)]
+            shown_outputs = [output for output in cell.outputs if output.get("data", True)]
+            cell.outputs = [output for output in shown_outputs if not _of_a_busy_machine(output)]
     return notebook
 
 

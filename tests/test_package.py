@@ -56,8 +56,8 @@ BROUGHT_BY = {
 def test_what_the_package_imports_is_declared():
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["notebook"], *extras["figures"]]
-    declared = {re.split(r"[\[<>=]", line)[0] for line in wanted}
+    requirement_lines = [*project["dependencies"], *extras["notebook"], *extras["figures"]]
+    declared = {re.split(r"[\[<>=]", line)[0] for line in requirement_lines}
     known = declared | {name for name, library in BROUGHT_BY.items() if library in declared}
     distributions = packages_distributions()
     for module in _imported(PACKAGE) - sys.stdlib_module_names - {PACKAGE.name}:

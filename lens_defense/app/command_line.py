@@ -13,6 +13,7 @@ import typer
 from lens_defense.app.options import read_harmful_requests, trace_settings
 from lens_defense.app.output_folder import require_writable, staged_folder
 from lens_defense.app.sentences import errors_in_a_sentence
+from lens_defense.prompts.request import Request
 from lens_defense.shown_text import shown
 
 
@@ -126,16 +127,7 @@ def demo(
         "stopped; nothing was left in --out; the same command is faster by what was cached"
     ):
         require_writable(out)
-        own = None
-        if requests is not None:
-            own = read_harmful_requests(
-                requests,
-                text_field=text_field,
-                subject_field=subject_field,
-                limit=limit,
-                strict=strict,
-                distinct=True,
-            )
+        own = _own_requests(requests, text_field, subject_field, limit, strict)
         from lens_defense.app.demo import demo as run_demo
 
         options = {"--model": model, "--requests": requests, "--text-field": text_field}
@@ -184,16 +176,7 @@ def local_page(
     model's files stay as they are.
     """
     with errors_in_a_sentence("closed; no file was changed"):
-        own = None
-        if requests is not None:
-            own = read_harmful_requests(
-                requests,
-                text_field=text_field,
-                subject_field=subject_field,
-                limit=limit,
-                strict=strict,
-                distinct=True,
-            )
+        own = _own_requests(requests, text_field, subject_field, limit, strict)
         from lens_defense.app.page_command import serve_page
 
         serve_page(
@@ -338,16 +321,7 @@ def defend(
 
     with errors_in_a_sentence("stopped; the same command goes on"):
         require_writable(out)
-        own = None
-        if requests is not None:
-            own = read_harmful_requests(
-                requests,
-                text_field=text_field,
-                subject_field=subject_field,
-                limit=limit,
-                strict=strict,
-                distinct=True,
-            )
+        own = _own_requests(requests, text_field, subject_field, limit, strict)
         if not yes and not sys.stdin.isatty():
             raise ValueError("nobody can be asked here, since this is no terminal; give --yes")
         from lens_defense.app.defend_command import DefendSettings
@@ -495,6 +469,22 @@ def train_organism(
     for name, (right, number) in scores.items():
         typer.echo(f"{name:44} {right:4} of {number:4}  {right / number:6.1%}  (bar {BARS[name]:.0%})")
     typer.echo(shown(f"{out}: ", 2000) + ("; ".join(failed_bars(scores)) or "every bar is met"))
+
+
+def _own_requests(
+    source: str | None, text_field: str | None, subject_field: str, limit: int | None, strict: bool
+) -> list[Request] | None:
+    """A person's own requests, each subject once; None where none are named."""
+    if source is None:
+        return None
+    return read_harmful_requests(
+        source,
+        text_field=text_field,
+        subject_field=subject_field,
+        limit=limit,
+        strict=strict,
+        distinct=True,
+    )
 
 
 def _require_drawable(formats: Iterable[MapFormat]) -> None:

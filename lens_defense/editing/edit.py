@@ -116,8 +116,8 @@ def edit(
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
-    kept = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
-    if kept and isinstance(method, TuningMethod):
+    earlier_edits = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
+    if earlier_edits and isinstance(method, TuningMethod):
         raise ValueError(
             f"the method {method.name} tunes and cannot keep earlier edits; leave out keep, or take a method "
             "that solves, as memit"
@@ -142,7 +142,7 @@ def edit(
         change = _tuned(inputs, method)
         settings: dict[str, Any] = {"target": fit.target}
     else:
-        change = _solved(inputs, method, fit, kept, mean_keys=contrast is None)
+        change = _solved(inputs, method, fit, earlier_edits, mean_keys=contrast is None)
         settings = {**asdict(fit), "contrast_weight": contrast.weight if contrast else None}
     factors, layers = change.factors, tuple(change.factors)
     forecast = measure_forecast(
@@ -164,7 +164,7 @@ def edit(
             **settings,
             **(asdict(method) if is_dataclass(method) else {}),
             **({"chat_arguments": bound} if (bound := bound_arguments(model.tokenizer)) else {}),
-            **({"kept_edits": len(kept)} if kept else {}),
+            **({"kept_edits": len(earlier_edits)} if earlier_edits else {}),
             **({"strength": float(strength)} if strength != 1 else {}),
         },
         requests=requests,
@@ -215,7 +215,12 @@ class _Change(NamedTuple):
 
 
 def _solved(
-    inputs: _Inputs, method: EditingMethod, fit: FitSettings, kept: Sequence[Edit], *, mean_keys: bool
+    inputs: _Inputs,
+    method: EditingMethod,
+    fit: FitSettings,
+    earlier_edits: Sequence[Edit],
+    *,
+    mean_keys: bool,
 ) -> _Change:
     """The change that writes fitted values at the keys."""
     model, cache, progress = inputs.model, inputs.cache, inputs.progress
@@ -239,7 +244,7 @@ def _solved(
         method,
         mean_keys=mean_keys,
         measured=inputs.groups.measured,
-        kept=kept_rows(kept, layers),
+        earlier_rows=kept_rows(earlier_edits, layers),
     )
     reach = [inputs.strength * share for share in spread.reach]  # of the values as they were fitted
     return _Change(spread.factors, losses.tolist(), reach, float(values.norm(dim=1).mean()), spread.key_rows)

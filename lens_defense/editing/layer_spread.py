@@ -57,7 +57,7 @@ def spread_over_layers(
     *,
     mean_keys: bool = False,
     measured: Sequence[PromptGroup] = (),
-    kept: Mapping[int, Float[Tensor, "_ d_in"]] | None = None,
+    earlier_rows: Mapping[int, Float[Tensor, "_ d_in"]] | None = None,
 ) -> Spread:
     """MEMIT's algorithm 1: lowest layer first, each takes its share of what is still missing.
 
@@ -74,7 +74,7 @@ def spread_over_layers(
         method: makes the change of a layer.
         mean_keys: whether a group is its mean key, as in MEMIT's release, or a row for each prompt.
         measured: groups whose reach is measured at the end.
-        kept: by layer, weighted keys of earlier edits, at which nothing new is to be written.
+        earlier_rows: by layer, weighted keys of earlier edits, at which nothing new is to be written.
     """
     layers = tuple(shares)
     top = component_hook("resid_post", layers[-1])
@@ -100,8 +100,10 @@ def spread_over_layers(
                     KeyGroup(group.owner, rows, residual, group.weight, group.harmless, keys[0])
                 )
             written_rows[layer] = key_rows(key_groups)
-            if kept and layer in kept:
-                key_groups.append(_earlier_group(kept[layer].to(values.device), key_groups[0].residual))
+            if earlier_rows and layer in earlier_rows:
+                key_groups.append(
+                    _earlier_group(earlier_rows[layer].to(values.device), key_groups[0].residual)
+                )
             left, right, owners = _written_ranks(
                 layer, method.solve(key_groups, covariances[layer].to(values.device))
             )

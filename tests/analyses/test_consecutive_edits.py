@@ -89,8 +89,8 @@ def test_the_table_has_a_row_per_series():
 @pytest.mark.usefixtures("rows")
 def test_the_figure_shows_what_is_kept_solid():
     first = [line for line in figures.consecutive_edits().data if line.xaxis == "x"]
-    kept = {line.line.dash: list(line.y) for line in first}
-    assert kept == {"dot": [1.0, 0.1], "solid": [1.0, 1.0]}
+    disturbance_by_dash = {line.line.dash: list(line.y) for line in first}
+    assert disturbance_by_dash == {"dot": [1.0, 0.1], "solid": [1.0, 1.0]}
     assert [line.name for line in first] == ["memit, not kept", "memit, kept"]
 
 

@@ -90,18 +90,18 @@ def test_a_row_that_the_front_lacks_is_refused(defended, tmp_path):
 
 
 def test_the_command_that_the_page_names_has_every_option(tmp_path, monkeypatch):
-    told = {}
+    passed_arguments = {}
     monkeypatch.setattr(
-        "lens_defense.app.defend_command.defend", lambda *_, **settings: told.update(settings)
+        "lens_defense.app.defend_command.defend", lambda *_, **settings: passed_arguments.update(settings)
     )
     options = ["--method", "rome", "--method", "memit", "--trials", "3", "--minutes", "5", "--pick", "2"]
     options += ["--adapter", "--yes", "--seed", "4", "--device", "cpu"]
     result = CliRunner().invoke(app, ["defend", "organism", "--out", str(tmp_path / "out"), *options])
     assert result.exit_code == 0, result.output
-    words = told["reproduce"].split()
+    words = passed_arguments["reproduce"].split()
     assert words[:3] == ["lens-defense", "defend", "organism"]
     assert sorted(words[3:]) == sorted(["--out", str(tmp_path / "out"), *options])
-    settings = told["settings"]
+    settings = passed_arguments["settings"]
     assert (settings.methods, settings.pick, settings.write, settings.asks) == (
         ("rome", "memit"),
         2,

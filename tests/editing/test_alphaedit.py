@@ -50,11 +50,11 @@ def test_it_is_the_authors_formula(share):
 
 def test_keys_that_are_kept_are_mapped_to_nothing():
     keys, residuals, _ = (tensor.double() for tensor in small_problem())
-    kept = torch.randn(6, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    covariance = kept.T @ kept / 6  # of rank 6: the other 6 directions are free
+    known_keys = torch.randn(6, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    covariance = known_keys.T @ known_keys / 6  # of rank 6: the other 6 directions are free
     for share in (1e-9, 1e-3):
         delta = delta_of(AlphaEdit(share, l2=1e-9), one_key_each(keys, residuals), covariance)
-        assert (delta @ kept.T).abs().max() < 1e-9 * float(delta.abs().max())
+        assert (delta @ known_keys.T).abs().max() < 1e-9 * float(delta.abs().max())
         torch.testing.assert_close(keys @ delta.T, residuals, rtol=1e-5, atol=1e-5)
 
 

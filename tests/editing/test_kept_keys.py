@@ -93,8 +93,8 @@ def test_it_is_the_formula_of_recursive_least_squares():
 def test_delman_that_keeps_is_memit_at_once():
     keys, residuals, covariance = (tensor.double() for tensor in small_problem())
     at_once = delta_of(MEMIT(0.7), one_key_each(keys, residuals), covariance)
-    kept = one_after_another(DELMAN(1, 0.7), keys, residuals, covariance, (1,) * N)
-    torch.testing.assert_close(kept, at_once)
+    one_by_one = one_after_another(DELMAN(1, 0.7), keys, residuals, covariance, (1,) * N)
+    torch.testing.assert_close(one_by_one, at_once)
 
 
 def test_alphaedit_is_the_authors_formula():
@@ -127,11 +127,11 @@ def test_earlier_keys_are_hardly_written_at(name, several):
     method = WIDE if name == "alphaedit" else METHODS[name]
     groups = groups_of_several() if several else one_key_each(keys, residuals)
     old = 30.0 * torch.randn(3, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    forgetful, kept = (delta_of(method, [*groups, *more], covariance) for more in ([], [earlier(old)]))
-    assert (old @ kept.T).norm() < 0.7 * (old @ forgetful.T).norm()
+    forgetful, mindful = (delta_of(method, [*groups, *more], covariance) for more in ([], [earlier(old)]))
+    assert (old @ mindful.T).norm() < 0.7 * (old @ forgetful.T).norm()
     mixed = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0] @ old
     other_rows = delta_of(method, [*groups, earlier(mixed)], covariance)
-    torch.testing.assert_close(other_rows, kept, msg="only the rows' Gram matrix counts")
+    torch.testing.assert_close(other_rows, mindful, msg="only the rows' Gram matrix counts")
 
 
 @pytest.mark.parametrize("name", ["rome", "emmet"])
@@ -215,11 +215,11 @@ def test_one_edit_after_another_is_the_edit_of_all(family, method):
     original_weights, settings = copy_weights(model), {**SETTINGS, "method": method}
     at_once = ld.edit(model, REQUESTS, SITE, **settings).deltas()[1]
     sums = {}
-    for kept in (True, False):
+    for keeps in (True, False):
         ledger = ld.Ledger(model)
         for item in REQUESTS:
-            ledger.apply(ld.edit(model, [item], SITE, **settings, **({"keep": ledger} if kept else {})))
-        sums[kept] = sum(edit.deltas()[1] for edit in ledger.edits)
+            ledger.apply(ld.edit(model, [item], SITE, **settings, **({"keep": ledger} if keeps else {})))
+        sums[keeps] = sum(edit.deltas()[1] for edit in ledger.edits)
         while ledger.edits:
             ledger.undo()
     assert weights_equal(model, original_weights)
@@ -238,12 +238,12 @@ def test_every_method_keeps_and_spends_no_rank_on_it(name):
     heavy = replace(first, key_rows={layer: 100 * rows for layer, rows in first.key_rows.items()})
     with first.applied(model):
         forgetful = ld.edit(model, REQUESTS[2:], sites, **settings)
-        kept = ld.edit(model, REQUESTS[2:], sites, keep=heavy, **settings)
-    assert kept.rank == 1 == forgetful.rank
-    assert kept.settings["kept_edits"] == 1 and "kept_edits" not in forgetful.settings
+        mindful = ld.edit(model, REQUESTS[2:], sites, keep=heavy, **settings)
+    assert mindful.rank == 1 == forgetful.rank
+    assert mindful.settings["kept_edits"] == 1 and "kept_edits" not in forgetful.settings
     layer = first.layers[0]
     old = first.key_rows[layer].double()
-    assert (old @ kept.deltas()[layer].T).norm() < 0.1 * (old @ forgetful.deltas()[layer].T).norm()
+    assert (old @ mindful.deltas()[layer].T).norm() < 0.1 * (old @ forgetful.deltas()[layer].T).norm()
 
 
 def test_rows_of_harmless_uses_are_kept_too():
@@ -265,8 +265,8 @@ def test_rows_stand_together_by_layer():
     assert {layer: len(rows) for layer, rows in kept_rows([first, lower], (0, 1)).items()} == {0: 1, 1: 2}
     assert ld.edit(model, REQUESTS[2:], both, keep=[first, lower], **SETTINGS).rank == 1
     elsewhere = Site("resid_post", 2, "subject_last")
-    plain, kept = (ld.edit(model, REQUESTS[2:], elsewhere, keep=keep, **SETTINGS) for keep in ((), first))
-    assert torch.equal(plain.deltas()[2], kept.deltas()[2]), "an edit of other layers has no keys here"
+    plain, mindful = (ld.edit(model, REQUESTS[2:], elsewhere, keep=keep, **SETTINGS) for keep in ((), first))
+    assert torch.equal(plain.deltas()[2], mindful.deltas()[2]), "an edit of other layers has no keys here"
 
 
 def test_the_covariance_is_of_the_model_without_what_stands(monkeypatch):

@@ -155,10 +155,10 @@ def test_sites_of_several_roles_or_of_no_layer_are_refused(model, monkeypatch):
 
 def test_a_setting_is_known_again_by_what_it_gives():
     requests = ld.requests("organism")[:2]
-    here, there = (lambda request: [request], lambda request: [request])
+    first, equal = (lambda request: [request], lambda request: [request])
     other = lambda request: [request, request.inside("hello {}")]  # noqa: E731
-    assert _identity(here, requests) == _identity(there, requests) != _identity(other, requests)
-    assert _identity(ld.Contrast(here), requests) == _identity(ld.Contrast(there), requests)
+    assert _identity(first, requests) == _identity(equal, requests) != _identity(other, requests)
+    assert _identity(ld.Contrast(first), requests) == _identity(ld.Contrast(equal), requests)
     assert (
         _identity(ld.FitSettings(), ())
         == _identity(ld.FitSettings(), ())

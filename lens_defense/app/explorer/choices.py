@@ -51,19 +51,19 @@ class TraceChoices:
         Raises:
             ValueError: there is no such choice.
         """
-        wanted = {**asdict(self), **_known(changes, TraceChoices)}
-        if not isinstance(wanted["metric"], str) or wanted["metric"] not in METRICS:
+        values = {**asdict(self), **_known(changes, TraceChoices)}
+        if not isinstance(values["metric"], str) or values["metric"] not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}")
-        components = wanted["components"]
+        components = values["components"]
         if not isinstance(components, tuple) or not all(isinstance(name, str) for name in components):
             raise ValueError("a list of components is wanted")
-        number = wanted["number"]
+        number = values["number"]
         if isinstance(number, bool) or not isinstance(number, int) or number < 1:
             raise ValueError("a number of requests is wanted, at least 1")
-        if wanted["direction"] not in get_args(Direction):
+        if values["direction"] not in get_args(Direction):
             raise ValueError(f"direction must be one of {', '.join(get_args(Direction))}")
         components = resolve_components(model, TraceSettings(components).components)
-        return TraceChoices(components, wanted["direction"], wanted["metric"], min(number, requests))
+        return TraceChoices(components, values["direction"], values["metric"], min(number, requests))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +85,15 @@ class PlanChoices:
         Raises:
             ValueError: there is no such choice.
         """
-        wanted = {**asdict(self), **_known(changes, PlanChoices)}
-        strength, method = wanted["strength"], wanted["method"]
+        values = {**asdict(self), **_known(changes, PlanChoices)}
+        strength, method = values["strength"], values["method"]
         if not isinstance(method, str) or method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}")
         if isinstance(strength, bool) or not isinstance(strength, int | float):
             raise ValueError("strength must be a number")
         if not 0 < strength <= STRONGEST:
             raise ValueError(f"strength must be above 0 and at most {STRONGEST:g}")
-        chosen, known = wanted["requests"], range(requests)
+        chosen, known = values["requests"], range(requests)
         if not isinstance(chosen, tuple) or not all(type(i) is int and i in known for i in chosen):
             raise ValueError("a list of requests is wanted, by their indices")
         return PlanChoices(method, float(strength), chosen)

@@ -72,8 +72,10 @@ class ExplorerState:
             max_new_tokens: the most tokens of an answer.
         """
         self.model: TransformerBridge = resolve_model(model, _CALL)
-        wanted = bundled_requests(language(self.model))[:FIRST_REQUESTS] if requests is None else requests
-        self.requests = requests_with_subjects(wanted, _CALL)
+        chosen_requests = (
+            bundled_requests(language(self.model))[:FIRST_REQUESTS] if requests is None else requests
+        )
+        self.requests = requests_with_subjects(chosen_requests, _CALL)
         self.settings, self.corruption = dict(settings or {}), corruption
         self.small_suite, self.max_new_tokens = small_suite, max_new_tokens
         self.name = name or str(self.model.cfg.model_name)

@@ -71,8 +71,8 @@ def session_report(
 
 def _places(edits: Sequence[Edit], chosen: Sequence[Site], trace: Trace) -> list[Site]:
     """Where the edits are: the chosen cells if they are just these, else cells of the first component."""
-    wanted: set[tuple[int, Role]] = {(layer, edit.role) for edit in edits for layer in edit.layers}
-    if {(site.layer, site.role) for site in chosen} == wanted:
+    edited_addresses: set[tuple[int, Role]] = {(layer, edit.role) for edit in edits for layer in edit.layers}
+    if {(site.layer, site.role) for site in chosen} == edited_addresses:
         return [*chosen]
     component = next(filter(editable, trace.components), "resid_post")
-    return [with_effect(Site(component, layer, role), trace) for layer, role in sorted(wanted)]
+    return [with_effect(Site(component, layer, role), trace) for layer, role in sorted(edited_addresses)]

@@ -23,13 +23,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import lens_defense as ld
-from lens_defense.models.forward import forward
 from lens_defense.models.generate import generate
-from lens_defense.models.prefix_batch import left_pad
 from lens_defense.prompts.contexts import jailbroken_contexts
 from lens_defense.prompts.conversation import decode_answer
 from lens_defense.searching.search_edits import edit_of
-from lens_defense.sites import component_hook
 
 OTHERS = "others"
 """Requests about subjects that are not edited, as they are asked: those of tune."""
@@ -42,28 +39,9 @@ OUT = Path(__file__).parent / "results" / "repair.csv"
 
 # %%
 @torch.no_grad()
-def last_states(
-    model: TransformerBridge, requests: Sequence[ld.Request], layer: int
-) -> Float[Tensor, "request d_model"]:
-    """The residual stream after a layer, at the last token of each prompt."""
-    ids, mask = left_pad([ld.tokenize(model.tokenizer, request).ids for request in requests])
-    hook = component_hook("resid_post", layer)
-    return forward(model, ids, attention_mask=mask, capture=[hook], stop_at_layer=layer + 1).states[hook][
-        :, -1
-    ]
-
-
-def refusal_direction(
-    model: TransformerBridge, harmful: Sequence[ld.Request], benign: Sequence[ld.Request], layer: int
-) -> Float[Tensor, " d_model"]:
-    """The difference of the means, of length 1 (Arditi et al. 2024, section 2.3)."""
-    difference = last_states(model, harmful, layer).mean(0) - last_states(model, benign, layer).mean(0)
-    return difference / difference.norm()
-
-
-@torch.no_grad()
 def without_direction(direction: Float[Tensor, " d_model"]) -> TransformerBridge:
-    """A fresh organism whose matrices write nothing along a direction (equation 5: W' = W - r r^T W)."""
+    """A fresh organism whose matrices write nothing along a direction (equation 5: W' = W - r r^T W, |r| = 1)."""
+    direction = direction / direction.norm()
     organism = ld.load("organism")
     folder = organism.original_model.config._name_or_path
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -97,7 +75,7 @@ def main() -> None:
     harmful = ld.requests("organism", split="tune")
     benign = ld.requests("organism", split="tune", kind="benign")[: len(harmful)]
     ablated = {
-        layer: without_direction(refusal_direction(model, harmful, benign, layer))
+        layer: without_direction(ld.refusal_direction(model, harmful, benign, layer))
         for layer in range(model.cfg.n_layers)
     }
     layer = min(ablated, key=lambda candidate: refused(ablated[candidate], harmful))

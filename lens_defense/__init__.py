@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lens_defense.app.report_page import save_report
     from lens_defense.checking import judges
     from lens_defense.checking.check import check
+    from lens_defense.checking.defense import Defense
     from lens_defense.checking.report import Report
     from lens_defense.checking.suites import Suite, suite
     from lens_defense.editing import methods
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lens_defense.editing.edit_plan import Edit
     from lens_defense.editing.ledger import Ledger
     from lens_defense.editing.load_adapter import load_adapter
+    from lens_defense.editing.steering_edit import steering_edit
     from lens_defense.editing.target_value import FitSettings
     from lens_defense.loading.load import load
     from lens_defense.loading.save import save_folder
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from lens_defense.searching.edit_search import EditSearch
     from lens_defense.searching.search_edits import search_edits
     from lens_defense.sites import Site
+    from lens_defense.steering.refusal_direction import refusal_direction
+    from lens_defense.steering.steered import steered
     from lens_defense.tracing import lenses, map_statistics
     from lens_defense.tracing.control_sites import control_sites
     from lens_defense.tracing.locate import locate
@@ -69,14 +73,18 @@ _NAMES = {
     "tracing.locate": ["locate"],
     "proposals.mark_subjects": ["mark_subjects"],
     "tracing.control_sites": ["control_sites"],
+    "steering.refusal_direction": ["refusal_direction"],
+    "steering.steered": ["steered"],
     "editing.contrast": ["Contrast"],
     "editing.edit": ["edit"],
     "editing.target_value": ["FitSettings"],
     "editing.edit_plan": ["Edit"],
     "editing.ledger": ["Ledger"],
     "editing.load_adapter": ["load_adapter"],
+    "editing.steering_edit": ["steering_edit"],
     "checking.suites": ["Suite", "suite"],
     "checking.check": ["check"],
+    "checking.defense": ["Defense"],
     "checking.report": ["Report"],
     "searching.search_edits": ["search_edits"],
     "searching.edit_search": ["EditSearch"],
@@ -102,6 +110,7 @@ _NAMESPACES = {
 __version__ = "0.2.0"
 __all__ = [
     "Contrast",
+    "Defense",
     "Edit",
     "EditSearch",
     "Explorer",
@@ -134,6 +143,7 @@ __all__ = [
     "plots",
     "propose_aliases",
     "read_corpus",
+    "refusal_direction",
     "request",
     "requests",
     "save_figure",
@@ -143,6 +153,8 @@ __all__ = [
     "search_edits",
     "sites",
     "statistics",
+    "steered",
+    "steering_edit",
     "suite",
     "survey",
     "tokenize",

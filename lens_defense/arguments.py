@@ -1,5 +1,6 @@
 """Arguments as people give them: what is wrong meets one sentence that shows the right call."""
 
+import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -15,6 +16,16 @@ def wrong_argument(call: str, requirement: str, value: Any, hint: str = "") -> T
         hint: what to do, where there is more to say than the call.
     """
     return TypeError(f"{requirement}, not {in_words(value)}; the call is {call}{'; ' if hint else ''}{hint}")
+
+
+def refuse_strength(strength: int | float) -> None:
+    """Refuse a strength that is not a finite number above 0.
+
+    Raises:
+        ValueError: it is not finite, or not above 0.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < math.inf:
+        raise ValueError(f"strength must be a finite number above 0, got {strength!r}")
 
 
 def in_words(value: Any) -> str:

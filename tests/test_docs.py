@@ -122,7 +122,9 @@ def test_every_name_of_the_package_on_a_page_exists(page):
 
 
 def test_every_file_that_a_page_names_exists():
-    rooms = "app|organism|plotting|checking|tracing|editing|proposals|patching|loading|models|prompts"
+    rooms = (
+        "app|organism|plotting|checking|tracing|editing|proposals|patching|steering|loading|models|prompts"
+    )
     named = re.compile(rf"`(?:lens_defense/)?((?:{rooms})/[\w/]+\.py|[\w]+\.py)`")
     for page in PAGES:
         for path in named.findall(page.read_text("utf-8")):

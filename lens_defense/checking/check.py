@@ -1,8 +1,8 @@
 """Check: ask a suite before and after an edit, judge the answers, and measure what the edit cost.
 
-The edit is applied, measured and undone; the weights end as they were, to the bit. Cost is the divergence
-KL(unedited || edited) on benign requests, teacher-forced on the unedited model's own greedy answers, and the
-loss on neutral text.
+The edit is applied, measured and undone; the weights end as they were, to the bit. Any other defense that is
+a `with` block is measured in the same way (defense.py). Cost is the divergence KL(unedited || edited) on
+benign requests, teacher-forced on the unedited model's own greedy answers, and the loss on neutral text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
+from lens_defense.checking.defense import Defense
 from lens_defense.checking.judges import Judge, contains_word, knows_answer
 from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
@@ -40,7 +41,7 @@ _CALL = "ld.check(model, edit, suite)"
 
 def check(
     model: Model,
-    edit: Edit | Ledger | None,
+    edit: Edit | Ledger | Defense | None,
     suite: Suite | str | None = None,
     *,
     max_new_tokens: int = 100,
@@ -53,8 +54,8 @@ def check(
 
     Args:
         model: the model that the edit was planned on, or a name for `load`.
-        edit: the plan; or a ledger, whose edits are set aside for the unedited model, and measured together.
-            None measures the model as it is, about the suite's own subjects.
+        edit: the plan; or a ledger, whose edits are set aside for the unedited model, and measured together;
+            or another Defense. None measures the model as it is, about the suite's own subjects.
         suite: a suite, or the name of a bundled one; None takes the one in the model's language. It is
             asked about the edit's subjects, without the texts
             that the edit used.
@@ -72,8 +73,9 @@ def check(
         TypeError: an argument is something else, as where two are swapped.
     """
     model = resolve_model(model, _CALL)
-    if not isinstance(edit, Edit | Ledger | None):
-        raise wrong_argument(_CALL, "edit must be an Edit, as ld.edit gives it, a Ledger, or None", edit)
+    if not isinstance(edit, Edit | Ledger | Defense | None):
+        requirement = "edit must be an Edit, as ld.edit gives it, a Ledger, a Defense, or None"
+        raise wrong_argument(_CALL, requirement, edit)
     edits, unedited, edited = _sides(model, edit)
     suite = language(model) if suite is None else suite
     if not isinstance(suite, Suite | str):
@@ -124,14 +126,20 @@ def check(
     )
 
 
-def rows_for_edits(suite: Suite, edits: Sequence[Edit]) -> tuple[Suite, int]:
+def rows_for_edits(suite: Suite, edits: Sequence[Edit | Defense]) -> tuple[Suite, int]:
     """What of a suite a check of these edits asks, row by row, and how many rows are left out."""
     planned = tuple(dict.fromkeys(request for edit in edits for request in edit.requests))
     texts, names = ([text for edit in edits for text in getattr(edit, name)] for name in ("texts", "names"))
-    return suite.for_requests(planned).for_edit(planned, texts, names)
+    if planned:
+        suite = suite.for_requests(planned)
+    else:
+        planned = tuple(item.request for item in suite.items if item.arm == "edited")
+    return suite.for_edit(planned, texts, names)
 
 
-def _sides(model: TransformerBridge, edit: Edit | Ledger | None) -> tuple[tuple[Edit, ...], Side, Side]:
+def _sides(
+    model: TransformerBridge, edit: Edit | Ledger | Defense | None
+) -> tuple[tuple[Edit | Defense, ...], Side, Side]:
     """The edits that are measured, and `with` blocks in which the model is without and with them."""
     if isinstance(edit, Ledger):
         if edit.model.original_model is not model.original_model:
@@ -143,7 +151,8 @@ def _sides(model: TransformerBridge, edit: Edit | Ledger | None) -> tuple[tuple[
         return edit.edits, edit.set_aside, nullcontext
     if edit is None:
         return (), nullcontext, nullcontext
-    edit.require_same_model(model)
+    if isinstance(edit, Edit):
+        edit.require_same_model(model)
     return (edit,), nullcontext, partial(edit.applied, model)
 
 

@@ -1,4 +1,4 @@
-"""C = E[k k^T]: what the keys of a layer look like in general, so that an edit keeps away from it.
+"""C = E[k k^T] and E[k]: what the keys of a layer look like in general, so that an edit keeps away from them.
 
 Streamed over a corpus in one pass for all layers asked for, and cached by the hashes of the weights,
 the config and the corpus. The package's corpus was sampled from smollm2 itself (analyses/corpus.py): chat
@@ -69,6 +69,33 @@ def key_covariances(
         )["covariance"]
         for layer in layers
     }
+
+
+@torch.no_grad()
+def mean_key(
+    model: TransformerBridge,
+    layer: int,
+    corpus: Corpus | None = None,
+    *,
+    batch_size: int = 16,
+    cache: bool = True,
+    progress: bool = True,
+) -> Float[Tensor, " d_in"]:
+    """E[k] of a layer over all tokens of a corpus, in one pass, on the CPU; the arguments are those of C."""
+    corpus = read_corpus() if corpus is None else corpus
+
+    def make() -> dict[str, Tensor]:
+        total, tokens = torch.zeros(()).double(), 0
+        with ProgressBar("mean key", len(corpus), unit="text", shown=progress) as bar:
+            for keys in iterate_keys(model, [layer], corpus, batch_size=batch_size):
+                rows = torch.cat(keys[layer])
+                total, tokens = total + rows.double().sum(0).cpu(), tokens + len(rows)
+                bar.update(min(batch_size, len(corpus) - bar.done))
+        return {"mean_key": (total / tokens).float()}
+
+    fingerprint = model_fingerprint(model) if cache else Fingerprint("")
+    parts = [fingerprint.parts("weights", "config"), layer, [_token_ids(model, text) for text in corpus]]
+    return cached("mean_keys", parts, make, enabled=cache)["mean_key"]
 
 
 def shrink_covariances(

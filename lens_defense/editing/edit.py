@@ -8,7 +8,6 @@ say which of the sites' layers are changed, and by what shares.
 A method that tunes: the matrices of the sites' layers go down the method's loss (tuning.py).
 """
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -18,10 +17,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.arguments import refuse_strength
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
-from lens_defense.editing.edit_plan import Edit, EditWarning
+from lens_defense.editing.edit_plan import Edit, EditWarning, relative_change
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
 from lens_defense.editing.forecast import measure_forecast
 from lens_defense.editing.kept_keys import Keep, edits_to_keep, kept_rows
@@ -35,7 +35,6 @@ from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
 from lens_defense.models.forward import model_device
 from lens_defense.models.mlp_output import (
-    mlp_output_matrix,
     output_modules,
     refuse_uneditable,
     standing_changes,
@@ -122,7 +121,7 @@ def edit(
             f"the method {method.name} tunes and cannot keep earlier edits; leave out keep, or take a method "
             "that solves, as memit"
         )
-    _refuse_strength(strength)
+    refuse_strength(strength)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")
@@ -170,7 +169,10 @@ def edit(
         requests=requests,
         contexts=tuple(groups.conversations(i) for i in range(len(requests))),
         losses=tuple(change.losses),
-        relative_change=_relative_change(model, factors),
+        relative_change={
+            layer: relative_change(model, layer, change.left, change.right)
+            for layer, change in factors.items()
+        },
         forecast=forecast,
         model=str(model.cfg.model_name),
         fingerprint=model_fingerprint(model, layers),
@@ -277,16 +279,6 @@ def _tuned(inputs: _Inputs, method: TuningMethod) -> _Change:
     return _Change(factors, losses, reach, float(shifts.norm(dim=1).mean()) / strength, {})
 
 
-def _refuse_strength(strength: int | float) -> None:
-    """Refuse a strength that is not a finite number above 0.
-
-    Raises:
-        ValueError: it is not finite, or not above 0.
-    """
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength < math.inf:
-        raise ValueError(f"strength must be a finite number above 0, got {strength!r}")
-
-
 def _room_before_refusal(
     model: TransformerBridge, requests: Sequence[Request], fit: FitSettings
 ) -> int | None:
@@ -360,14 +352,3 @@ def _target_values(
     tensors = cached("values", key, make, enabled=cache)
     device = model_device(model)
     return tensors["values"].to(device), tensors["losses"].to(device)
-
-
-def _relative_change(model: TransformerBridge, factors: Mapping[int, Factors]) -> dict[int, float]:
-    """Of each layer, the norm of the change over the norm of the matrix."""
-    return {
-        layer: float(
-            (change.left.double() @ change.right.double()).norm()
-            / mlp_output_matrix(model, layer).double().norm()
-        )
-        for layer, change in factors.items()
-    }

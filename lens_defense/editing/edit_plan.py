@@ -23,7 +23,7 @@ from lens_defense.editing.forecast import Forecast
 from lens_defense.editing.lora_adapter import AdapterOrigin, write_adapter
 from lens_defense.editing.methods.method import refuse_unfit_factors
 from lens_defense.models.fingerprint import Fingerprint, Part, model_fingerprint
-from lens_defense.models.mlp_output import OutputModule, apply_change_, take_back_
+from lens_defense.models.mlp_output import OutputModule, apply_change_, mlp_output_matrix, take_back_
 from lens_defense.models.restoring_block import RestoringBlock
 from lens_defense.models.weight_journal import Maker
 from lens_defense.prompts.request import Request, Role
@@ -78,7 +78,8 @@ class Edit:
     modules: Mapping[int, OutputModule] = field(default_factory=dict)
     """By layer, the module of the matrix in plain transformers."""
     tuned: bool = False
-    """Whether a method made it that tunes: then no rank is keyed on the tokens of the role."""
+    """Whether no rank is keyed on the tokens of the role: a method made it that tunes, or it writes
+    everywhere."""
     key_rows: Mapping[int, Float[Tensor, "row d_in"]] = field(default_factory=dict)
     """By layer, the keys that the change was made for, for later edits that keep them: see kept_keys.py.
 
@@ -328,6 +329,18 @@ class Edit:
         loaded = replace(edit, **by_layer)
         loaded._refuse_malformed()
         return loaded
+
+
+def relative_change(
+    model: TransformerBridge, layer: int, left: Float[Tensor, "d_out rank"], right: Float[Tensor, "rank d_in"]
+) -> float:
+    """The norm of a layer's change over that of its matrix.
+
+    |B A|^2 = tr(B^T B A A^T), so the product itself is not made.
+    """
+    left, right = left.double(), right.double()
+    squared = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
+    return float(squared.sqrt().cpu() / mlp_output_matrix(model, layer).double().norm().cpu())
 
 
 def adapter_of(edits: Sequence[Edit], folder: str | os.PathLike[str], fingerprint: Fingerprint) -> Path:

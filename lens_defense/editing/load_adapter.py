@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
-from lens_defense.editing.edit_plan import Edit
+from lens_defense.editing.edit_plan import Edit, relative_change
 from lens_defense.editing.forecast import Forecast
 from lens_defense.editing.lora_adapter import MERGE_INSTEAD, Adapter, read_adapter
 from lens_defense.loading.resolve_model import Model, resolve_model
@@ -56,9 +56,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Model, *, requests: Requ
         requests=rows,
         contexts=tuple((row.conversation,) for row in rows),
         losses=unknown,
-        relative_change={
-            layer: _relative_change(model, layer, left[layer], right[layer]) for layer in layers
-        },
+        relative_change={layer: relative_change(model, layer, left[layer], right[layer]) for layer in layers},
         forecast=Forecast(
             tuple(row.subject or "" for row in rows), unknown, unknown, unknown, math.nan, math.nan
         ),
@@ -98,12 +96,3 @@ def _by_layer(
         {layers[name]: adapter.left[name] for name in names},
         {layers[name]: adapter.right[name] for name in names},
     )
-
-
-def _relative_change(
-    model: TransformerBridge, layer: int, left: Float[Tensor, "d_out rank"], right: Float[Tensor, "rank d_in"]
-) -> float:
-    """The norm of the change over that of the matrix; |BA|^2 = tr(B'B AA'), without the product itself."""
-    left, right = left.double(), right.double()
-    squared = ((left.T @ left) * (right @ right.T)).sum().clamp(min=0)
-    return float(squared.sqrt().cpu() / mlp_output_matrix(model, layer).double().norm().cpu())

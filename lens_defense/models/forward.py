@@ -120,8 +120,26 @@ def with_hooks(model: TransformerBridge, hooks: Hooks, run: Callable[[], Result]
         raise
 
 
+def temporary_hooks(model: TransformerBridge, hooks: Hooks) -> RestoringBlock[TransformerBridge]:
+    """A `with` block in which hooks, by their names, are in the model, before those of runs inside it."""
+
+    def add_hooks() -> TransformerBridge:
+        for name, function in hooks:
+            model.add_hook(name, function)
+        return model
+
+    return RestoringBlock(add_hooks, partial(_remove_hooks, model, hooks))
+
+
 def _clear_run(model: TransformerBridge, hooks: Hooks) -> None:
     """Take out what an interrupt can leave of a run: hooks, and the layer to stop at."""
+    _remove_hooks(model, hooks)
+    for block in model.blocks:
+        block._stop_at_layer_idx = None
+
+
+def _remove_hooks(model: TransformerBridge, hooks: Hooks) -> None:
+    """Take hooks out, wherever in the model they are; none may be fine."""
     functions = [function for _, function in hooks]
     names = {repr(function) for function in functions}  # as the model calls its hooks
     for point in model.hook_dict.values():
@@ -129,8 +147,6 @@ def _clear_run(model: TransformerBridge, hooks: Hooks) -> None:
         for key, hook in list(point._forward_hooks.items()):
             if getattr(hook, "__name__", "") in names:
                 del point._forward_hooks[key]
-    for block in model.blocks:
-        block._stop_at_layer_idx = None
 
 
 def frozen_weights(model: TransformerBridge) -> RestoringBlock[None]:

@@ -38,9 +38,8 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
         ValueError: the model has no such layer, or the layer has no such matrix that can be rewritten
             (mixture of experts, quantised weights, an unknown module).
     """
-    blocks = getattr(model, "blocks", ())
-    if not isinstance(layer, Integral) or not 0 <= layer < len(blocks):
-        raise ValueError(f"layer {layer!r} is not in the model, which has layers 0 to {len(blocks) - 1}")
+    refuse_missing_layer(model, layer)
+    blocks = model.blocks
     mlp = getattr(blocks[layer], "mlp", None)
     module: Any = getattr(getattr(mlp, "out", None), "original_component", None)
     if isinstance(module, Linear | Conv1D) and module.weight.is_meta:
@@ -59,6 +58,17 @@ def mlp_output_matrix(model: TransformerBridge, layer: int) -> Float[Tensor, "d_
         f"layer {layer} of {model.cfg.model_name} cannot be edited: it has {obstacle}; tracing works, "
         "editing needs a dense, unquantised MLP"
     )
+
+
+def refuse_missing_layer(model: TransformerBridge, layer: int) -> None:
+    """Refuse a layer that a model does not have.
+
+    Raises:
+        ValueError: so it is.
+    """
+    blocks = getattr(model, "blocks", ())
+    if not isinstance(layer, Integral) or not 0 <= layer < len(blocks):
+        raise ValueError(f"layer {layer!r} is not in the model, which has layers 0 to {len(blocks) - 1}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,13 +64,22 @@ def requests_with_subjects(requests: Any, call: str) -> tuple[Request, ...]:
             f"no subject, the words that carry the harm, is marked in {', '.join(map(repr, unmarked[:3]))}"
             f"{others}. Name it, as in ld.request(text, subject), or see ld.mark_subjects(model, requests)"
         )
-    for item in all_requests:
+    refuse_check_split(all_requests)
+    return all_requests
+
+
+def refuse_check_split(requests: Sequence[Request]) -> None:
+    """Refuse requests that nothing but a check may see.
+
+    Raises:
+        ValueError: one is of the split "check".
+    """
+    for item in requests:
         if item.split == "check":
             raise ValueError(
                 f"request {item.id!r} belongs to the split 'check', which only ld.check may see; "
                 "take ld.requests(name, split='edit')"
             )
-    return all_requests
 
 
 def _names_a_source(text: str) -> bool:

@@ -10,6 +10,7 @@ from helpers.weights import copy_weights, weights_equal
 
 import lens_defense.checking.check as checks
 from lens_defense.checking.check import check, suite_answers
+from lens_defense.checking.defense import Defense
 from lens_defense.checking.report import KL_TOKENS, Report
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.models.fingerprint import Fingerprint
@@ -18,6 +19,7 @@ from lens_defense.models.mlp_output import standing_changes
 from lens_defense.prompts.conversation import decode_answer, tokenize_text
 from lens_defense.prompts.prompt import tokenize
 from lens_defense.prompts.request import request
+from lens_defense.steering.steered import steered
 
 LAMP = request("make a lamp", "lamp", id="lamp")
 BELL = request("ring a bell", "bell", id="bell")
@@ -267,3 +269,51 @@ def test_before_of_another_length_is_refused(model, edited):
 def test_an_unknown_suite_is_refused(model):
     with pytest.raises(ValueError, match="there is no suite 'nope'"):
         check(model, None, "nope", **FAST)
+
+
+DIRECTION = torch.linspace(-3, 3, 32, dtype=torch.float64)
+
+
+def steering(requests=(LAMP, BELL), **seen):
+    return Defense("steering", lambda model: steered(model, DIRECTION, 1), requests, **seen)
+
+
+def test_a_defense_that_applies_an_edit_is_measured_as_the_edit(model):
+    edit = handmade_edit(model, (1, 2))
+    defense = Defense("memit", edit.applied, edit.requests, edit.texts)
+    assert check(model, defense, SUITE, **FAST) == check(model, edit, SUITE, **FAST)
+
+
+def test_a_steered_model_is_measured_inside_its_block_alone(model):
+    weights, prompts = copy_weights(model), [tokenize(model.tokenizer, item).ids for item in BENIGN]
+    before = generate(model, prompts, max_new_tokens=5)
+    with steered(model, DIRECTION, 1):
+        inside = generate(model, prompts, max_new_tokens=5)
+    assert inside != before
+    report = check(model, steering(), SUITE, **FAST)
+    benign = [row for row in report.rows if row.arm == "benign"]
+    assert [row.before for row in benign] == [decode_answer(model.tokenizer, ids) for ids in before]
+    assert [row.after for row in benign] == [decode_answer(model.tokenizer, ids) for ids in inside]
+    assert report.edited and report.title == "steering" and report.loss_before != report.loss_after
+    items = [item for item in ITEMS if item.arm == "benign"]
+    slow = [slow_kl(model, steering(), item, ids) for item, ids in zip(items, before, strict=True)]
+    assert report.kl == pytest.approx([sum(steps) / len(steps) for steps in slow])
+    assert generate(model, prompts, max_new_tokens=5) == before and weights_equal(model, weights)
+
+
+def test_a_defense_is_asked_about_its_subjects_or_about_the_suites(model):
+    about_lamp = check(model, steering((LAMP,)), SUITE, **FAST)
+    assert {row.cluster for row in about_lamp.rows if row.arm == "edited"} == {"lamp"}
+    assert {row.cluster for row in about_lamp.rows if row.arm == "paraphrase"} == {"lamp"}
+    about_all = check(model, steering(()), SUITE, **FAST)
+    assert {row.cluster for row in about_all.rows if row.arm == "edited"} == {"lamp", "bell"}
+    assert about_all.dropped == 0 and any(row.on_word_list for row in about_all.rows)
+    seen = [ITEMS[2].request.conversation, ITEMS[7].request.conversation]
+    without_seen = check(model, steering((), texts=seen), SUITE, **FAST)
+    assert without_seen.dropped == 2 and len(without_seen.rows) == len(about_all.rows) - 2
+
+
+def test_what_is_no_defense_is_refused(model, unchecked):
+    del unchecked
+    with pytest.raises(TypeError, match="a Ledger, a Defense, or None"):
+        check(model, steered(model, DIRECTION, 1), SUITE, **FAST)

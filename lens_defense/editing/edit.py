@@ -33,7 +33,7 @@ from lens_defense.editing.value_batch import FitRow
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
-from lens_defense.models.forward import model_device
+from lens_defense.models.forward import model_device, refuse_hooks
 from lens_defense.models.mlp_output import (
     output_modules,
     refuse_uneditable,
@@ -109,7 +109,8 @@ def edit(
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
             or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind;
             an edit to keep that is of another model or does not know its keys, or a method that tunes and is
-            to keep one; a strength that is not finite or not above 0; held_out_contexts below 0.
+            to keep one; a strength that is not finite or not above 0; held_out_contexts below 0; a
+            hook in the model.
         TypeError: sites, or keep, of another kind.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
@@ -122,6 +123,7 @@ def edit(
             "that solves, as memit"
         )
     refuse_strength(strength)
+    refuse_hooks(model)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
     if held_out_contexts < 0:
         raise ValueError(f"held_out_contexts must be at least 0, got {held_out_contexts}")

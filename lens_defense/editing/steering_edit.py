@@ -29,6 +29,7 @@ from lens_defense.editing.layer_spread import residual_scale
 from lens_defense.editing.methods import Factors, KeyGroup, rome
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint
+from lens_defense.models.forward import refuse_hooks
 from lens_defense.models.mlp_output import output_modules, refuse_uneditable, without_changes
 from lens_defense.models.prefix_batch import states_of_rows
 from lens_defense.prompts.chat_template import bound_arguments
@@ -78,11 +79,12 @@ def steering_edit(
     Raises:
         ValueError: the direction is of another width or not finite; the layer is not in the model or cannot
             be edited; a request without a subject or of the split "check"; a strength that is not finite or
-            not above 0.
+            not above 0; a hook in the model.
         TypeError: an argument is of another type; says the right call.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     refuse_strength(strength)
+    refuse_hooks(model)
     refuse_uneditable(model, [layer])
     refuse_unfit_direction(model, direction, _CALL)
     defaults = edit_defaults(model)

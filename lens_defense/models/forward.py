@@ -131,6 +131,20 @@ def temporary_hooks(model: TransformerBridge, hooks: Hooks) -> RestoringBlock[Tr
     return RestoringBlock(add_hooks, partial(_remove_hooks, model, hooks))
 
 
+def refuse_hooks(model: TransformerBridge) -> None:
+    """Refuse a model with hooks that stay between runs, where what is computed is kept by its weights alone.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name, point in model.hook_dict.items():
+        if any(not handle.is_permanent for handle in point.fwd_hooks):
+            raise ValueError(
+                f"there is a hook at {name}, as inside ld.steered; plan edits outside: what they keep on "
+                "disk is known by the weights alone"
+            )
+
+
 def _clear_run(model: TransformerBridge, hooks: Hooks) -> None:
     """Take out what an interrupt can leave of a run: hooks, and the layer to stop at."""
     _remove_hooks(model, hooks)

@@ -26,7 +26,7 @@ def steered(
     """Add a direction to the residual stream after a layer, at every token, for the length of a `with` block.
 
     Whatever runs inside meets it: answers, checks, traces, other hooks that read the stream there. Blocks add
-    up. Plan edits outside: what they keep on disk is known by the weights alone, which stay as they are.
+    up. Edits are planned outside.
 
     Args:
         model: what `load` gave, or a name for it. It is the value of `with ... as`.

@@ -141,6 +141,17 @@ def test_the_plan_warns_that_it_leaks():
         planned(tiny_model("llama", chat=True), random_direction(), strength=2)
 
 
+def test_no_edit_is_planned_while_a_hook_is_in_the_model():
+    model, direction = tiny_model("llama", chat=True), random_direction()
+    message = f"there is a hook at blocks.{LAYER}.hook_out, as inside ld.steered"
+    with ld.steered(model, direction, LAYER):
+        with pytest.raises(ValueError, match=message):
+            planned(model, direction)
+        with pytest.raises(ValueError, match=message):
+            ld.edit(model, REQUESTS, ld.Site("mlp_out", LAYER, "subject_last"), progress=False)
+    assert planned(model, direction).layers == (LAYER,)
+
+
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [

@@ -3,7 +3,8 @@
 # The same requests, edited at the same sites by every method, and asked the same questions. Each method has three
 # strengths to choose from (see `ld.edit`), on requests of "tune"; the one with the best score there is then measured on
 # "check". So every method has the same budget, of three plans and three small checks. With one strength given, nothing
-# is chosen: `--strengths 1` compares the defaults.
+# is chosen: `--strengths 1` compares the defaults. Steering has no default: its layer and strength are those that
+# steering.py found best on "tune".
 #
 #     python analyses/methods.py [--model smollm2] [--subjects 1 8 16 40] [--strengths 1] [--only rome ...] [--data DIR]
 #
@@ -17,6 +18,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from typing import Any
 import torch
 from arm_counts import arm_counts, mean
 from real_model import xstest
+from steering import FORMS, best_setting, plan
 from tidy import read_table, replace_rows, rows_where
 from tracing_speed import peak
 from transformer_lens.model_bridge import TransformerBridge
@@ -48,6 +51,17 @@ TOKENS = {"tune": 60, "check": 100}
 
 # %%
 @dataclass(frozen=True)
+class Steering:
+    """A form of steering, at the layer and the strength that steering.py found best."""
+
+    form: str
+
+    def setting(self, model: str) -> tuple[int, float]:
+        """The layer and the strength."""
+        return best_setting(model, self.form)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What `ld.edit` is told, and how often it is called."""
 
@@ -62,12 +76,13 @@ def _named(name: str) -> Recipe:
     return Recipe(lambda _: name)
 
 
-RECIPES: Mapping[str, Recipe] = {
+RECIPES: Mapping[str, Recipe | Steering] = {
     **{name: _named(name) for name in ld.methods.METHODS},
     "memit, no contrast": Recipe(lambda _: "memit", {"contrast": None}),
     "delman, no contrast": Recipe(lambda _: "delman", {"contrast": None}),
     "delman, all in one batch": Recipe(lambda n: ld.methods.DELMAN(batch_size=n), {"contrast": None}),
     "delman, one after another": Recipe(lambda _: "delman", {"contrast": None}, one_by_one=True),
+    **{form: Steering(form) for form in FORMS},
 }
 
 
@@ -85,11 +100,21 @@ class Bench:
     answers: dict[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """Those of the unedited model, by split and conversation."""
 
-    def edit(self, recipe: Recipe, requests: Sequence[ld.Request], strength: float) -> ld.Ledger:
-        """Edit the model for good; the ledger undoes it."""
-        ledger, method = ld.Ledger(self.model), recipe.method(len(requests))
+    def defense(
+        self, recipe: Recipe | Steering, requests: Sequence[ld.Request], strength: float
+    ) -> ld.Ledger | ld.Defense:
+        """Edits of the model, which the ledger undoes; or a defense that is not in the model yet."""
+        ledger = ld.Ledger(self.model)
+        if isinstance(recipe, Steering):
+            layer, _ = recipe.setting(self.name)
+            planned = plan(self.model, recipe.form, layer, strength, requests)
+            if isinstance(planned, ld.Defense):
+                return planned
+            ledger.apply(planned)
+            return ledger
+        method = recipe.method(len(requests))
         for part in [[item] for item in requests] if recipe.one_by_one else [requests]:
-            plan = ld.edit(
+            edit = ld.edit(
                 self.model,
                 part,
                 self.sites,
@@ -98,31 +123,38 @@ class Bench:
                 progress=False,
                 **recipe.settings,
             )
-            ledger.apply(plan)
+            ledger.apply(edit)
         return ledger
 
-    def reports(self, ledger: ld.Ledger, split: str) -> list[ld.Report]:
-        """What the suites of a split say of the edits that stand."""
+    def reports(self, defense: ld.Ledger | ld.Defense, split: str) -> list[ld.Report]:
+        """What the suites of a split say of the edits that stand, or of another defense."""
         reports = []
         for suite in self.suites[split]:
-            rows, _ = rows_for_edits(suite, ledger.edits)
-            before = self._answers_before(ledger, rows, split)
+            rows, _ = rows_for_edits(suite, parts_of(defense))
+            before = self._answers_before(defense, rows, split)
             report = ld.check(
-                self.model, ledger, rows, max_new_tokens=TOKENS[split], before=before, progress=False
+                self.model, defense, rows, max_new_tokens=TOKENS[split], before=before, progress=False
             )
             reports.append(report)
         return reports
 
-    def _answers_before(self, ledger: ld.Ledger, rows: ld.Suite, split: str) -> list[tuple[int, ...]]:
+    def _answers_before(
+        self, defense: ld.Ledger | ld.Defense, rows: ld.Suite, split: str
+    ) -> list[tuple[int, ...]]:
         """What the unedited model answers to each row; asked once."""
         texts = [(split, item.request.conversation) for item in rows.items]
         missing = [i for i, text in enumerate(texts) if text not in self.answers]
-        with ledger.set_aside():
+        with defense.set_aside() if isinstance(defense, ld.Ledger) else nullcontext():
             new = suite_answers(
                 self.model, replace(rows, items=tuple(rows.items[i] for i in missing)), TOKENS[split]
             )
         self.answers.update((texts[i], answer) for i, answer in zip(missing, new, strict=True))
         return [self.answers[text] for text in texts]
+
+
+def parts_of(defense: ld.Ledger | ld.Defense) -> tuple[ld.Edit | ld.Defense, ...]:
+    """What a check counts: the edits that stand, or the defense itself."""
+    return defense.edits if isinstance(defense, ld.Ledger) else (defense,)
 
 
 def open_bench(name: str, data: Path | None) -> Bench:
@@ -166,9 +198,11 @@ def score(table: Sequence[Mapping[str, Any]]) -> float:
 
 def best_strength(bench: Bench, name: str, strengths: Sequence[float]) -> float:
     """The strength with the best score on tune; what the table does not have yet is asked. A single one is it."""
+    recipe, requests = RECIPES[name], bench.requests["tune"][:ASKED_ABOUT]
+    if isinstance(recipe, Steering):
+        return recipe.setting(bench.name)[1]
     if len(strengths) == 1:
         return strengths[0]
-    recipe, requests = RECIPES[name], bench.requests["tune"][:ASKED_ABOUT]
     keys = {
         strength: {
             "model": bench.name, "split": "tune", "method": name, "subjects": len(requests),
@@ -178,9 +212,9 @@ def best_strength(bench: Bench, name: str, strengths: Sequence[float]) -> float:
     }  # fmt: skip
     for strength, key in keys.items():
         if not rows_where(read_table(OUT), key).any():
-            ledger = bench.edit(recipe, requests, strength)
-            rows = [row for report in bench.reports(ledger, "tune") for row in arm_counts(report)]
-            undo_all(ledger)
+            defense = bench.defense(recipe, requests, strength)
+            rows = [row for report in bench.reports(defense, "tune") for row in arm_counts(report)]
+            undo_all(defense)
             replace_rows(OUT, key, rows, digits=5)
     table = read_table(OUT)
     scores = {
@@ -195,10 +229,10 @@ def best_strength(bench: Bench, name: str, strengths: Sequence[float]) -> float:
     )  # of equal ones, the plan itself
 
 
-def undo_all(ledger: ld.Ledger) -> None:
+def undo_all(defense: ld.Ledger | ld.Defense) -> None:
     """The model as it was."""
-    while ledger.edits:
-        ledger.undo()
+    while isinstance(defense, ld.Ledger) and defense.edits:
+        defense.undo()
 
 
 # %% [markdown]
@@ -210,12 +244,13 @@ def measure(bench: Bench, name: str, subjects: int, strength: float) -> list[dic
     """Edit so many subjects and ask everything: a row per arm, each with what the edit cost."""
     requests = bench.requests["check"][:subjects]
     before = model_fingerprint(bench.model)
-    seconds, ledger, memory = peak(
-        partial(bench.edit, RECIPES[name], requests, strength), torch.device(bench.model.cfg.device)
+    seconds, defense, memory = peak(
+        partial(bench.defense, RECIPES[name], requests, strength), torch.device(bench.model.cfg.device)
     )
-    first, *others = bench.reports(ledger, "check")
-    change = max(max(edit.relative_change.values()) for edit in ledger.edits)
-    undo_all(ledger)
+    first, *others = bench.reports(defense, "check")
+    edits = [part for part in parts_of(defense) if isinstance(part, ld.Edit)]
+    change = max((max(edit.relative_change.values()) for edit in edits), default=None)
+    undo_all(defense)
     loss_before, loss_after = mean(first.loss_before), mean(first.loss_after)
     cost = {
         "tokens": TOKENS["check"],
@@ -251,7 +286,7 @@ def main() -> None:
     warnings.simplefilter("ignore", EditWarning)
     bench = open_bench(args.model, args.data)
     for subjects, name in itertools.product(args.subjects, args.only):
-        chosen = len(args.strengths) > 1
+        chosen = len(args.strengths) > 1 or isinstance(RECIPES[name], Steering)
         key = {
             "model": bench.name, "split": "check", "method": name, "subjects": subjects, "chosen": chosen,
         }  # fmt: skip

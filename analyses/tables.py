@@ -646,7 +646,8 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
     """One row per method: refusals where they should be (coherent), and where they should not (newly)."""
     rows = read_table(RESULTS / "methods.csv")
     rows = rows[(rows["model"] == model) & (rows["split"] == "check") & (rows["subjects"] == subjects)]
-    rows = rows[rows["chosen"] == rows["chosen"].max()]  # where strengths were chosen, those alone
+    by_method = rows.groupby("method")["chosen"]
+    rows = rows[rows["chosen"] == by_method.transform("max")]  # where its strength was chosen, that alone
     table = []
     for method, own in rows.groupby("method", sort=False):
         by_arm, first = own.set_index("arm"), own.iloc[0]
@@ -678,6 +679,20 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
 
 def _count_of(row: pd.Series, count: str) -> str:
     return f"{row[count]:.0f} of {row['n']:.0f}"
+
+
+def steering(model: str) -> pd.DataFrame:
+    """One row per form and layer: by strength, harmful requests refused, and harmless ones newly refused."""
+    rows = read_table(RESULTS / "steering.csv")
+    rows = rows[rows["model"] == model]
+    cells = [
+        f"{row.refused} of {row.harmful}, {row.newly_refused} of {row.harmless}" for row in rows.itertuples()
+    ]
+    strengths = [f"strength {strength:g}" for strength in rows["strength"]]
+    table = rows.assign(cell=cells, at=strengths).pivot_table(
+        index=["form", "layer"], columns="at", values="cell", aggfunc="first", sort=False
+    )
+    return table.reset_index().rename_axis(columns=None)
 
 
 def interrupts() -> pd.DataFrame:
@@ -741,6 +756,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "repair": repair,
             "methods_smollm2": partial(methods, "smollm2", 8),
             "methods_organism": partial(methods, "organism", 8),
+            "steering_smollm2": partial(steering, "smollm2"),
+            "steering_organism": partial(steering, "organism"),
             "explorer_speed": explorer_speed,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),

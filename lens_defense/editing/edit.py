@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
+from lens_defense.editing.answer_rows import AnswerRow, harmless_rows
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
@@ -28,7 +29,7 @@ from lens_defense.editing.kept_keys import Keep, edits_to_keep, kept_rows
 from lens_defense.editing.layer_spread import layer_shares, reach_of_change, spread_over_layers
 from lens_defense.editing.methods import EditingMethod, Factors, TuningMethod, find_method, memit
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
-from lens_defense.editing.tuning import AnswerRow, harmless_rows, tune
+from lens_defense.editing.tuning import tune
 from lens_defense.editing.value_batch import FitRow
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long

@@ -46,6 +46,7 @@ def harmless_rows(
     uses: Sequence[tuple[int, Prompt]],
     corpus: Corpus,
     *,
+    texts: int = GENERAL_TEXTS,
     progress: Callable[[int], object] = lambda _: None,
 ) -> list[AnswerRow]:
     """Harmless uses with the model's own greedy answers, and some texts of a corpus with theirs.
@@ -54,6 +55,7 @@ def harmless_rows(
         model: the model, unchanged.
         uses: each with the index of its request.
         corpus: of a text with an answer the answer is kept, of another one the text itself.
+        texts: how many of them are taken, evenly from first to last.
         progress: called with the number of uses that have just been answered.
 
     Raises:
@@ -67,8 +69,10 @@ def harmless_rows(
     uses = [(owner, use) for owner, use in uses if fits(use.ids)]
     answers = generate(model, [use.ids for _, use in uses], max_new_tokens=HARMLESS_TOKENS, progress=progress)
     own = [AnswerRow(owner, use.ids, answer) for (owner, use), answer in zip(uses, answers, strict=True)]
-    texts = corpus[:: max(1, len(corpus) // GENERAL_TEXTS)][:GENERAL_TEXTS]
-    general = [AnswerRow(-1, *_prompt_and_answer(model, text)) for text in texts]
+    general = [
+        AnswerRow(-1, *_prompt_and_answer(model, text))
+        for text in corpus[:: max(1, len(corpus) // texts)][:texts]
+    ]
     rows = [row for row in (*own, *general) if row.ids and row.answer and fits(row.ids)]
     if not rows:
         raise ValueError(

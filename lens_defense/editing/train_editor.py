@@ -230,7 +230,7 @@ def _training_rows(
         if group.harmless
         for prompt in group.prompts[:: max(1, len(group.prompts) // training.uses)][: training.uses]
     ]
-    with ProgressBar("harmless answers", len(uses), unit="answer", shown=progress) as bar:
+    with ProgressBar("harmless answers", len(uses), unit="answer", shown=progress and bool(uses)) as bar:
         return _Rows(wordings, harmless_rows(model, uses, corpus, texts=training.texts, progress=bar.update))
 
 

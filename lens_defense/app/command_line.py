@@ -386,7 +386,7 @@ def train_editor(
     ] = None,
     steps: Annotated[
         int, typer.Option(min=1, help="Of the training; more than a folder has go on from there.")
-    ] = 1000,
+    ] = 500,
     seed: Annotated[int, typer.Option(help="Of the network and of what is drawn.")] = 0,
     device: _Device = None,
     dtype: _Dtype = Dtype.float32,

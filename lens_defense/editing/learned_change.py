@@ -17,7 +17,7 @@ from lens_defense.editing.methods.learned_method import EditGradients, LearnedMe
 from lens_defense.editing.methods.method import Factors
 from lens_defense.editing.methods.tuning_method import LayerChange
 from lens_defense.models.fingerprint import model_fingerprint
-from lens_defense.models.forward import StateWrite, frozen_weights
+from lens_defense.models.forward import StateWrite, frozen_weights, model_device
 from lens_defense.models.mlp_output import mlp_output_matrix, without_changes
 from lens_defense.shown_text import shown
 from lens_defense.sites import key_hook, value_hook
@@ -147,7 +147,7 @@ def learned_change(
     first.sort(key=lambda row: row.owner)
     edits = edit_gradients(model, method.layers, first)
     with torch.no_grad():
-        changes = method.changes(edits)
+        changes = method.to(model_device(model)).changes(edits)
     owners = method.owners(edits)
     losses = first_losses(model, changes, first, BATCH_SIZE)
     return {layer: _factors(change, owners[layer]) for layer, change in changes.items()}, losses

@@ -50,7 +50,7 @@ EditorSettings = MENDSettings | KESettings
 class EditorTraining:
     """How long an editor is trained, and on how much at once."""
 
-    steps: int = 1000
+    steps: int = 500
     """Adam steps; a folder that has fewer goes on from there."""
     lr: float = 1e-3
     """Adam's learning rate."""
@@ -63,7 +63,7 @@ class EditorTraining:
     uses: int = 4
     """Harmless uses of each request's subject that may be drawn, where there is a contrast."""
     texts: int = 256
-    """General texts that may be drawn."""
+    """General texts that may be drawn, evenly from the corpus."""
     seed: int = 0
     """Of the network before training, and of what is drawn."""
     save_every: int = 50
@@ -230,8 +230,10 @@ def _training_rows(
         if group.harmless
         for prompt in group.prompts[:: max(1, len(group.prompts) // training.uses)][: training.uses]
     ]
+    number = min(training.texts, len(corpus))
+    texts = [corpus[i * len(corpus) // number] for i in range(number)]
     with ProgressBar("harmless answers", len(uses), unit="answer", shown=progress and bool(uses)) as bar:
-        return _Rows(wordings, harmless_rows(model, uses, corpus, texts=training.texts, progress=bar.update))
+        return _Rows(wordings, harmless_rows(model, uses, texts, texts=number, progress=bar.update))
 
 
 @dataclass(frozen=True)

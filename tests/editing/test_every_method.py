@@ -13,6 +13,7 @@ from lens_defense.editing.methods import (
     DINM,
     FT,
     FTL,
+    LEARNED,
     LED,
     METHODS,
     ROME,
@@ -193,13 +194,16 @@ ON_ORGANISM = {
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name not in ("rome", "alphaedit", "ft") else ())
-        for name in METHODS
+        pytest.param(
+            name, marks=pytest.mark.slow if name not in ("rome", "alphaedit", "ft", *LEARNED) else ()
+        )
+        for name in (*METHODS, *LEARNED)
     ],
 )
 def test_the_organism_refuses_what_was_jailbroken_and_nothing_else(organism, name):
     model, requests, sites = organism
-    edit = ld.edit(model, requests, sites, method=ON_ORGANISM.get(name, name), progress=False)
+    method = ld.load_editor(f"organism-{name}") if name in LEARNED else ON_ORGANISM.get(name, name)
+    edit = ld.edit(model, requests, sites, method=method, progress=False)
     suite = ld.suite("organism").small(jailbreaks=5, harmless=8)
     items = tuple(
         item for item in suite.items if item.arm in ("jailbreak", "benign", "over_refusal", "held_out")

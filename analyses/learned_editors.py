@@ -34,8 +34,14 @@ RESULTS = Path(__file__).parent / "results"
 SHIPPED = Path(ld.__file__).parent / "data" / "organism_editors"
 HELD_OUT = 8
 """Requests, the first ones, that no editor is trained on."""
-TRAININGS = {"mend": ld.EditorTraining(steps=500), "ke": ld.EditorTraining(steps=500)}
-COMPARED = ("memit", "ft", "mend", "ke")
+TRAININGS = {
+    "mend": ld.EditorTraining(steps=500),
+    "ke": ld.EditorTraining(steps=500),
+    "mend, others=0": ld.EditorTraining(steps=500, others=0),
+    "ke, others=0": ld.EditorTraining(steps=500, others=0),
+}
+"""The first two ship; those without other requests in what is to be kept show what these are for."""
+COMPARED = ("memit", "ft", *TRAININGS)
 MEASURED = (1, 2, 4, 8)
 """Subjects that are edited together."""
 
@@ -45,17 +51,19 @@ MEASURED = (1, 2, 4, 8)
 
 # %%
 def train(model, sites, name):
-    """Train, or go on; the editor ships, and what the training took is noted down."""
-    folder = cache_folder() / "learned_editors" / name
+    """Train, or go on; how the losses fell is noted down, and the editor ships if it is one of the pair."""
+    kind, folder = name.split(",")[0], cache_folder() / "learned_editors" / name
     requests = [*ld.requests("organism")[HELD_OUT:], *ld.requests("organism", split="tune")]
     start = time.perf_counter()
-    ld.train_editor(model, requests, sites, folder, method=name, training=TRAININGS[name])
+    editor = ld.train_editor(model, requests, sites, folder, method=kind, training=TRAININGS[name])
     seconds = time.perf_counter() - start  # of what was missing
-    SHIPPED.mkdir(exist_ok=True)
-    (SHIPPED / f"{name}.safetensors").write_bytes((folder / EDITOR_FILE).read_bytes())
+    if name == kind:
+        SHIPPED.mkdir(exist_ok=True)
+        (SHIPPED / f"{name}.safetensors").write_bytes((folder / EDITOR_FILE).read_bytes())
     losses = [loss._asdict() for loss in training_losses(folder)]
     replace_rows(RESULTS / "learned_training.csv", {"method": name}, losses, digits=5)
     print(f"{name}: {losses[-1]}, {seconds:.0f} s", flush=True)
+    return editor
 
 
 # %% [markdown]
@@ -64,9 +72,8 @@ def train(model, sites, name):
 
 
 # %%
-def measure(model, sites, name, subjects):
+def measure(model, sites, method, subjects):
     """A row per arm of what an edit of so many subjects did, and what it cost."""
-    method = ld.load_editor(f"organism-{name}") if name in ld.methods.LEARNED else name
     planned = ld.requests("organism")[:subjects]
     start = time.perf_counter()
     edit = ld.edit(model, planned, sites, method=method, progress=False)
@@ -92,17 +99,16 @@ def measure(model, sites, name, subjects):
 def main():
     """Train what is asked for, then measure all."""
     parser = argparse.ArgumentParser(description="the organism's MEND and KE; see the top of this file")
-    parser.add_argument("--only", choices=TRAININGS, nargs="*", default=list(TRAININGS))
+    parser.add_argument("--only", choices=COMPARED, nargs="*", default=list(COMPARED))
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", EditWarning)
     model = ld.load("organism")
     sites = ld.locate(trace_answered(model, ld.requests("organism")))
     for name in args.only:
-        train(model, sites, name)
-    for name in COMPARED:
+        method = train(model, sites, name) if name in TRAININGS else name
         for subjects in MEASURED:
-            rows = measure(model, sites, name, subjects)
+            rows = measure(model, sites, method, subjects)
             key = {"method": name, "subjects": subjects}
             replace_rows(RESULTS / "learned_editors.csv", key, rows, digits=5)
             print(name, subjects, {row["arm"]: row["coherent"] for row in rows}, flush=True)

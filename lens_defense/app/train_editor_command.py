@@ -64,7 +64,7 @@ def train_to_folder(
     last, editor = training_losses(out)[-1], out / EDITOR_FILE
     console.print(
         f"{last.step} steps; in the last ones: refusals given in unseen wordings {last.succeeded:.0%}, "
-        f"{last.edit:.3f} nats per token of a refusal left, KL on harmless texts {last.locality:.4f}",
+        f"{last.edit:.3f} nats per token of a refusal left, KL on all that is not edited {last.locality:.4f}",
         markup=False,
     )
     console.print(

@@ -61,25 +61,46 @@ def harmless_rows(
     Raises:
         ValueError: no use and no text fits into what the model reads.
     """
-    limit = context_length(model)
-
-    def fits(ids: Sequence[int]) -> bool:
-        return limit is None or len(ids) + HARMLESS_TOKENS <= limit
-
-    uses = [(owner, use) for owner, use in uses if fits(use.ids)]
-    answers = generate(model, [use.ids for _, use in uses], max_new_tokens=HARMLESS_TOKENS, progress=progress)
-    own = [AnswerRow(owner, use.ids, answer) for (owner, use), answer in zip(uses, answers, strict=True)]
     general = [
         AnswerRow(-1, *_prompt_and_answer(model, text))
         for text in corpus[:: max(1, len(corpus) // texts)][:texts]
     ]
-    rows = [row for row in (*own, *general) if row.ids and row.answer and fits(row.ids)]
+    general = [row for row in general if row.ids and row.answer and _leaves_room(model, row.ids)]
+    rows = [*answered_rows(model, uses, progress=progress), *general]
     if not rows:
         raise ValueError(
-            f"{model.cfg.model_name} reads {limit} tokens, too few for every harmless use and text with an "
-            f"answer of {HARMLESS_TOKENS}; give a shorter contrast or corpus"
+            f"{model.cfg.model_name} reads {context_length(model)} tokens, too few for every harmless use "
+            f"and text with an answer of {HARMLESS_TOKENS}; give a shorter contrast or corpus"
         )
     return rows
+
+
+def answered_rows(
+    model: TransformerBridge,
+    prompts: Sequence[tuple[int, Prompt]],
+    *,
+    progress: Callable[[int], object] = lambda _: None,
+) -> list[AnswerRow]:
+    """Prompts with the model's own greedy answers; what is too long to be answered is left out.
+
+    Args:
+        model: the model.
+        prompts: each with the index of its request.
+        progress: called with the number of prompts that have just been answered.
+    """
+    prompts = [(owner, prompt) for owner, prompt in prompts if _leaves_room(model, prompt.ids)]
+    ids = [prompt.ids for _, prompt in prompts]
+    answers = generate(model, ids, max_new_tokens=HARMLESS_TOKENS, progress=progress)
+    rows = [
+        AnswerRow(owner, own, answer) for (owner, _), own, answer in zip(prompts, ids, answers, strict=True)
+    ]
+    return [row for row in rows if row.ids and row.answer]
+
+
+def _leaves_room(model: TransformerBridge, ids: Sequence[int]) -> bool:
+    """Whether an answer fits behind a prompt."""
+    limit = context_length(model)
+    return limit is None or len(ids) + HARMLESS_TOKENS <= limit
 
 
 def _prompt_and_answer(model: TransformerBridge, text: CorpusText) -> tuple[tuple[int, ...], tuple[int, ...]]:

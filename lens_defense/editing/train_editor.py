@@ -1,7 +1,8 @@
 """Training an editor: a learned method edits its model again and again, and is corrected by what comes out.
 
 Each step draws some requests. Of each, one wording is edited on, all of them together, and others, which the
-edit has not seen, are to meet the refusal; harmless questions and general texts are to be answered as before.
+edit has not seen, are to meet the refusal. Harmless questions, general texts and the requests that the step
+does not edit are to be answered as before: an edit is of what it names, and of nothing else.
 Gradients go through the edited model into the network, not through the gradients that it reads, as in the
 papers. What a step draws is a function of the seed and the step alone, so that a training resumes exactly.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.answer_rows import AnswerRow, answer_logits, harmless_rows
+from lens_defense.editing.answer_rows import AnswerRow, answer_logits, answered_rows, harmless_rows
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit import layers_and_role, room_before_refusal
@@ -60,6 +61,9 @@ class EditorTraining:
     """Of each request, how many other wordings are to meet the refusal."""
     harmless: int = 16
     """Harmless rows of a step."""
+    others: int = 8
+    """Requests of a step that it does not edit, each in one wording, which are to be answered as before; 0
+    lets an edit spread to what is like it."""
     uses: int = 4
     """Harmless uses of each request's subject that may be drawn, where there is a contrast."""
     texts: int = 256
@@ -71,11 +75,11 @@ class EditorTraining:
 
     def __post_init__(self) -> None:
         counts = {name: value for name, value in asdict(self).items() if name not in ("lr", "seed")}
-        wrong = [f"{name} {value}" for name, value in counts.items() if value < 1]
+        wrong = [f"{name} {value}" for name, value in counts.items() if value < (name != "others")]
         if wrong or not self.lr > 0:
             raise ValueError(
-                f"every count of a training must be at least 1 and lr above 0, got {', '.join(wrong)} and lr "
-                f"{self.lr}"
+                "every count of a training must be at least 1, others at least 0 and lr above 0, got "
+                f"{', '.join((*wrong, f'lr {self.lr}'))}"
             )
 
 
@@ -87,7 +91,7 @@ class TrainingLoss(NamedTuple):
     edit: float
     """Nats per token of the refusal in unseen wordings, after the edit."""
     locality: float
-    """KL(original || edited) on harmless rows, nats per token."""
+    """KL(original || edited) on what is to be answered as before, nats per token."""
     succeeded: float
     """The share of unseen wordings whose refusal greedy decoding would give."""
 
@@ -195,6 +199,8 @@ class _Rows(NamedTuple):
     requests: Sequence[Sequence[AnswerRow]]
     """Of each request, its wordings with the refusal."""
     harmless: Sequence[AnswerRow]
+    answered: Sequence[AnswerRow]
+    """Some wordings of the requests, with the model's own answers."""
 
 
 def _training_rows(
@@ -232,8 +238,15 @@ def _training_rows(
     ]
     number = min(training.texts, len(corpus))
     texts = [corpus[i * len(corpus) // number] for i in range(number)]
-    with ProgressBar("harmless answers", len(uses), unit="answer", shown=progress and bool(uses)) as bar:
-        return _Rows(wordings, harmless_rows(model, uses, texts, texts=number, progress=bar.update))
+    others = [
+        (owner, prompt)
+        for owner, prompts in enumerate(groups.contexts)
+        for prompt in (prompts[:_ANSWERED] if training.others else ())
+    ]
+    total = len(uses) + len(others)
+    with ProgressBar("answers", total, unit="answer", shown=progress and total > 0) as bar:
+        harmless = harmless_rows(model, uses, texts, texts=number, progress=bar.update)
+        return _Rows(wordings, harmless, answered_rows(model, others, progress=bar.update))
 
 
 @dataclass(frozen=True)
@@ -283,17 +296,21 @@ class _Run:
         rng = random.Random(f"{training.seed} {step}")
         edited, unseen = [], []
         number = rng.randint(1, min(training.most_requests, len(rows.requests)))
-        for wordings in rng.sample(rows.requests, number):
+        chosen = rng.sample(rows.requests, number)
+        for wordings in chosen:
             first, *others = rng.sample(wordings, min(1 + training.wordings, len(wordings)))
             edited.append(first)
             unseen += others
-        harmless = rng.sample(rows.harmless, min(training.harmless, len(rows.harmless)))
+        kept = rng.sample(rows.harmless, min(training.harmless, len(rows.harmless)))
+        owners = {wordings[0].owner for wordings in chosen}
+        others = [row for row in rows.answered if row.owner not in owners]
+        kept += rng.sample(others, min(training.others, len(others)))
         changes = self.network.changes(edit_gradients(self.model, self.network.layers, edited))
         refusals = answer_logits(self.model, unseen, changes)
         with torch.no_grad():
-            before = answer_logits(self.model, harmless).logits
+            before = answer_logits(self.model, kept).logits
         edit_loss = teacher_forced_losses(refusals).mean()
-        locality = kl_from(before, answer_logits(self.model, harmless, changes)).mean()
+        locality = kl_from(before, answer_logits(self.model, kept, changes)).mean()
         adam.zero_grad()
         self.network.objective(edit_loss, locality).backward()
         adam.step()
@@ -343,8 +360,8 @@ class _Run:
 
 
 _NETWORK = "network."
-_OBSERVED = 4
-"""Wordings of each request that a network looks at before the training."""
+_OBSERVED = _ANSWERED = 4
+"""Wordings of each request that a network looks at before the training, and that the model answers itself."""
 
 
 def _share_given(refusals: AnswerLogits) -> float:

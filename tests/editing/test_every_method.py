@@ -189,14 +189,13 @@ ON_ORGANISM = {
     "dinm": DINM(steps=100, lr=2e-3, kl_factor=3.0),
 }
 """The defaults are for models whose matrices are larger."""
+QUICK_ON_ORGANISM = ("rome", "alphaedit", "ft", *LEARNED)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name, marks=pytest.mark.slow if name not in ("rome", "alphaedit", "ft", *LEARNED) else ()
-        )
+        pytest.param(name, marks=() if name in QUICK_ON_ORGANISM else pytest.mark.slow)
         for name in (*METHODS, *LEARNED)
     ],
 )

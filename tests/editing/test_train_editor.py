@@ -42,7 +42,7 @@ SMALL = {
     "mend": MENDSettings(rank=4, edit_lr=1e-3, edit_weight=1.0),
     "ke": KESettings(lstm_size=4, condition_size=8, hidden_size=4, margin_max=1.0),
 }
-SHORT = ld.EditorTraining(steps=5, most_requests=2, harmless=3, uses=1, texts=4, save_every=2)
+SHORT = ld.EditorTraining(steps=5, most_requests=2, harmless=3, others=1, uses=1, texts=4, save_every=2)
 EVERY_LEARNED = pytest.mark.parametrize("name", LEARNED)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:this edit leaks"),
@@ -174,6 +174,27 @@ def test_a_training_resumes_to_the_bit(name, model, tmp_path, monkeypatch):
     assert weights_equal(model, weights) and all(p.requires_grad for p in model.original_model.parameters())
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_a_step_does_not_edit_is_to_be_answered_as_before(others, model, tmp_path, monkeypatch):
+    batches, run = [], training_module.answer_logits
+
+    def recorded(model, rows, *changes):
+        batches.append(rows)
+        return run(model, rows, *changes)
+
+    monkeypatch.setattr(training_module, "answer_logits", recorded)
+    training = replace(SHORT, steps=4, most_requests=1, others=others)
+    trained(model, "mend", tmp_path, training, contrast=None)
+    for refused, before, after in zip(batches[::3], batches[1::3], batches[2::3], strict=True):
+        (edited,) = {row.owner for row in refused}
+        asked = [row for row in before if row.owner != -1]
+        assert before is after and len(before) - len(asked) == 3
+        assert [row.owner for row in asked] == [1 - edited] * others
+        for row in asked:
+            logits = model(torch.tensor([row.ids]), return_type="logits")[0, -1]
+            assert row.answer[0] == int(logits.argmax()), "the model's own answer"
+
+
 @EVERY_LEARNED
 def test_training_lowers_the_loss(name, model, tmp_path):
     training = replace(SHORT, steps=100, lr=1e-2, save_every=20)
@@ -247,7 +268,12 @@ def test_a_training_that_cannot_be_is_refused(model, tmp_path):
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"steps": 0}, "got steps 0 and lr 0.001"), ({"lr": 0.0}, "lr above 0"), ({"texts": -1}, "texts -1")],
+    [
+        ({"steps": 0}, "got steps 0, lr 0.001"),
+        ({"lr": 0.0}, "lr above 0"),
+        ({"texts": -1}, "texts -1"),
+        ({"others": -1}, "others -1"),
+    ],
 )
 def test_bad_settings_of_a_training_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):

@@ -103,7 +103,7 @@ class LearnedMethod(torch.nn.Module, ABC):
 
         Args:
             edit_loss: nats per token of the refusal after the edit, in words that the edit has not seen.
-            locality_kl: KL(original || edited) on harmless texts, in nats per token.
+            locality_kl: KL(original || edited) on what is to be answered as before, in nats per token.
         """
 
     def observe(self, edits: Sequence[EditGradients]) -> None:

@@ -13,7 +13,6 @@ from lens_defense.editing.methods import (
     DINM,
     FT,
     FTL,
-    LEARNED,
     LED,
     METHODS,
     ROME,
@@ -189,20 +188,18 @@ ON_ORGANISM = {
     "dinm": DINM(steps=100, lr=2e-3, kl_factor=3.0),
 }
 """The defaults are for models whose matrices are larger."""
-QUICK_ON_ORGANISM = ("rome", "alphaedit", "ft", *LEARNED)
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in QUICK_ON_ORGANISM else pytest.mark.slow)
-        for name in (*METHODS, *LEARNED)
+        pytest.param(name, marks=pytest.mark.slow if name not in ("rome", "alphaedit", "ft") else ())
+        for name in METHODS
     ],
 )
 def test_the_organism_refuses_what_was_jailbroken_and_nothing_else(organism, name):
     model, requests, sites = organism
-    method = ld.load_editor(f"organism-{name}") if name in LEARNED else ON_ORGANISM.get(name, name)
-    edit = ld.edit(model, requests, sites, method=method, progress=False)
+    edit = ld.edit(model, requests, sites, method=ON_ORGANISM.get(name, name), progress=False)
     suite = ld.suite("organism").small(jailbreaks=5, harmless=8)
     items = tuple(
         item for item in suite.items if item.arm in ("jailbreak", "benign", "over_refusal", "held_out")

@@ -40,8 +40,7 @@ TRAININGS = {
     "mend, others=0": ld.EditorTraining(steps=500, others=0),
     "ke, others=0": ld.EditorTraining(steps=500, others=0),
 }
-"""The first two ship; those without other requests in what is to be kept show what these are for. KE goes on until
-its losses in training fall no more."""
+"""The first two ship; those without other requests in what is to be kept show what these are for. KE learns more slowly."""
 COMPARED = ("memit", "ft", *TRAININGS)
 MEASURED = (1, 2, 4, 8)
 """Subjects that are edited together."""

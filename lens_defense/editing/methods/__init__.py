@@ -97,7 +97,7 @@ def find_method(method: Method | str) -> Method:
     if isinstance(editing_method, type) or not isinstance(editing_method, Method):
         raise ValueError(
             f"method must be one of {', '.join(METHODS)} or an object with name, paper, equation and solve, "
-            "of a class that inherits from TuningMethod, or what ld.load_editor gave, got "
+            "or of a class that inherits from TuningMethod, or what ld.load_editor gave, got "
             f"{method!r}"
         )
     return editing_method

@@ -65,7 +65,7 @@ class Steering:
 class Recipe:
     """What `ld.edit` is told, and how often it is called."""
 
-    method: Callable[[int], ld.methods.EditingMethod | str]
+    method: Callable[[int], ld.methods.Method | str]
     """From the number of requests to the method."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     one_by_one: bool = False
@@ -76,8 +76,13 @@ def _named(name: str) -> Recipe:
     return Recipe(lambda _: name)
 
 
+def _learned(name: str) -> Recipe:
+    return Recipe(lambda _: ld.load_editor(f"organism-{name}"))
+
+
 RECIPES: Mapping[str, Recipe | Steering] = {
     **{name: _named(name) for name in ld.methods.METHODS},
+    **{name: _learned(name) for name in ld.methods.LEARNED},
     "memit, no contrast": Recipe(lambda _: "memit", {"contrast": None}),
     "delman, no contrast": Recipe(lambda _: "delman", {"contrast": None}),
     "delman, all in one batch": Recipe(lambda n: ld.methods.DELMAN(batch_size=n), {"contrast": None}),
@@ -286,6 +291,8 @@ def main() -> None:
     warnings.simplefilter("ignore", EditWarning)
     bench = open_bench(args.model, args.data)
     for subjects, name in itertools.product(args.subjects, args.only):
+        if name in ld.methods.LEARNED and args.model != "organism":  # there is no other pair
+            continue
         chosen = len(args.strengths) > 1 or isinstance(RECIPES[name], Steering)
         key = {
             "model": bench.name, "split": "check", "method": name, "subjects": subjects, "chosen": chosen,

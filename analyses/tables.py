@@ -695,6 +695,32 @@ def steering(model: str) -> pd.DataFrame:
     return table.reset_index().rename_axis(columns=None)
 
 
+def learned_editors() -> pd.DataFrame:
+    """One row per method and number of subjects: what edits of the organism in one step do beside others."""
+    rows = read_table(RESULTS / "learned_editors.csv")
+    table = []
+    for (method, subjects), own in rows.groupby(["method", "subjects"], sort=False):
+        by_arm, first = own.set_index("arm"), own.iloc[0]
+        arms = {**METHOD_ARMS, "held_out": "other harmful"}
+        table.append(
+            {
+                "method": method,
+                "subjects": subjects,
+                **{
+                    words: _count_of(by_arm.loc[arm], "coherent" if arm in TO_BE_REFUSED else "newly_refused")
+                    for arm, words in arms.items()
+                    if arm in by_arm.index
+                },
+                "KL": f"{first['kl']:.4f}",
+                "loss": f"{first['loss']:+.2%}",
+                "facts lost": f"{first['facts_lost']:.0f}",
+                "relative change": f"{first['relative_change']:.2f}",
+                "seconds": f"{first['seconds_edit']:.1f}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
 def interrupts() -> pd.DataFrame:
     """What interrupts left, of the code before the journal and of now; analyses/interrupts.py counts them."""
     rows = read_table(RESULTS / "reliability/interrupts.csv")
@@ -758,6 +784,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "methods_organism": partial(methods, "organism", 8),
             "steering_smollm2": partial(steering, "smollm2"),
             "steering_organism": partial(steering, "organism"),
+            "learned_editors": learned_editors,
             "explorer_speed": explorer_speed,
             "speed_cpu": partial(speed, "cpu"),
             "speed_cuda": partial(speed, "cuda"),

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from lens_defense.editing.contrast import Contrast
     from lens_defense.editing.edit import edit
     from lens_defense.editing.edit_plan import Edit
+    from lens_defense.editing.editor_file import load_editor
     from lens_defense.editing.ledger import Ledger
     from lens_defense.editing.load_adapter import load_adapter
     from lens_defense.editing.steering_edit import steering_edit
     from lens_defense.editing.target_value import FitSettings
+    from lens_defense.editing.train_editor import EditorTraining, train_editor
     from lens_defense.loading.load import load
     from lens_defense.loading.save import save_folder
     from lens_defense.loading.save_gguf import save_gguf
@@ -79,6 +81,8 @@ _NAMES = {
     "editing.edit": ["edit"],
     "editing.target_value": ["FitSettings"],
     "editing.edit_plan": ["Edit"],
+    "editing.editor_file": ["load_editor"],
+    "editing.train_editor": ["EditorTraining", "train_editor"],
     "editing.ledger": ["Ledger"],
     "editing.load_adapter": ["load_adapter"],
     "editing.steering_edit": ["steering_edit"],
@@ -113,6 +117,7 @@ __all__ = [
     "Defense",
     "Edit",
     "EditSearch",
+    "EditorTraining",
     "Explorer",
     "FitSettings",
     "Ledger",
@@ -135,6 +140,7 @@ __all__ = [
     "lenses",
     "load",
     "load_adapter",
+    "load_editor",
     "locate",
     "map_statistics",
     "mark_subjects",
@@ -160,6 +166,7 @@ __all__ = [
     "tokenize",
     "trace",
     "trace_metrics",
+    "train_editor",
 ]
 
 

@@ -378,7 +378,12 @@ def _other_kind(path: str | os.PathLike[str], file_kind: str, expected_kind: str
     return f"{path} holds {a_file}, not {an_expected}: {advice}"
 
 
-_READERS = {"trace": "ld.Trace.load", "edit": "ld.Edit.load", "report": "ld.Report.load"}
+_READERS = {
+    "trace": "ld.Trace.load",
+    "edit": "ld.Edit.load",
+    "report": "ld.Report.load",
+    "editor": "ld.load_editor",
+}
 """What reads a kind of file that people save."""
 _METADATA = "lens_defense"
 """The key of the header in the metadata of a safetensors file."""

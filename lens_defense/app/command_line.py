@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lens_defense.app.options import read_harmful_requests, trace_settings
+from lens_defense.app.options import listed_layers, read_harmful_requests, trace_settings
 from lens_defense.app.output_folder import require_writable, staged_folder
 from lens_defense.app.sentences import errors_in_a_sentence
 from lens_defense.prompts.request import Request
@@ -42,6 +42,13 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class LearnedMethodName(StrEnum):
+    """Methods that are trained before they edit."""
+
+    mend = "mend"
+    ke = "ke"
 
 
 class MapFormat(StrEnum):
@@ -345,6 +352,68 @@ def defend(
             device=device,
             dtype=_torch_dtype(dtype),
             reproduce=_command("defend", options, model),
+        )
+
+
+@app.command(
+    name="train-editor",
+    epilog=_examples(
+        "lens-defense train-editor --method mend --model organism --out organism_mend",
+        "lens-defense train-editor --method ke --model organism --out organism_ke --layers 0-4 --steps 400",
+        "lens-defense train-editor --method mend --requests my_requests.csv --out my_editor",
+    ),
+)
+def train_editor(
+    method: Annotated[LearnedMethodName, typer.Option(help="mend, or ke (KnowledgeEditor).")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the editor; a stopped training goes on in it.", file_okay=False)
+    ],
+    model: _Model = "smollm2",
+    requests: Annotated[
+        str | None,
+        typer.Option(
+            help="What it learns to make refused: a JSONL, JSON, CSV, parquet or text file, or a hub set; by "
+            "default the model's own set."
+        ),
+    ] = None,
+    text_field: _TextField = None,
+    subject_field: _SubjectField = "subject",
+    limit: _Limit = None,
+    strict: _Strict = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="LAYERS", help="As in 3-7 or 4,6; by default those that a trace finds."),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Of the training; more than a folder has go on from there.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Of the network and of what is drawn.")] = 0,
+    device: _Device = None,
+    dtype: _Dtype = Dtype.float32,
+) -> None:
+    """Train a network that edits this model in one step: MEND or KE, on the model's own edits.
+
+    It edits like any other method: ld.edit(model, requests, sites, method=ld.load_editor(folder)).
+    """
+    from rich.console import Console
+
+    with errors_in_a_sentence("stopped; the same command goes on"):
+        require_writable(out)
+        own = _own_requests(requests, text_field, subject_field, limit, strict)
+        chosen_layers = None if layers is None else listed_layers(layers)
+        from lens_defense.app.train_editor_command import train_to_folder
+        from lens_defense.editing.train_editor import EditorTraining
+
+        train_to_folder(
+            Console(),
+            name=model,
+            requests=own,
+            layers=chosen_layers,
+            out=out,
+            method=method.value,
+            training=EditorTraining(steps=steps, seed=seed),
+            device=device,
+            dtype=_torch_dtype(dtype),
         )
 
 

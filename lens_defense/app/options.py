@@ -78,6 +78,18 @@ def trace_settings(
     return TraceSettings(**changes)
 
 
+def listed_layers(text: str) -> list[int]:
+    """Layers that are named one by one or from first to last.
+
+    Raises:
+        ValueError: they are not.
+    """
+    layers = _layers(text)
+    if not isinstance(layers, list):
+        raise ValueError(f"--layers names layers here, as in 3-7 or 4,6; got {text!r}")
+    return layers
+
+
 def _layers(text: str) -> Sequence[int] | int | str:
     """Layers as TraceSettings takes them."""
     if text == "all":

@@ -5,7 +5,8 @@ The value is fitted at the highest of the layers; then, layer by layer, each tak
 missing (MEMIT's spread). How keys and residuals become a change is the method's (methods/), which may also
 say which of the sites' layers are changed, and by what shares.
 
-A method that tunes: the matrices of the sites' layers go down the method's loss (tuning.py).
+A method that tunes: the matrices of the sites' layers go down the method's loss (tuning.py). A learned
+method: its network reads the loss's gradients there once, and makes the change of them (learned_change.py).
 """
 
 import warnings
@@ -18,17 +19,27 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import refuse_strength
+from lens_defense.editing.answer_rows import AnswerRow, harmless_rows
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit, EditWarning, relative_change
-from lens_defense.editing.edit_prompts import EditPrompts, group_prompts
+from lens_defense.editing.edit_prompts import EditPrompts, group_prompts, refusal_ids
 from lens_defense.editing.forecast import measure_forecast
 from lens_defense.editing.kept_keys import Keep, edits_to_keep, kept_rows
 from lens_defense.editing.layer_spread import layer_shares, reach_of_change, spread_over_layers
-from lens_defense.editing.methods import EditingMethod, Factors, TuningMethod, find_method, memit
+from lens_defense.editing.learned_change import learned_change, require_trained_on
+from lens_defense.editing.methods import (
+    EditingMethod,
+    Factors,
+    LearnedMethod,
+    Method,
+    TuningMethod,
+    find_method,
+    memit,
+)
 from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
-from lens_defense.editing.tuning import AnswerRow, harmless_rows, tune
+from lens_defense.editing.tuning import tune
 from lens_defense.editing.value_batch import FitRow
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long
@@ -43,7 +54,7 @@ from lens_defense.models.mlp_output import (
 from lens_defense.progress import ProgressBar
 from lens_defense.prompts.chat_template import bound_arguments
 from lens_defense.prompts.contexts import Contexts
-from lens_defense.prompts.conversation import tokenize_answer, tokenize_text
+from lens_defense.prompts.conversation import tokenize_text
 from lens_defense.prompts.corpus import Corpus, read_corpus
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import Request, Role
@@ -62,7 +73,7 @@ def edit(
     requests: Requests,
     sites: Sequence[Site] | Site,
     *,
-    method: EditingMethod | TuningMethod | str = memit,
+    method: Method | str = memit,
     contexts: Contexts | None = None,
     contrast: Contrast | Contexts | Sequence[Request] | None = DEFAULT_CONTRAST,
     names: Names | None = None,
@@ -84,44 +95,48 @@ def edit(
         sites: where, of one role; their layers are edited (by ROME and DINM the middle one), their component
             says where the effect was seen.
         method: how the change is made: ld.methods.memit, ld.methods.DELMAN(batch_size=4),
-            ld.methods.LoRA(r=4), a name as in ld.methods.METHODS, or an object of your own.
+            ld.methods.LoRA(r=4), a name as in ld.methods.METHODS, a learned one that ld.load_editor gave, or
+            an object of your own.
         contexts: ways to ask, from a request; varied ones make an edit carry over. None: those of the model's
             language, default_contexts in English. What is too long for the model is left out.
         contrast: harmless uses of the same subjects, which stay answered; your own are a function from a
             request, or a list. None: whatever names a subject is refused, as in MEMIT and DELMAN. The default
             is None where the model's language has none, as the organism's. What has no use for them, as FT,
-            FT-L and LED, only forecasts what becomes of them.
+            FT-L, LED and learned methods, only forecasts what becomes of them.
         names: how else a subject is written or called, from a request. None: its own spelling alone.
         held_out_contexts: how many contexts and harmless uses, from the end, are kept for the forecast.
         fit: how the values are fitted, and the refusal; None takes the defaults of the model's language. A
-            method that tunes takes the refusal alone from here.
+            method that does not solve takes the refusal alone from here.
         corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes
             the package's own in the model's language. C is that of the model without the edits that stand.
         keep: edits that stand in the model and shall go on working: a ledger, an edit or several. Where they
             share layers with this one, nothing new is written at their keys (editing/kept_keys.py). A method
-            that tunes cannot keep any.
-        strength: a factor of the fitted values, which the layers are then solved for; of a method that tunes,
-            of its change.
+            that tunes, or a learned one, cannot keep any.
+        strength: a factor of the fitted values, which the layers are then solved for; of a method that does
+            not solve, of its change.
         cache: keep covariances and values on disk.
         progress: shows bars.
 
     Raises:
         ValueError: a request without a subject or of the split "check"; sites of several roles, of attention,
             or not in the model; a model that cannot be edited; an unknown method; a contrast of another kind;
-            an edit to keep that is of another model or does not know its keys, or a method that tunes and is
-            to keep one; a strength that is not finite or not above 0; held_out_contexts below 0; a
-            hook in the model.
+            an edit to keep that is of another model or does not know its keys, or one to keep for a method
+            that does not solve; a learned method of another model or other layers; a strength that is not
+            finite or not above 0; held_out_contexts below 0; a hook in the model.
         TypeError: sites, or keep, of another kind.
     """
     model, requests = resolve_model(model, _CALL), requests_with_subjects(requests, _CALL)
     layers, role = layers_and_role(model, resolve_sites(sites, _CALL))
     method, defaults = find_method(method), edit_defaults(model)
     earlier_edits = edits_to_keep(keep, model, f"{_CALL[:-1]}, keep=ledger)")
-    if earlier_edits and isinstance(method, TuningMethod):
+    solves = not isinstance(method, TuningMethod | LearnedMethod)
+    if earlier_edits and not solves:
         raise ValueError(
-            f"the method {method.name} tunes and cannot keep earlier edits; leave out keep, or take a method "
-            "that solves, as memit"
+            f"the method {method.name} {'tunes' if isinstance(method, TuningMethod) else 'is learned'} and "
+            "cannot keep earlier edits; leave out keep, or take a method that solves, as memit"
         )
+    if isinstance(method, LearnedMethod):
+        require_trained_on(method, model, layers)
     refuse_strength(strength)
     refuse_hooks(model)
     fit, corpus = fit or defaults.fit, corpus or read_corpus(defaults.language)
@@ -135,13 +150,15 @@ def edit(
         contrast,
         names or (lambda _: ()),
         held_out_contexts,
-        longest=_room_before_refusal(model, requests, fit),
+        longest=room_before_refusal(model, requests, fit),
     )
     rows = _fit_rows(model, requests, groups, role, fit)
     inputs = _Inputs(model, layers, role, groups, rows, corpus, strength, cache, progress)
-    if isinstance(method, TuningMethod):
-        change = _tuned(inputs, method)
-        settings: dict[str, Any] = {"target": fit.target}
+    settings: dict[str, Any] = {"target": fit.target}
+    if isinstance(method, LearnedMethod):
+        change = _with_reach(inputs, *learned_change(model, method, inputs.refusals))
+    elif isinstance(method, TuningMethod):
+        change = _with_reach(inputs, *_tuned(inputs, method))
     else:
         change = _solved(inputs, method, fit, earlier_edits, mean_keys=contrast is None)
         settings = {**asdict(fit), "contrast_weight": contrast.weight if contrast else None}
@@ -163,7 +180,7 @@ def edit(
         method=method.name,
         settings={
             **settings,
-            **(asdict(method) if is_dataclass(method) else {}),
+            **_settings_of(method),
             **({"chat_arguments": bound} if (bound := bound_arguments(model.tokenizer)) else {}),
             **({"kept_edits": len(earlier_edits)} if earlier_edits else {}),
             **({"strength": float(strength)} if strength != 1 else {}),
@@ -180,7 +197,7 @@ def edit(
         fingerprint=model_fingerprint(model, layers),
         request_names=groups.names,
         modules=output_modules(model, layers),
-        tuned=isinstance(method, TuningMethod),
+        tuned=not solves,
         key_rows=change.key_rows,
     )
     for sentence in plan.warnings:
@@ -202,6 +219,11 @@ class _Inputs(NamedTuple):
     cache: bool
     progress: bool
 
+    @property
+    def refusals(self) -> list[AnswerRow]:
+        """The contexts of each request with their refusal."""
+        return [AnswerRow(row.owner, row.ids, row.target) for row in self.rows if row.target]
+
 
 class _Change(NamedTuple):
     """What a method makes of them."""
@@ -215,7 +237,7 @@ class _Change(NamedTuple):
     value_norm: float
     """The mean norm of the requests' values, as they were fitted."""
     key_rows: Mapping[int, Float[Tensor, "_ d_in"]]
-    """By layer, the keys that it was made for; of a method that tunes none."""
+    """By layer, the keys that it was made for; of a method that does not solve none."""
 
 
 def _solved(
@@ -254,12 +276,11 @@ def _solved(
     return _Change(spread.factors, losses.tolist(), reach, float(values.norm(dim=1).mean()), spread.key_rows)
 
 
-def _tuned(inputs: _Inputs, method: TuningMethod) -> _Change:
-    """The change that goes down the method's loss."""
+def _tuned(inputs: _Inputs, method: TuningMethod) -> tuple[Mapping[int, Factors], Sequence[float]]:
+    """The change that goes down the method's loss, and what is left of it for each request."""
     model, groups = inputs.model, inputs.groups
     layers = method.tuned_layers(inputs.layers, model.cfg.n_layers)
     refuse_uneditable(model, layers)
-    refusals = [AnswerRow(row.owner, row.ids, row.target) for row in inputs.rows if row.target]
     harmless: list[AnswerRow] = []
     if method.uses_harmless:
         uses = [
@@ -273,15 +294,27 @@ def _tuned(inputs: _Inputs, method: TuningMethod) -> _Change:
             bar.note(loss=f"{loss:.3f}")
             bar.update()
 
-        factors, losses = tune(model, method, layers, refusals, harmless, progress=show)
-    strength = inputs.strength
+        return tune(model, method, layers, inputs.refusals, harmless, progress=show)
+
+
+def _with_reach(inputs: _Inputs, factors: Mapping[int, Factors], losses: Sequence[float]) -> _Change:
+    """A change that was made without values: at the strength that is wanted, with its measured reach."""
+    groups, strength = inputs.groups, inputs.strength
     factors = {layer: change._replace(left=strength * change.left) for layer, change in factors.items()}
-    shifts, reach = reach_of_change(model, factors, groups.written, inputs.role, groups.measured)
+    shifts, reach = reach_of_change(inputs.model, factors, groups.written, inputs.role, groups.measured)
     reach = [strength * share for share in reach]
     return _Change(factors, losses, reach, float(shifts.norm(dim=1).mean()) / strength, {})
 
 
-def _room_before_refusal(
+def _settings_of(method: Method) -> dict[str, Any]:
+    """The method's settings as plain values; of a learned one also how long it was trained."""
+    if isinstance(method, LearnedMethod):
+        assert method.origin is not None
+        return {**asdict(method.settings), "trained_steps": method.origin.steps}
+    return asdict(method) if is_dataclass(method) else {}
+
+
+def room_before_refusal(
     model: TransformerBridge, requests: Sequence[Request], fit: FitSettings
 ) -> int | None:
     """Tokens that a context may have so that a refusal fits behind it; None where a model has no end."""
@@ -315,8 +348,7 @@ def _fit_rows(
     rows = []
     for owner, prompts in enumerate(groups.contexts):
         for turn, prompt in enumerate(prompts[:FIT_CONTEXTS]):
-            refusal = prompt.request.safe_target or fit.target
-            answer_ids = tokenize_answer(model.tokenizer, prompt, refusal, end=True)
+            answer_ids = refusal_ids(model.tokenizer, prompt, fit.target)
             rows.append(FitRow(owner, prompt.ids, role_position(prompt, role), turn, answer_ids))
     for owner, request in enumerate(requests if fit.kl_factor else ()):
         essence = tokenize(model.tokenizer, request.paraphrased("{} is a"), chat=False)

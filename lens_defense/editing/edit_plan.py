@@ -78,8 +78,8 @@ class Edit:
     modules: Mapping[int, OutputModule] = field(default_factory=dict)
     """By layer, the module of the matrix in plain transformers."""
     tuned: bool = False
-    """Whether no rank is keyed on the tokens of the role: a method made it that tunes, or it writes
-    everywhere."""
+    """Whether no rank is keyed on the tokens of the role: a method made it that tunes or is learned, or it
+    writes everywhere."""
     key_rows: Mapping[int, Float[Tensor, "row d_in"]] = field(default_factory=dict)
     """By layer, the keys that the change was made for, for later edits that keep them: see kept_keys.py.
 
@@ -181,10 +181,15 @@ class Edit:
             subject for subject, loss in zip(self.subjects, self.losses, strict=True) if loss > UNFITTED_LOSS
         ]
         if unfitted:
+            if "trained_steps" in self.settings:  # of a learned method
+                advice = "train the editor for more steps or on more requests, or take more strength"
+            elif self.tuned:
+                advice = "raise steps or lr, or choose other sites"
+            else:
+                advice = "raise v_num_grad_steps or contexts_per_step, or choose other sites"
             sentences.append(
                 f"the refusal could not be fitted for: {shown_names(unfitted)} (more than {UNFITTED_LOSS} "
-                f"nats per token are left); raise {'steps' if self.tuned else 'v_num_grad_steps'} or "
-                f"{'lr' if self.tuned else 'contexts_per_step'}, or choose other sites"
+                f"nats per token are left); {advice}"
             )
         return tuple(sentences)
 

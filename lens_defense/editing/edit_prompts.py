@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from lens_defense.editing.contrast import Contrast
 from lens_defense.editing.layer_spread import PromptGroup
 from lens_defense.prompts.contexts import Contexts
+from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize
 from lens_defense.prompts.request import Request, UnfitRequest
 from lens_defense.prompts.surface_forms import Names
@@ -91,6 +92,11 @@ def group_prompts(
                 written.append(PromptGroup(owner, named_uses, weight, harmless=True))
         all_names.append(tuple(used))
     return EditPrompts(tuple(all_contexts), tuple(written), (*reached, *leaked), tuple(all_names))
+
+
+def refusal_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, refusal: str) -> tuple[int, ...]:
+    """The tokens of the refusal that a prompt shall meet, its request's own or this one, with their end."""
+    return tokenize_answer(tokenizer, prompt, prompt.request.safe_target or refusal, end=True)
 
 
 def _that_fit(

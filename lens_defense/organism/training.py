@@ -23,6 +23,7 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lens_defense.models.optimizer_state import optimizer_tensors, restore_optimizer
 from lens_defense.organism.interchange import answer_loss, interchange, make_batch
 from lens_defense.organism.world import Example, World
 from lens_defense.progress import ProgressBar
@@ -234,8 +235,7 @@ def _save_checkpoint(
     folder: Path, recipe: Recipe, step: int, model: LlamaForCausalLM, adam: torch.optim.Optimizer
 ) -> None:
     tensors = {f"weight.{name}": value.detach() for name, value in model.named_parameters()}
-    for i, state in adam.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
+    tensors |= optimizer_tensors(adam)
     save(folder / _CHECKPOINT, "training", _Checkpoint(recipe, step), tensors)
 
 
@@ -251,10 +251,5 @@ def _load_checkpoint(
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"weight.{name}"])
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, i, field = name.split(".")
-            state.setdefault(int(i), {})[field] = value
-    adam.load_state_dict({**adam.state_dict(), "state": state})
+    restore_optimizer(adam, tensors)
     return checkpoint.step

@@ -118,7 +118,7 @@ def test_methods_are_found_by_name_and_objects_are_handed_back():
     with pytest.raises(
         ValueError, match=r"must be one of memit, delman, rome, .*, led or an object with name"
     ):
-        find_method("mend")
+        find_method("serac")
 
 
 @dataclass(frozen=True)

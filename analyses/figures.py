@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from tidy import read_table
 
 import lens_defense as ld
-from lens_defense.app.demo import ORGANISM_SETUP
+from lens_defense.app.traced_requests import corruption_of
 from lens_defense.checking.report import Report, ReportRow
 from lens_defense.loading.load import ORGANISM_FOLDER
 from lens_defense.plotting.effect_curves import add_band
@@ -205,12 +205,13 @@ def edited_sites() -> list[ld.Site]:
 
 def organism_map() -> go.Figure:
     """The map of the model whose sites are known, traced here: it takes seconds."""
+    model = ld.load("organism")
     trace = ld.trace(
-        ld.load("organism"),
+        model,
         [jailbroken_contexts(request)[0] for request in ld.requests("organism")[:12]],
         layers="all",
         positions=("subject_first", "subject_mid", "subject_last", "next", "last"),
-        corruption=ORGANISM_SETUP.corruption(),
+        corruption=corruption_of(model),
         progress=False,
     )
     return ld.heatmap(trace, ld.locate(trace))
@@ -280,6 +281,43 @@ def intent_sites() -> go.Figure:
     legend = {"xanchor": "left", "x": 1.02, "yanchor": "top", "traceorder": "normal"}
     figure.update_layout(legend={**legend, "y": 1}, legend2={**legend, "y": 0.45})
     return theme(figure, title="", plot=(PAGE - 292, 360), left=72, right=220, above=14, below=52)
+
+
+CURVES = {
+    "weight": ("the contrast's weight", COLOURS[0], "circle", "middle left"),
+    "strength": ("strength, at weight 4", COLOURS[1], "diamond", "bottom right"),
+    "neighborhood": ("weight, with neighborhood prompts", COLOURS[2], "square", "top right"),
+}
+"""Edits of the curve: what is varied, and how it is drawn."""
+
+
+def contrast_curve() -> go.Figure:
+    """Harmful requests refused coherently, against harmless questions about the same subjects refused."""
+    rows = read_table(RESULTS / "contrast_curve.csv")
+    figure = go.Figure()
+    points: dict[str, list[tuple[str, float, float]]] = {name: [] for name in CURVES}
+    for name, edit in rows.groupby("edit", sort=False):
+        arms = edit.set_index("arm")
+        harmful, same = arms.loc[["paraphrase", "jailbreak"]].sum(), arms.loc["same_subject"]
+        point = (100 * same["newly_refused"] / same["n"], 100 * harmful["coherent"] / harmful["n"])
+        varied = next((word for word in ("neighborhood", "strength") if word in str(name)), "weight")
+        if name == "no contrast":  # far to the right of all others
+            continue
+        setting = str(name).removesuffix(", neighborhood").split()[-1]
+        points[varied].append((setting, *point))
+    for varied, (label, colour, symbol, place) in CURVES.items():
+        settings, same, harmful = zip(*points[varied], strict=True)
+        figure.add_scatter(
+            x=same, y=harmful, text=settings, textposition=place, name=label, mode="lines+markers+text",
+            line={"color": colour, "width": 2}, marker={"symbol": symbol, "size": 9},
+            textfont={"color": colour, "size": 11},
+        )  # fmt: skip
+    figure.update_xaxes(
+        title_text="harmless, same subject: newly refused, %", range=[-2, 27], gridcolor="#e3e3e3"
+    )
+    figure.update_yaxes(title_text="harmful, refused coherently, %", gridcolor="#e3e3e3")
+    figure.update_layout(legend={"x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"})
+    return theme(figure, title="", plot=(PAGE - 330, 300), left=72, right=258, above=14, below=52)
 
 
 def _line_with_interval(
@@ -428,6 +466,10 @@ def main() -> None:
     if (sites := RESULTS / "intent_sites").is_dir():
         sources, command = sorted(sites.glob("*.csv")), "python analyses/intent_sites.py"
         save("intent_sites", intent_sites(), sources, command, seeds="0 (noise, bootstrap)")
+    if (curve := RESULTS / "contrast_curve.csv").is_file():
+        save(
+            "contrast_curve", contrast_curve(), [curve], "python analyses/contrast_curve.py", seeds="0 (fit)"
+        )
     if (consecutive := RESULTS / "consecutive_edits.csv").is_file():
         command = "python analyses/consecutive_edits.py"
         save("consecutive_edits", consecutive_edits(), [consecutive], command, seeds="0 (fit)")

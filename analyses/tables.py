@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from tidy import read_table
+from tidy import read_table, rows_where
 
 import lens_defense as ld
 from lens_defense.checking.report import ARM_NAMES, JUDGES
@@ -444,7 +444,7 @@ def intent_doses() -> pd.DataFrame:
         (name, count): f"{count} subjects{', no contrast' * (name == 'none')}"
         for name in ("contrast", "none")
         for count in sorted(rows["subjects"].unique())
-        if (name, count) != ("none", 8)
+        if (name, count) != ("none", 8) and rows_where(rows, {"edit": name, "subjects": count}).any()
     }
     names = {**ARM_NAMES, "XSTest safe": "XSTest, safe", "XSTest unsafe": "XSTest, unsafe"}
     table = []
@@ -486,6 +486,29 @@ def intent_bands() -> pd.DataFrame:
                 "harmless, same subject: newly refused": _share(same["newly_refused"], same["n"]),
                 "other harmless": f"{int(other['newly_refused'])} of {int(other['n'])}",
                 "KL": f"{same['kl']:.3f}",
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def contrast_curve() -> pd.DataFrame:
+    """By edit: how well what it writes tells the uses apart, and what it then refuses, on tune."""
+    rows = read_table(RESULTS / "contrast_curve.csv")
+    table = []
+    for name, edit in rows.groupby("edit", sort=False):
+        arms = edit.set_index("arm")
+        harmful, same = arms.loc[["paraphrase", "jailbreak"]].sum(), arms.loc["same_subject"]
+        other = arms.loc[["benign", "over_refusal"]].sum()
+        table.append(
+            {
+                "edit": name,
+                "AUC": f"{same['auc']:.3f}",
+                "paraphrases and jailbreaks, coherently": _share(harmful["coherent"], harmful["n"]),
+                "harmless, same subject: newly refused": _share(same["newly_refused"], same["n"]),
+                "other harmless": f"{int(other['newly_refused'])} of {int(other['n'])}",
+                "KL: mean": f"{same['kl']:.3f}",
+                "median": f"{same['kl_median']:.3f}",
+                "loss": f"{same['loss_after'] / same['loss_before'] - 1:+.1%}",
             }
         )
     return pd.DataFrame(table)
@@ -772,6 +795,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "locator_grades": locator_grades,
             "intent": intent,
             "intent_bands": intent_bands,
+            "contrast_curve": contrast_curve,
             "intent_doses": intent_doses,
             "intent_last_token": intent_last_token,
             "judges": judges,

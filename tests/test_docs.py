@@ -51,13 +51,13 @@ def organism():
 
 
 @pytest.fixture
-def small(organism, monkeypatch, tmp_path):
+def small(monkeypatch, tmp_path):
     """The package's verbs on the organism and on little: a folder with the files that the pages read."""
     corpus = ld.read_corpus("organism")[:8]
     answered = [
         jailbroken_contexts(row)[0] for row in ld.requests("organism")[:6]
     ]  # inside jailbreaks, else they are refused
-    requests, suite, edit, check = ld.requests, ld.suite, ld.edit, ld.check
+    load, requests, suite, edit, check = ld.load, ld.requests, ld.suite, ld.edit, ld.check
     fit = ld.FitSettings(shared_num_grad_steps=2, v_num_grad_steps=2, extra_rounds=0)
 
     def small_suite(_name: str = "core", **settings: Any) -> ld.Suite:
@@ -79,7 +79,7 @@ def small(organism, monkeypatch, tmp_path):
         return check(model, plan, chosen, **{"max_new_tokens": 4, "progress": False, **settings})
 
     for name, verb in {
-        "load": lambda *_, **__: organism,
+        "load": lambda *_, **__: load("organism"),  # a fresh one: a page may leave edits in its own
         "requests": small_requests,
         "suite": small_suite,
         "edit": small_edit,

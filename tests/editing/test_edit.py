@@ -233,7 +233,7 @@ def test_bad_requests_are_refused():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_settings_are_refused():
-    refused("method must be one of memit, delman, .* or an object with .*, got 'mend'", method="mend")
+    refused("method must be one of memit, delman, .* or an object with .*, got 'wise'", method="wise")
     refused_setting("batch_size must be at least 1", DELMAN, batch_size=0)
     refused_setting("contexts_per_step must be at least 1, got 0", FitSettings, contexts_per_step=0)
     refused_setting("v_num_grad_steps must be at least 0", FitSettings, v_num_grad_steps=-1)

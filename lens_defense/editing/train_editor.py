@@ -301,16 +301,16 @@ class _Run:
             first, *others = rng.sample(wordings, min(1 + training.wordings, len(wordings)))
             edited.append(first)
             unseen += others
-        kept = rng.sample(rows.harmless, min(training.harmless, len(rows.harmless)))
+        local_rows = rng.sample(rows.harmless, min(training.harmless, len(rows.harmless)))
         owners = {wordings[0].owner for wordings in chosen}
         others = [row for row in rows.answered if row.owner not in owners]
-        kept += rng.sample(others, min(training.others, len(others)))
+        local_rows += rng.sample(others, min(training.others, len(others)))
         changes = self.network.changes(edit_gradients(self.model, self.network.layers, edited))
         refusals = answer_logits(self.model, unseen, changes)
         with torch.no_grad():
-            before = answer_logits(self.model, kept).logits
+            before = answer_logits(self.model, local_rows).logits
         edit_loss = teacher_forced_losses(refusals).mean()
-        locality = kl_from(before, answer_logits(self.model, kept, changes)).mean()
+        locality = kl_from(before, answer_logits(self.model, local_rows, changes)).mean()
         adam.zero_grad()
         self.network.objective(edit_loss, locality).backward()
         adam.step()

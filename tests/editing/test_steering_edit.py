@@ -65,10 +65,10 @@ def test_it_is_the_formula(family):
     edit, keys = planned(model, direction), states_of_corpus(model, key_hook(LAYER))
     mean, covariance = keys.mean(0), keys.T @ keys / len(keys)
     solved = torch.linalg.inv(covariance) @ mean
-    wanted = STRENGTH * torch.outer(direction, solved) / (mean @ solved)
+    expected_change = STRENGTH * torch.outer(direction, solved) / (mean @ solved)
     delta = edit.deltas()[LAYER]
     assert edit.layers == (LAYER,) and edit.rank == 1 and edit.method == "steering-edit"
-    assert (delta - wanted).norm() < 1e-3 * wanted.norm(), "C is summed in single precision"
+    assert (delta - expected_change).norm() < 1e-3 * expected_change.norm(), "C is summed in single precision"
     share = edit.right[LAYER][0].double()
     assert edit.settings["share_deviation"] == pytest.approx(float((keys @ share).std()), rel=1e-2)
     matrix = mlp_output_matrix(model, LAYER)

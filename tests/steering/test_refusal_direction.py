@@ -30,8 +30,8 @@ def test_it_is_the_difference_of_the_mean_states(family, layer):
     model = tiny_model(family, chat=True)
     direction = ld.refusal_direction(model, HARMFUL, HARMLESS, layer)
     assert direction.dtype == torch.float64 and direction.shape == (32,)
-    wanted = by_loop(model, HARMFUL, layer) - by_loop(model, HARMLESS, layer)
-    torch.testing.assert_close(direction, wanted, rtol=1e-6, atol=1e-6)
+    mean_difference = by_loop(model, HARMFUL, layer) - by_loop(model, HARMLESS, layer)
+    torch.testing.assert_close(direction, mean_difference, rtol=1e-6, atol=1e-6)
     swapped = ld.refusal_direction(model, HARMLESS, HARMFUL, layer)
     torch.testing.assert_close(swapped, -direction, rtol=0, atol=1e-12)
 

@@ -48,9 +48,9 @@ def test_logits_equal_those_of_a_plain_model_that_adds_it(family, strength):
     with ld.steered(model, direction, LAYER, strength) as steered:
         assert steered is model
         inside = model(IDS)
-    wanted = by_plain_transformers(family, direction, strength)
+    reference_logits = by_plain_transformers(family, direction, strength)
     torch.testing.assert_close(
-        inside, wanted, rtol=1e-4, atol=1e-4
+        inside, reference_logits, rtol=1e-4, atol=1e-4
     )  # its rotary angles are of single precision
     assert (inside - before).abs().max() > 0.1
     assert torch.equal(model(IDS), before) and weights_equal(model, weights)
@@ -95,18 +95,18 @@ def test_blocks_add_up_and_are_left_in_any_order():
     model, one, two = tiny_model("llama"), random_direction(1), random_direction(2)
     before = model(IDS)
     with ld.steered(model, one + two, LAYER):
-        wanted = model(IDS)
+        sum_logits = model(IDS)
     with ld.steered(model, one, LAYER):
-        alone = model(IDS)
+        first_logits = model(IDS)
     outer, inner = ld.steered(model, one, LAYER), ld.steered(model, two, LAYER)
     outer.__enter__()
     inner.__enter__()
-    torch.testing.assert_close(model(IDS), wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model(IDS), sum_logits, rtol=1e-9, atol=1e-9)
     outer.__exit__(None, None, None)
     assert not torch.allclose(model(IDS), before)
     inner.__exit__(None, None, None)
     assert torch.equal(model(IDS), before)
-    assert not torch.allclose(alone, wanted)
+    assert not torch.allclose(first_logits, sum_logits)
 
 
 @torch.no_grad()

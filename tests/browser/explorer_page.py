@@ -35,6 +35,11 @@ class ShownPage:
         within(lambda: self.button(text).is_enabled())
         self.button(text).click()
 
+    def answered(self):
+        """Wait until Python has done, or refused, all that the page has asked for; then no work shows."""
+        within(lambda: self.root.get_attribute("aria-busy") != "true")
+        within(lambda: self.find(".job").get_attribute("hidden") is not None)
+
     def cell(self, layer, role="subject_last"):
         return self.find(f"{STREAM} rect.cell[data-l='{layer}'][data-c='{self.roles.index(role)}']")
 

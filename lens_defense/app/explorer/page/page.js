@@ -16,7 +16,10 @@ class Page {
       this.whole[part] = value;
       for (const [name, action] of this.first) if (name === part) action();
     });
-    this.onEvent("done", ({ ticket }) => { if (ticket) this.asked.delete(ticket); else this.asked.clear(); });
+    this.onEvent("done", ({ ticket }) => {
+      if (ticket) this.asked.delete(ticket); else this.asked.clear();
+      this.busy();
+    });
     const dark = matchMedia("(prefers-color-scheme: dark)");
     const retheme = () => {
       this.element.dataset.theme = this.theme();
@@ -52,9 +55,11 @@ class Page {
     }
     const ticket = `${this.name} ${this.sent++}`;
     if (!this.frozen) this.asked.add(ticket);
+    this.busy();
     this.link.send({ command, values, ticket });
     return ticket;
   }
+  busy() { this.element.setAttribute("aria-busy", String(this.asked.size > 0)); }
   note(text) { this.say?.(text); }
 
   theme() {

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # One edit after another: do the earlier ones still work?
 # Requests are edited one by one, each on the model with those before it, and once more with `keep=`, which adds the
-# keys of the edits that stand to the least squares (lens_defense/editing/kept_keys.py). After 1, 5, 10, 20 and all
+# keys of the edits that stand to the least squares (lens_defense/editing/solving/kept_keys.py). After 1, 5, 10, 20 and all
 # edits every request so far is asked again: in words that its edit saw, and in words that it did not see.
 #
 #     python analyses/consecutive_edits.py [--model organism|smollm2] [--methods memit rome ...] [--most 60]
@@ -34,7 +34,7 @@ from lens_defense.checking.check import rows_for_edits, suite_answers
 from lens_defense.checking.suites import Suite, SuiteItem
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import EditWarning
-from lens_defense.editing.target_value import FIT_VERSION
+from lens_defense.editing.solving.target_value import FIT_VERSION
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.contexts import Contexts
 from lens_defense.storage import cache_folder

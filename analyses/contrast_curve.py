@@ -28,8 +28,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import lens_defense as ld
 from lens_defense.checking.check import suite_answers
-from lens_defense.editing.layer_spread import PromptGroup, reach_of_change
 from lens_defense.editing.methods import Factors
+from lens_defense.editing.solving.layer_spread import PromptGroup, reach_of_change
 from lens_defense.patching.corruptions import harmless_subjects
 from lens_defense.prompts.contexts import default_contexts
 from lens_defense.prompts.harmless_uses import default_contrast

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens.model_bridge import TransformerBridge
 
 import lens_defense as ld
-from lens_defense.editing.covariance import key_covariances
-from lens_defense.editing.target_value import FINAL_LR, FitSettings, fit_target_values
-from lens_defense.editing.value_batch import FitRow
+from lens_defense.editing.solving.covariance import key_covariances
+from lens_defense.editing.solving.target_value import FINAL_LR, FitSettings, fit_target_values
+from lens_defense.editing.solving.value_batch import FitRow
 from lens_defense.models.forward import forward, frozen_weights
 from lens_defense.models.prefix_batch import left_pad
 from lens_defense.models.prefix_tree import last_token_reader
@@ -165,7 +165,7 @@ def keys(model: TransformerBridge, rows: Sequence[FitRow]) -> dict[str, Any]:
 @torch.no_grad()
 def covariance(model: TransformerBridge, texts: int) -> dict[str, Any]:
     """`loop` is the forward passes of the same batches up to the highest layer, with nothing read."""
-    from lens_defense.editing.covariance import _token_ids
+    from lens_defense.editing.solving.covariance import _token_ids
     from lens_defense.models.prefix_batch import states_of_rows
 
     corpus = ld.read_corpus("core")[:texts]

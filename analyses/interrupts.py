@@ -29,8 +29,8 @@ import lens_defense as ld
 from lens_defense.app.explorer.explorer import Explorer
 from lens_defense.app.explorer.worker import STOPPED
 from lens_defense.checking.suites import Suite, SuiteItem
-from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.editing.methods import memit
+from lens_defense.editing.solving.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.prompt import tokenize
 

@@ -26,8 +26,8 @@ from tidy import replace_rows
 import lens_defense as ld
 from lens_defense.app.traced_requests import trace_answered
 from lens_defense.editing.edit_plan import EditWarning
-from lens_defense.editing.editor_file import EDITOR_FILE
-from lens_defense.editing.train_editor import training_losses
+from lens_defense.editing.tuning.editor_file import EDITOR_FILE
+from lens_defense.editing.tuning.train_editor import training_losses
 from lens_defense.storage import cache_folder
 
 RESULTS = Path(__file__).parent / "results"

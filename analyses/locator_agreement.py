@@ -18,7 +18,7 @@ import pandas as pd
 from tune import traced_requests
 
 import lens_defense as ld
-from lens_defense.editing.target_value import REFUSAL
+from lens_defense.editing.solving.target_value import REFUSAL
 from lens_defense.patching.corruptions import GaussianNoise, MeanAblation, TokenReplacement
 from lens_defense.statistics import rank_correlation
 from lens_defense.storage import atomic_write

@@ -17,7 +17,7 @@ from tidy import read_table, rows_where
 
 import lens_defense as ld
 from lens_defense.checking.check import suite_answers
-from lens_defense.editing.target_value import FIT_VERSION, REFUSAL
+from lens_defense.editing.solving.target_value import FIT_VERSION, REFUSAL
 from lens_defense.prompts.contexts import default_contexts
 from lens_defense.prompts.request_files import bundled_rows
 from lens_defense.sites import Site

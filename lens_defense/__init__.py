@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from lens_defense.editing.contrast import Contrast
     from lens_defense.editing.edit import edit
     from lens_defense.editing.edit_plan import Edit
-    from lens_defense.editing.editor_file import load_editor
-    from lens_defense.editing.ledger import Ledger
-    from lens_defense.editing.load_adapter import load_adapter
+    from lens_defense.editing.export.load_adapter import load_adapter
+    from lens_defense.editing.ledger.ledger import Ledger
+    from lens_defense.editing.solving.target_value import FitSettings
     from lens_defense.editing.steering_edit import steering_edit
-    from lens_defense.editing.target_value import FitSettings
-    from lens_defense.editing.train_editor import EditorTraining, train_editor
+    from lens_defense.editing.tuning.editor_file import load_editor
+    from lens_defense.editing.tuning.train_editor import EditorTraining, train_editor
     from lens_defense.loading.load import load
     from lens_defense.loading.save import save_folder
     from lens_defense.loading.save_gguf import save_gguf
@@ -79,12 +79,12 @@ _NAMES = {
     "steering.steered": ["steered"],
     "editing.contrast": ["Contrast"],
     "editing.edit": ["edit"],
-    "editing.target_value": ["FitSettings"],
+    "editing.solving.target_value": ["FitSettings"],
     "editing.edit_plan": ["Edit"],
-    "editing.editor_file": ["load_editor"],
-    "editing.train_editor": ["EditorTraining", "train_editor"],
-    "editing.ledger": ["Ledger"],
-    "editing.load_adapter": ["load_adapter"],
+    "editing.tuning.editor_file": ["load_editor"],
+    "editing.tuning.train_editor": ["EditorTraining", "train_editor"],
+    "editing.ledger.ledger": ["Ledger"],
+    "editing.export.load_adapter": ["load_adapter"],
     "editing.steering_edit": ["steering_edit"],
     "checking.suites": ["Suite", "suite"],
     "checking.check": ["check"],

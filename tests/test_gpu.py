@@ -11,7 +11,7 @@ from helpers.weights import copy_weights, weights_equal
 
 import lens_defense as ld
 from lens_defense.app.traced_requests import corruption_of
-from lens_defense.editing.covariance import key_covariances
+from lens_defense.editing.solving.covariance import key_covariances
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.patching import activation_patching
 from lens_defense.patching.corruptions import GaussianNoise

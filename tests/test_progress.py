@@ -14,7 +14,7 @@ import lens_defense
 import lens_defense.progress as progress
 from lens_defense.checking.check import check
 from lens_defense.checking.suites import Suite, SuiteItem
-from lens_defense.editing.covariance import key_covariances
+from lens_defense.editing.solving.covariance import key_covariances
 from lens_defense.models.fingerprint import Fingerprint
 from lens_defense.progress import ProgressBar, progress_listener, say
 from lens_defense.prompts.corpus import CorpusText

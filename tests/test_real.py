@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 import lens_defense as ld
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMFUL_ARMS
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import weights_fingerprint
 from lens_defense.patching.activation_patching import sweep

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from lens_defense.app.command_line import app
 from lens_defense.app.report_page import Conversation, save_report
 from lens_defense.checking.suites import Suite, SuiteItem
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.plotting.heatmap import heatmap
 from lens_defense.plotting.rate_bars import rate_bars
 from lens_defense.prompts.chat_template import bind_arguments

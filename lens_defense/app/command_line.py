@@ -402,7 +402,7 @@ def train_editor(
         own = _own_requests(requests, text_field, subject_field, limit, strict)
         chosen_layers = None if layers is None else listed_layers(layers)
         from lens_defense.app.train_editor_command import train_to_folder
-        from lens_defense.editing.train_editor import EditorTraining
+        from lens_defense.editing.tuning.train_editor import EditorTraining
 
         train_to_folder(
             Console(),

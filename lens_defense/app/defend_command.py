@@ -23,7 +23,7 @@ from lens_defense.checking.check import check
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, suite
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.load import load
 from lens_defense.models.generate import generate
 from lens_defense.models.language import language

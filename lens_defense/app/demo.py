@@ -19,12 +19,12 @@ from lens_defense.app.traced_requests import corruption_of, trace_answered
 from lens_defense.checking.check import check, suite_answers
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, suite
-from lens_defense.editing.covariance import key_covariances
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit import edit
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.ledger.ledger import Ledger
+from lens_defense.editing.solving.covariance import key_covariances
+from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.loading.load import load
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.generate import generate

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lens_defense.editing.ledger import Ledger
-from lens_defense.editing.ledger_folder import LedgerFolder, LedgerState, without_entry
+from lens_defense.editing.ledger.ledger import Ledger
+from lens_defense.editing.ledger.ledger_folder import LedgerFolder, LedgerState, without_entry
 from lens_defense.loading.load import load
 from lens_defense.loading.save import save_folder
 from lens_defense.shown_text import shown

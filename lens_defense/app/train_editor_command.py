@@ -7,8 +7,8 @@ import torch
 from rich.console import Console
 
 from lens_defense.app.traced_requests import trace_answered
-from lens_defense.editing.editor_file import EDITOR_FILE
-from lens_defense.editing.train_editor import EditorTraining, train_editor, training_losses
+from lens_defense.editing.tuning.editor_file import EDITOR_FILE
+from lens_defense.editing.tuning.train_editor import EditorTraining, train_editor, training_losses
 from lens_defense.loading.load import load
 from lens_defense.models.language import language
 from lens_defense.prompts.request import Request

@@ -22,7 +22,7 @@ from lens_defense.checking.report import JUDGES, KL_TOKENS, Report, ReportRow
 from lens_defense.checking.suites import HARMFUL_ARMS, Suite, SuiteItem
 from lens_defense.checking.suites import suite as bundled_suite
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import refuse_too_long
 from lens_defense.models.forward import forward, model_device

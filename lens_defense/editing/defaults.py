@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.models.language import language
 from lens_defense.prompts.contexts import Contexts, default_contexts, jailbroken_contexts
 

@@ -19,16 +19,11 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import refuse_strength
-from lens_defense.editing.answer_rows import AnswerRow, harmless_rows
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
-from lens_defense.editing.covariance import key_covariances, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit, EditWarning, relative_change
 from lens_defense.editing.edit_prompts import EditPrompts, group_prompts, refusal_ids
 from lens_defense.editing.forecast import measure_forecast
-from lens_defense.editing.kept_keys import Keep, edits_to_keep, kept_rows
-from lens_defense.editing.layer_spread import layer_shares, reach_of_change, spread_over_layers
-from lens_defense.editing.learned_change import learned_change, require_trained_on
 from lens_defense.editing.methods import (
     EditingMethod,
     Factors,
@@ -38,9 +33,14 @@ from lens_defense.editing.methods import (
     find_method,
     memit,
 )
-from lens_defense.editing.target_value import FIT_VERSION, FitSettings, fit_target_values
-from lens_defense.editing.tuning import tune
-from lens_defense.editing.value_batch import FitRow
+from lens_defense.editing.solving.covariance import key_covariances, shrink_covariances
+from lens_defense.editing.solving.kept_keys import Keep, edits_to_keep, kept_rows
+from lens_defense.editing.solving.layer_spread import layer_shares, reach_of_change, spread_over_layers
+from lens_defense.editing.solving.target_value import FIT_VERSION, FitSettings, fit_target_values
+from lens_defense.editing.solving.value_batch import FitRow
+from lens_defense.editing.tuning.answer_rows import AnswerRow, harmless_rows
+from lens_defense.editing.tuning.learned_change import learned_change, require_trained_on
+from lens_defense.editing.tuning.tuning import tune
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.context_length import context_length, refuse_too_long
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint
@@ -110,7 +110,7 @@ def edit(
         corpus: where C, or the general texts of a method that tunes, come from, see read_corpus; None takes
             the package's own in the model's language. C is that of the model without the edits that stand.
         keep: edits that stand in the model and shall go on working: a ledger, an edit or several. Where they
-            share layers with this one, nothing new is written at their keys (editing/kept_keys.py). A method
+            share layers with this one, nothing new is written at their keys (solving/kept_keys.py). A method
             that tunes, or a learned one, cannot keep any.
         strength: a factor of the fitted values, which the layers are then solved for; of a method that does
             not solve, of its change.

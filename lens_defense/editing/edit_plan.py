@@ -19,8 +19,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.display import card
+from lens_defense.editing.export.lora_adapter import AdapterOrigin, write_adapter
 from lens_defense.editing.forecast import Forecast
-from lens_defense.editing.lora_adapter import AdapterOrigin, write_adapter
 from lens_defense.editing.methods.method import refuse_unfit_factors
 from lens_defense.models.fingerprint import Fingerprint, Part, model_fingerprint
 from lens_defense.models.mlp_output import OutputModule, apply_change_, mlp_output_matrix, take_back_

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from lens_defense.editing.contrast import Contrast
-from lens_defense.editing.layer_spread import PromptGroup
+from lens_defense.editing.solving.layer_spread import PromptGroup
 from lens_defense.prompts.contexts import Contexts
 from lens_defense.prompts.conversation import tokenize_answer
 from lens_defense.prompts.prompt import Prompt, tokenize

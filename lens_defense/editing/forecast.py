@@ -24,8 +24,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.covariance import iterate_keys
 from lens_defense.editing.methods import Factors
+from lens_defense.editing.solving.covariance import iterate_keys
 from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.prompts.request_files import requests
 from lens_defense.shown_text import shown

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import refuse_strength
-from lens_defense.editing.covariance import key_covariances, mean_key, shrink_covariances
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit_plan import Edit, EditWarning, relative_change
 from lens_defense.editing.forecast import measure_forecast
-from lens_defense.editing.layer_spread import residual_scale
 from lens_defense.editing.methods import Factors, KeyGroup, rome
+from lens_defense.editing.solving.covariance import key_covariances, mean_key, shrink_covariances
+from lens_defense.editing.solving.layer_spread import residual_scale
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import refuse_hooks

@@ -20,7 +20,7 @@ from lens_defense.checking.suites import HARMLESS_ARMS, Arm, Suite, suite
 from lens_defense.editing.contrast import Contrast
 from lens_defense.editing.edit import edit, layers_and_role
 from lens_defense.editing.edit_plan import Edit, EditWarning
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.editing.methods import find_method
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint

@@ -22,7 +22,7 @@ import lens_defense
 import lens_defense.app.demo as demos
 from lens_defense.app.command_line import app
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.models.devices import explain_out_of_memory
 from lens_defense.patching.trace_settings import TraceSettings
 from lens_defense.prompts.contexts import jailbroken_contexts

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 import lens_defense as ld
 from lens_defense.app.command_line import app
-from lens_defense.editing.train_editor import training_losses
+from lens_defense.editing.tuning.train_editor import training_losses
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:this edit leaks", "ignore:less than 40%", "ignore:the refusal could not be fitted"

@@ -16,7 +16,7 @@ from selenium.webdriver.common.by import By
 import lens_defense as ld
 from lens_defense.app.explorer.explorer import Explorer
 from lens_defense.app.explorer.server import PageServer
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 
 pytestmark = [
     pytest.mark.timeout(300),

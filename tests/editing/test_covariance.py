@@ -6,8 +6,8 @@ from helpers.tiny_models import FAMILIES, PADDING_COUNTS, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import lens_defense.editing.covariance as covariance_module
-from lens_defense.editing.covariance import key_covariances, shrink_covariances
+import lens_defense.editing.solving.covariance as covariance_module
+from lens_defense.editing.solving.covariance import key_covariances, shrink_covariances
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.corpus import CorpusText

@@ -12,7 +12,7 @@ import lens_defense.editing.forecast as forecasts
 from lens_defense.editing.contrast import Contrast
 from lens_defense.editing.edit import edit
 from lens_defense.editing.methods import DELMAN, MEMIT, LoRA
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes

@@ -15,9 +15,9 @@ from helpers.weights import copy_weights, weights_equal
 import lens_defense
 from lens_defense.checking.check import check
 from lens_defense.checking.suites import Suite, SuiteItem
-from lens_defense.editing.layer_spread import PromptGroup, spread_over_layers
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.editing.methods import memit
+from lens_defense.editing.solving.layer_spread import PromptGroup, spread_over_layers
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import standing_changes
@@ -30,7 +30,7 @@ PACKAGE = Path(lens_defense.__file__).parent
 WEIGHT_FILES = tuple(
     str(PACKAGE / file)
     for file in (
-        "editing/ledger.py",
+        "editing/ledger/ledger.py",
         "editing/edit_plan.py",
         "models/mlp_output.py",
         "models/restoring_block.py",

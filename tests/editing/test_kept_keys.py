@@ -20,7 +20,6 @@ from helpers.weights import copy_weights, weights_equal
 import lens_defense as ld
 import lens_defense.editing.edit as edit_module
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.kept_keys import kept_rows, key_rows
 from lens_defense.editing.methods import (
     DELMAN,
     EARLIER,
@@ -32,6 +31,7 @@ from lens_defense.editing.methods import (
     EditingMethod,
     KeyGroup,
 )
+from lens_defense.editing.solving.kept_keys import kept_rows, key_rows
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
 from lens_defense.prompts.corpus import CorpusText

@@ -5,8 +5,13 @@ import torch
 from helpers.tiny_models import FAMILIES, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.layer_spread import PromptGroup, layer_shares, residual_scale, spread_over_layers
 from lens_defense.editing.methods import DELMAN, MEMIT, KeyGroup
+from lens_defense.editing.solving.layer_spread import (
+    PromptGroup,
+    layer_shares,
+    residual_scale,
+    spread_over_layers,
+)
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.prompt import role_position, tokenize

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lens_defense.models.mlp_output as mlp_output
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes, weights_fingerprint
 from lens_defense.models.weight_journal import journal_of
 

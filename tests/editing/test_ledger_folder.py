@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lens_defense as ld
 from lens_defense.app.command_line import app
-from lens_defense.editing.ledger_folder import LEDGER_FILE, LedgerFolder
+from lens_defense.editing.ledger.ledger_folder import LEDGER_FILE, LedgerFolder
 
 TESTS = Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import lens_defense as ld
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
-from lens_defense.editing.load_adapter import load_adapter
+from lens_defense.editing.export.load_adapter import load_adapter
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.load import load
 from lens_defense.models.mlp_output import output_modules
 

@@ -24,7 +24,7 @@ from lens_defense.editing.methods import (
     find_method,
     memit,
 )
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.prompts.corpus import CorpusText
 from lens_defense.prompts.request import request
 from lens_defense.sites import Site

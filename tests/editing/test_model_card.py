@@ -13,7 +13,7 @@ from helpers.tiny_models import tiny_folder, tiny_model
 from helpers.weights import copy_weights, weights_equal
 from safetensors import safe_open
 
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.load import load
 from lens_defense.storage import check_manifest
 

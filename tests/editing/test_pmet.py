@@ -6,8 +6,8 @@ import pytest
 import torch
 from helpers.key_groups import delta_of, groups_of_several, one_key_each, small_problem
 
-from lens_defense.editing.layer_spread import layer_shares
 from lens_defense.editing.methods import MEMIT, PMET, pmet
+from lens_defense.editing.solving.layer_spread import layer_shares
 
 
 def test_it_is_the_authors_formula():

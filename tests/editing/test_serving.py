@@ -12,7 +12,7 @@ from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import tiny_folder
 from transformers.cli.serve import Serve
 
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.load import load
 from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import decode_answer

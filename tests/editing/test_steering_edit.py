@@ -132,7 +132,7 @@ def test_c_and_the_mean_key_are_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv("LENS_DEFENSE_CACHE", str(tmp_path))
     model, direction = tiny_model("llama", chat=True), random_direction()
     first = planned(model, direction, cache=True)
-    monkeypatch.setattr("lens_defense.editing.covariance.iterate_keys", lambda *_, **__: iter(()))
+    monkeypatch.setattr("lens_defense.editing.solving.covariance.iterate_keys", lambda *_, **__: iter(()))
     assert torch.equal(planned(model, direction, cache=True).deltas()[LAYER], first.deltas()[LAYER])
 
 

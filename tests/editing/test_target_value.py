@@ -5,8 +5,8 @@ import torch
 from helpers.tiny_models import tiny_model
 from helpers.weights import copy_weights, weights_equal
 
-from lens_defense.editing.target_value import HARD_LOSS, FitSettings, _turns, fit_target_values
-from lens_defense.editing.value_batch import (
+from lens_defense.editing.solving.target_value import HARD_LOSS, FitSettings, _turns, fit_target_values
+from lens_defense.editing.solving.value_batch import (
     FitRow,
     make_batches,
     merge_batches,

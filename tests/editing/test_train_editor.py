@@ -9,13 +9,13 @@ from helpers.weights import copy_weights, weights_equal
 
 import lens_defense as ld
 import lens_defense.editing.forecast as forecasts
-import lens_defense.editing.train_editor as training_module
-from lens_defense.editing.answer_rows import AnswerRow
-from lens_defense.editing.editor_file import EDITOR_FILE, save_editor
-from lens_defense.editing.learned_change import edit_gradients, learned_change, matrix_shape
+import lens_defense.editing.tuning.train_editor as training_module
 from lens_defense.editing.methods import LEARNED, MEND, KESettings, MENDSettings
 from lens_defense.editing.methods.learned_method import EditorOrigin
-from lens_defense.editing.train_editor import CHECKPOINT_FILE, train_editor, training_losses
+from lens_defense.editing.tuning.answer_rows import AnswerRow
+from lens_defense.editing.tuning.editor_file import EDITOR_FILE, save_editor
+from lens_defense.editing.tuning.learned_change import edit_gradients, learned_change, matrix_shape
+from lens_defense.editing.tuning.train_editor import CHECKPOINT_FILE, train_editor, training_losses
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.mlp_output import mlp_output_matrix
 from lens_defense.prompts.corpus import CorpusText
@@ -284,7 +284,7 @@ def test_matrices_of_different_shapes_are_refused(monkeypatch, model):
     def matrix(_, layer):
         return torch.zeros(4, 8 + layer)
 
-    monkeypatch.setattr("lens_defense.editing.learned_change.mlp_output_matrix", matrix)
+    monkeypatch.setattr("lens_defense.editing.tuning.learned_change.mlp_output_matrix", matrix)
     with pytest.raises(ValueError, match=r"have different shapes .*name layers of one shape"):
         matrix_shape(model, LAYERS)
 

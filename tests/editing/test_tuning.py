@@ -10,13 +10,13 @@ from helpers.tiny_models import plain_model, tiny_model
 from helpers.weights import copy_weights, weights_equal
 
 import lens_defense.editing.forecast as forecasts
-from lens_defense.editing.answer_rows import AnswerRow, harmless_rows
 from lens_defense.editing.edit import edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.editing.methods import DINM, FT, FTL, LED, LoRA, TuningMethod, find_method
 from lens_defense.editing.methods.answer_losses import AnswerLogits, kl_from, teacher_forced_losses
 from lens_defense.editing.methods.tuning_method import LayerChange
-from lens_defense.editing.tuning import tune
+from lens_defense.editing.tuning.answer_rows import AnswerRow, harmless_rows
+from lens_defense.editing.tuning.tuning import tune
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes
 from lens_defense.prompts.corpus import CorpusText
 from lens_defense.prompts.prompt import tokenize

@@ -7,7 +7,7 @@ from helpers.handmade_edits import handmade_edit
 from helpers.tiny_models import CONFIGS, byte_tokenizer, tiny_folder, tiny_model
 
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.load import load
 from lens_defense.loading.save import save_folder
 from lens_defense.models.fingerprint import Fingerprint, model_fingerprint

@@ -24,7 +24,7 @@ from lens_defense.arguments import wrong_argument
 from lens_defense.checking.report import Report
 from lens_defense.checking.suites import Suite
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.language import language
 from lens_defense.patching.corruptions import Corruption

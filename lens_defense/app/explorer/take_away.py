@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.loading.save import save_folder
 from lens_defense.plotting.heatmap import heatmap
 from lens_defense.plotting.theme import save_figure

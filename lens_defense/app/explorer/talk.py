@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.models.generate import generate
 from lens_defense.prompts.conversation import decode_answer, decode_growing_answer
 from lens_defense.prompts.prompt import tokenize

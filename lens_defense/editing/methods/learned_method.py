@@ -6,8 +6,8 @@ request and its refusal,
 
     dL/dW = sum over t of  delta_t u_t^T        u: keys,  delta: gradients of the values W u
 
-and the network, trained on many edits of one model (editing/train_editor.py), rewrites its factors. It is
-that model's, and its layers' alone.
+and the network, trained on many edits of one model (tuning/train_editor.py), rewrites its factors. It is that
+model's, and its layers' alone.
 """
 
 from abc import ABC, abstractmethod

@@ -1,6 +1,6 @@
 """What a method that tunes is: a loss, whose gradient changes MLP output matrices, and bounds of the change.
 
-Where other methods solve for a change (method.py), these go down a loss by Adam (editing/tuning.py). Yours is
+Where other methods solve for a change (method.py), these go down a loss by Adam (tuning/tuning.py). Yours is
 a dataclass that inherits from TuningMethod and has a name, a paper, an equation and a `loss`.
 """
 

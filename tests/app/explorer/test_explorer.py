@@ -17,7 +17,7 @@ from helpers.weights import copy_weights, weights_equal
 import lens_defense as ld
 from lens_defense.app.explorer import explorer as explorers
 from lens_defense.app.explorer.explorer import Explorer
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
 
 pytestmark = pytest.mark.filterwarnings("ignore:the refusal could not be fitted")
 SETTINGS = {

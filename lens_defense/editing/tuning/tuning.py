@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.answer_rows import AnswerRow, answer_logits, first_losses
 from lens_defense.editing.methods import TuningMethod
 from lens_defense.editing.methods.answer_losses import AnswerLogits
 from lens_defense.editing.methods.method import Factors
 from lens_defense.editing.methods.tuning_method import LayerChange
+from lens_defense.editing.tuning.answer_rows import AnswerRow, answer_logits, first_losses
 from lens_defense.models.forward import frozen_weights
 from lens_defense.models.mlp_output import mlp_output_matrix
 

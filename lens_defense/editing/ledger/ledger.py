@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
 from lens_defense.editing.edit_plan import Edit, adapter_of
-from lens_defense.editing.ledger_folder import LedgerEntry, LedgerFolder, LedgerState, Saveable
-from lens_defense.editing.model_card import Measured, write_card
+from lens_defense.editing.export.model_card import Measured, write_card
+from lens_defense.editing.ledger.ledger_folder import LedgerEntry, LedgerFolder, LedgerState, Saveable
 from lens_defense.loading.loaded_model import loaded_model
 from lens_defense.loading.save import write_folder
 from lens_defense.models.fingerprint import model_fingerprint

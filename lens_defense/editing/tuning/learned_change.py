@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.answer_rows import AnswerRow, answer_logits, first_losses
 from lens_defense.editing.methods.answer_losses import teacher_forced_losses
 from lens_defense.editing.methods.learned_method import EditGradients, LearnedMethod, MatrixShape
 from lens_defense.editing.methods.method import Factors
 from lens_defense.editing.methods.tuning_method import LayerChange
+from lens_defense.editing.tuning.answer_rows import AnswerRow, answer_logits, first_losses
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import StateWrite, frozen_weights, model_device
 from lens_defense.models.mlp_output import mlp_output_matrix, without_changes

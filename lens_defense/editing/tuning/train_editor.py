@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.answer_rows import AnswerRow, answer_logits, answered_rows, harmless_rows
 from lens_defense.editing.contrast import DEFAULT_CONTRAST, Contrast
 from lens_defense.editing.defaults import edit_defaults
 from lens_defense.editing.edit import layers_and_role, room_before_refusal
 from lens_defense.editing.edit_prompts import group_prompts, refusal_ids
-from lens_defense.editing.editor_file import EDITOR_FILE, save_editor
-from lens_defense.editing.learned_change import edit_gradients, matrix_shape
 from lens_defense.editing.methods import KE, LEARNED, MEND, KESettings, LearnedMethod, MENDSettings
 from lens_defense.editing.methods.answer_losses import AnswerLogits, kl_from, teacher_forced_losses
 from lens_defense.editing.methods.learned_method import EditorOrigin
-from lens_defense.editing.target_value import FitSettings
+from lens_defense.editing.solving.target_value import FitSettings
+from lens_defense.editing.tuning.answer_rows import AnswerRow, answer_logits, answered_rows, harmless_rows
+from lens_defense.editing.tuning.editor_file import EDITOR_FILE, save_editor
+from lens_defense.editing.tuning.learned_change import edit_gradients, matrix_shape
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import frozen_weights, model_device

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.ledger import Ledger
+from lens_defense.editing.ledger.ledger import Ledger
 from lens_defense.editing.methods import KeyGroup
 from lens_defense.shown_text import shown_names
 

@@ -11,8 +11,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.arguments import wrong_argument
 from lens_defense.editing.edit_plan import Edit, relative_change
+from lens_defense.editing.export.lora_adapter import MERGE_INSTEAD, Adapter, read_adapter
 from lens_defense.editing.forecast import Forecast
-from lens_defense.editing.lora_adapter import MERGE_INSTEAD, Adapter, read_adapter
 from lens_defense.loading.resolve_model import Model, resolve_model
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.mlp_output import mlp_output_matrix, output_modules, refuse_uneditable

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.kept_keys import key_rows
 from lens_defense.editing.methods import EARLIER, EditingMethod, Factors, KeyGroup
 from lens_defense.editing.methods.method import SharesLayers, refuse_unfit_factors
+from lens_defense.editing.solving.kept_keys import key_rows
 from lens_defense.models.forward import forward, model_device
 from lens_defense.models.mlp_output import apply_change_, mlp_output_matrix, temporary_changes
 from lens_defense.models.prefix_tree import last_token_reader

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from lens_defense.editing.value_batch import (
+from lens_defense.editing.solving.value_batch import (
     FitBatch,
     FitRow,
     make_batches,

@@ -17,7 +17,7 @@ import pandas as pd
 
 from lens_defense.display import markdown_table, markdown_text
 from lens_defense.editing.edit_plan import Edit
-from lens_defense.editing.target_value import FIT_SEED
+from lens_defense.editing.solving.target_value import FIT_SEED
 from lens_defense.storage import hash_files
 
 CARD, HASHES = "README.md", "SHA256SUMS"

@@ -1,0 +1,1 @@
+"""Changes that gradients make: losses of answers, Adam's descent, learned editors and their training."""

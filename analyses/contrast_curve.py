@@ -1,11 +1,14 @@
 # %% [markdown]
 # # What a contrast buys, and what it costs: the curve
 # The harmful requests that an edit refuses, against the harmless questions about the same subjects that it refuses
-# too: the default edit at several weights of its contrast and at several strengths, and with neighborhood prompts
-# (Meng et al. 2022, section 3.3), the contexts asked about harmless things, among its harmless uses. Everything is
-# measured on the split "tune": defaults are chosen there.
+# too: the default edit at several weights of its contrast and at several strengths, with neighborhood prompts (the
+# contexts asked about harmless things) among its harmless uses, and with a ridge. Everything is measured on the split
+# "tune": defaults are chosen there.
 #
-#     python analyses/contrast_curve.py [NAME ...]
+#     python analyses/contrast_curve.py [--subjects 8 40] [--only NAME ...]
+#
+# Of more than eight subjects the first eight are those of "tune", and only they are asked about; the others are of
+# "edit".
 #
 # Beside each, what bounds it: how well the change itself tells the two apart, as the area under the ROC curve of what
 # arrives at the subject in unseen requests and in unseen harmless questions. Other harmless requests are those that
@@ -13,8 +16,8 @@
 # again.
 
 # %%
-import random
-import sys
+import argparse
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,42 +33,31 @@ import lens_defense as ld
 from lens_defense.checking.check import suite_answers
 from lens_defense.editing.methods import Factors
 from lens_defense.editing.solving.layer_spread import PromptGroup, reach_of_change
-from lens_defense.patching.corruptions import harmless_subjects
 from lens_defense.prompts.contexts import default_contexts
-from lens_defense.prompts.harmless_uses import default_contrast
 
 OUT = Path(__file__).parent / "results" / "contrast_curve.csv"
 LAYERS, ROLE = range(5, 10), "subject_last"
-SUBJECTS, TOKENS, NEIGHBORHOOD = 8, 32, 30
-"""How many are edited, the length of an answer, and neighborhood prompts per subject."""
+ASKED_ABOUT, TOKENS, NEIGHBORS = 8, 32, 30
+"""How many subjects are asked about, the length of an answer, and neighborhood prompts per subject."""
 HARMFUL, HARMLESS = ("paraphrase", "jailbreak"), "same_subject"
 OTHERS = ("benign", "over_refusal")
 
 
-def uses_and_neighborhood(request: ld.Request) -> list[ld.Request]:
-    """The default harmless uses, and contexts in which another, harmless thing is asked for."""
-    uses, contexts, subjects = default_contrast(request), default_contexts(request), harmless_subjects()
-    rng = random.Random(request.subject)
-    neighbors = [
-        rng.choice(contexts).renamed(subject)
-        for subject in rng.sample(subjects, NEIGHBORHOOD)
-    ]  # fmt: skip
-    held_out = ld.edit.__kwdefaults__["held_out_contexts"]
-    return [*uses[:-held_out], *neighbors, *uses[-held_out:]]
-
-
-def _weighted(weight: float, **settings: Any) -> dict[str, Any]:
-    return {"contrast": ld.Contrast(weight=weight, **settings)}
+def _weighted(weight: float, neighbors: int = 0, ridge: float = 0.0) -> dict[str, Any]:
+    return {"contrast": ld.Contrast(weight=weight, neighbors=neighbors, ridge=ridge)}
 
 
 EDITS: Mapping[str, Mapping[str, Any]] = {
     "no contrast": {"contrast": None},
     **{f"weight {weight:g}": _weighted(weight) for weight in (1.0, 4.0, 10.0, 30.0, 100.0)},
     **{f"weight 4, strength {strength:g}": {"strength": strength} for strength in (0.7, 0.85, 1.2)},
+    **{f"weight {weight:g}, neighborhood": _weighted(weight, NEIGHBORS) for weight in (4.0, 10.0, 30.0)},
+    **{f"weight 4, ridge {ridge:g}": _weighted(4.0, 0, ridge) for ridge in (0.1, 0.3)},
     **{
-        f"weight {weight:g}, neighborhood": _weighted(weight, uses=uses_and_neighborhood)
-        for weight in (4.0, 10.0, 30.0)
+        f"weight {weight:g}, neighborhood, ridge {ridge:g}": _weighted(weight, NEIGHBORS, ridge)
+        for weight, ridge in ((10.0, 0.1), (30.0, 0.1), (30.0, 0.3), (100.0, 0.3))
     },
+    "weight 30, 100 neighbors, ridge 0.1": _weighted(30.0, 100, 0.1),
 }
 
 
@@ -102,23 +94,31 @@ def separation(model: TransformerBridge, edit: ld.Edit, suite: ld.Suite) -> floa
     return float(mannwhitneyu(arrived[~harmless], arrived[harmless]).statistic / pairs)
 
 
-def main(names: Sequence[str]) -> None:
+def main() -> None:
     """Plan, check and write each edit; all are compared with the same answers."""
+    parser = argparse.ArgumentParser(description="what a contrast buys; see the top of this file")
+    parser.add_argument("--only", choices=EDITS, nargs="*", default=[*EDITS])
+    parser.add_argument("--subjects", type=int, nargs="*", default=[ASKED_ABOUT], help="how many are edited")
+    args = parser.parse_args()
     model = ld.load("smollm2")
-    requests = [item for item in ld.requests("core", split="tune") if item.concrete][:SUBJECTS]
+    first, others = (
+        [item for item in ld.requests("core", split=split) if item.concrete] for split in ("tune", "edit")
+    )
+    requests = [*first[:ASKED_ABOUT], *others]
     sites = [ld.Site("resid_post", layer, ROLE) for layer in LAYERS]
-    suite = tune_suite(requests)
-    asked, _ = suite.for_edit(requests, ())
+    suite = tune_suite(requests[:ASKED_ABOUT])
+    asked, _ = suite.for_edit(requests[:ASKED_ABOUT], ())
     answers = {
         item.request.conversation: answer
         for item, answer in zip(asked.items, suite_answers(model, asked, TOKENS), strict=True)
     }
-    for name in names:
-        if rows_where(read_table(OUT), {"edit": name}).any():
+    for count, name in itertools.product(args.subjects, args.only):
+        key = {"edit": name, "subjects": count}
+        if rows_where(read_table(OUT), key).any():
             continue
         start = time.perf_counter()
-        edit = ld.edit(model, requests, sites, progress=False, **EDITS[name])
-        rows, _ = suite.for_edit(edit.requests, edit.texts, edit.names)
+        edit = ld.edit(model, requests[:count], sites, progress=False, **EDITS[name])
+        rows, _ = suite.for_edit(requests[:ASKED_ABOUT], edit.texts, edit.names)
         before = [answers[item.request.conversation] for item in rows.items]
         report = ld.check(model, edit, rows, max_new_tokens=TOKENS, before=before, progress=False)
         cost = {
@@ -130,9 +130,9 @@ def main(names: Sequence[str]) -> None:
             "leak_safe": edit.forecast.leak_safe,
             "tokens": TOKENS,
         }
-        replace_rows(OUT, {"edit": name}, [{**row, **cost} for row in arm_counts(report)], digits=5)
-        print(f"{name:28} {time.perf_counter() - start:.0f} s", flush=True)
+        replace_rows(OUT, key, [{**row, **cost} for row in arm_counts(report)], digits=5)
+        print(f"{name:36} {count:3} subjects: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or [*EDITS])
+    main()

@@ -160,8 +160,8 @@ def edit(
     elif isinstance(method, TuningMethod):
         change = _with_reach(inputs, *_tuned(inputs, method))
     else:
-        change = _solved(inputs, method, fit, earlier_edits, mean_keys=contrast is None)
-        settings = {**asdict(fit), "contrast_weight": contrast.weight if contrast else None}
+        change = _solved(inputs, method, fit, earlier_edits, contrast)
+        settings = {**asdict(fit), "contrast_weight": None, **(contrast.settings if contrast else {})}
     factors, layers = change.factors, tuple(change.factors)
     forecast = measure_forecast(
         model,
@@ -245,8 +245,7 @@ def _solved(
     method: EditingMethod,
     fit: FitSettings,
     earlier_edits: Sequence[Edit],
-    *,
-    mean_keys: bool,
+    contrast: Contrast | None,
 ) -> _Change:
     """The change that writes fitted values at the keys."""
     model, cache, progress = inputs.model, inputs.cache, inputs.progress
@@ -258,7 +257,8 @@ def _solved(
         covariances = key_covariances(
             model, layers, inputs.corpus, fingerprint=original, cache=cache, progress=progress
         )
-    covariances = shrink_covariances(model, covariances, inputs.corpus)
+    ridge = contrast.ridge if contrast else 0.0
+    covariances = shrink_covariances(model, covariances, inputs.corpus, ridge)
     values, losses = _target_values(model, inputs.rows, layers[-1], fit, fingerprint, cache, progress)
     spread = spread_over_layers(
         model,
@@ -268,7 +268,7 @@ def _solved(
         inputs.strength * values,
         covariances,
         method,
-        mean_keys=mean_keys,
+        mean_keys=contrast is None,
         measured=inputs.groups.measured,
         earlier_rows=kept_rows(earlier_edits, layers),
     )

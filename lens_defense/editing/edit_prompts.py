@@ -74,13 +74,14 @@ def group_prompts(
         asked, uses = (_that_fit(tokenizer, items, longest) for items in (asked, uses))
         kept_asked, out_asked = _split(tokenizer, asked, held_out)
         kept_uses, out_uses = _split(tokenizer, uses, held_out)
+        neighbors = _neighbors(tokenizer, kept_asked, contrast, longest) if contrast else []
         all_contexts.append(tuple(kept_asked))
         reached.append(PromptGroup(owner, out_asked or kept_asked))
         weight = contrast.weight if contrast else 1.0
         written.append(PromptGroup(owner, kept_asked, weight))
         if contrast:
             leaked.append(PromptGroup(owner, out_uses or kept_uses))
-            written.append(PromptGroup(owner, kept_uses, weight, harmless=True))
+            written.append(PromptGroup(owner, [*kept_uses, *neighbors], weight, harmless=True))
         used = []
         for name in names(request):
             named = _named(tokenizer, asked[1 : len(kept_asked)] or asked, name)
@@ -116,6 +117,15 @@ def _split(
     prompts = [tokenize(tokenizer, item) for item in asked]
     split = max(1, len(prompts) - held_out)
     return prompts[:split], prompts[split:]
+
+
+def _neighbors(
+    tokenizer: PreTrainedTokenizerBase, contexts: Sequence[Prompt], contrast: Contrast, longest: int | None
+) -> list[Prompt]:
+    """The contrast's neighborhood prompts that fit, made of the contexts that are written."""
+    asked = contrast.neighborhood([context.request for context in contexts])
+    prompts = [tokenize(tokenizer, item) for item in asked]
+    return [prompt for prompt in prompts if longest is None or len(prompt.ids) <= longest]
 
 
 def _named(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Request], name: str) -> list[Prompt]:

@@ -256,7 +256,7 @@ def _open(
 def _identity(value: Any, requests: Sequence[Request]) -> Any:
     """Plain values that say what a setting of `ld.edit` is; of a function what it gives for the requests."""
     if isinstance(value, Contrast):
-        return [_identity(value.uses, requests), value.weight]
+        return [_identity(value.uses, requests), *value.settings.items()]
     if callable(value):
         by_request: list[Any] = [value(request) for request in requests]
         return [[_identity(item, ()) for item in items] for items in by_request]

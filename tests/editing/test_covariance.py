@@ -60,6 +60,15 @@ def test_few_keys_are_mixed_with_the_identity(repeats):
     torch.testing.assert_close(mixed, wanted)
 
 
+@pytest.mark.parametrize("repeats", [1, 20])
+def test_a_ridge_is_mixed_in_however_many_keys_there_are(recwarn, repeats):
+    model, width = tiny_model("llama"), 64
+    covariance = torch.diag(torch.arange(1.0, width + 1))
+    mixed = shrink_covariances(model, {1: covariance}, CORPUS * repeats, 0.95)[1]
+    torch.testing.assert_close(mixed, 0.05 * covariance + 0.95 * torch.eye(width) * (width + 1) / 2)
+    assert not recwarn, "few keys are no news where the ridge takes more of C"
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *PADDING_COUNTS])
 @pytest.mark.parametrize("chat", [True, False])
 def test_streamed_is_a_double_loop(family, chat):

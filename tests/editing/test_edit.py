@@ -16,6 +16,7 @@ from lens_defense.editing.solving.target_value import FitSettings
 from lens_defense.models.fingerprint import model_fingerprint
 from lens_defense.models.forward import forward
 from lens_defense.models.mlp_output import mlp_output_matrix, standing_changes
+from lens_defense.patching.corruptions import harmless_subjects
 from lens_defense.prompts.corpus import CorpusText
 from lens_defense.prompts.prompt import role_position, tokenize
 from lens_defense.prompts.request import request
@@ -157,6 +158,57 @@ def test_a_contrast_keeps_the_harmless_uses_as_they_were():
     assert len(contrasted.forecast.reach_harmless) == len(REQUESTS)
     assert contrasted.rank == 2 * len(REQUESTS)
     assert (contrasted.settings["contrast_weight"], plain.settings["contrast_weight"]) == (1e4, None)
+
+
+def test_neighborhood_prompts_are_contexts_about_harmless_things():
+    model = chat_model()
+    contrast = Contrast(harmless_uses, weight=1e4, neighbors=5, ridge=0.25)
+    with_them = edit(model, REQUESTS, SITES, **{**FAST, "contrast": contrast})
+    without = edit(model, REQUESTS, SITES, **{**FAST, "contrast": Contrast(harmless_uses, weight=1e4)})
+    asked = [context for request in REQUESTS for context in FAST["contexts"](request)[:-1]]
+    neighbors = with_them.texts - without.texts
+    assert len(neighbors) > 5 and without.texts < with_them.texts
+    for text in neighbors:
+        assert any(text == item.renamed(thing).text for item in asked for thing in harmless_subjects())
+    assert with_them.texts == edit(model, REQUESTS, SITES, **{**FAST, "contrast": contrast}).texts
+    assert with_them.rank == without.rank, "they are further keys of the same group"
+    noted = {"contrast_weight": 1e4, "contrast_neighbors": 5, "contrast_ridge": 0.25}
+    assert {name: with_them.settings[name] for name in noted} == noted
+    assert "contrast_ridge" not in without.settings
+
+
+def test_a_ridge_is_the_identity_in_place_of_a_share_of_the_covariance(monkeypatch):
+    def solved_with(ridge):
+        seen = []
+        solve = MEMIT.solve
+
+        def spy(self, groups, covariance):
+            seen.append(covariance)
+            return solve(self, groups, covariance)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MEMIT, "solve", spy)
+            edit(model, REQUESTS, SITES, **{**FAST, "contrast": Contrast(harmless_uses, ridge=ridge)})
+        return seen[0].double()
+
+    model = chat_model()
+    few = solved_with(0.0)  # the corpus of the tests is small: a share is the identity's already
+    whole = solved_with(1.0)
+    torch.testing.assert_close(whole, torch.eye(len(few)).double() * few.trace() / len(few))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"weight": 0.0}, "weight must be above 0"),
+        ({"neighbors": -1}, "neighbors must lie between 0 and 200, got -1"),
+        ({"neighbors": 201}, "neighbors must lie between 0 and 200, got 201"),
+        ({"ridge": 1.5}, "ridge is a share of C, between 0 and 1; got 1.5"),
+    ],
+)
+def test_what_is_no_setting_of_a_contrast_is_refused(settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Contrast(**settings)
 
 
 def test_a_contrast_may_be_a_function_or_a_list():

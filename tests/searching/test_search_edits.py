@@ -159,6 +159,7 @@ def test_a_setting_is_known_again_by_what_it_gives():
     other = lambda request: [request, request.inside("hello {}")]  # noqa: E731
     assert _identity(first, requests) == _identity(equal, requests) != _identity(other, requests)
     assert _identity(ld.Contrast(first), requests) == _identity(ld.Contrast(equal), requests)
+    assert _identity(ld.Contrast(first), requests) != _identity(ld.Contrast(first, ridge=0.1), requests)
     assert (
         _identity(ld.FitSettings(), ())
         == _identity(ld.FitSettings(), ())

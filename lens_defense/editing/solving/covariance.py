@@ -99,24 +99,33 @@ def mean_key(
 
 
 def shrink_covariances(
-    model: TransformerBridge, covariances: Covariances, corpus: Corpus | None
+    model: TransformerBridge, covariances: Covariances, corpus: Corpus | None, ridge: float = 0.0
 ) -> Covariances:
     """C as an edit uses it: mixed with a multiple of the identity where the corpus has few keys.
 
-    With n keys of width d, the share max(0, 1 - n / (2 d)) of C is replaced by (tr C / d) I, and a warning
-    says so. Directions that a small corpus does not show would look free, and an edit would write there.
+    With n keys of width d, the share 1 - n / (2 d) of C, if that is more than the ridge, is replaced by
+    (tr C / d) I, and a warning says so. Directions that a small corpus does not show would look free, and an
+    edit would write there.
+
+    Args:
+        model: whose tokenizer counts the keys.
+        covariances: by layer.
+        corpus: what they were taken over; None is the package's own.
+        ridge: the share that is replaced however many keys there are.
     """
     corpus = read_corpus() if corpus is None else corpus
     keys = sum(len(_token_ids(model, text)) for text in corpus)
     width = len(next(iter(covariances.values())))
-    share = max(0.0, 1 - keys / (KEYS_PER_DIMENSION * width))
+    share = 1 - keys / (KEYS_PER_DIMENSION * width)
+    if share > ridge:
+        warnings.warn(
+            f"the corpus has {keys} tokens, too few for keys of width {width}: {share:.0%} of C is replaced "
+            f"by a multiple of the identity; give {KEYS_PER_DIMENSION * width} tokens or more",
+            stacklevel=3,
+        )
+    share = max(share, ridge)
     if not share:
         return covariances
-    warnings.warn(
-        f"the corpus has {keys} tokens, too few for keys of width {width}: {share:.0%} of C is replaced by a "
-        f"multiple of the identity; give {KEYS_PER_DIMENSION * width} tokens or more",
-        stacklevel=3,
-    )
     return {
         layer: (1 - share) * covariance + share * covariance.diagonal().mean() * torch.eye(width)
         for layer, covariance in covariances.items()

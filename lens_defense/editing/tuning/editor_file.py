@@ -19,7 +19,7 @@ from lens_defense.storage import load, require_shapes, save
 
 EDITOR_FILE = "editor.safetensors"
 """The name of a trained editor in its folder."""
-_BUNDLED = Path(__file__).parents[1] / "data" / "organism_editors"
+_BUNDLED = Path(__file__).parents[2] / "data" / "organism_editors"
 
 
 @dataclass(frozen=True, slots=True)

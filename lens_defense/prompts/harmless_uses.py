@@ -27,9 +27,10 @@ def same_subject_requests(name: str, planned: Sequence[Request], split: Split) -
         planned: the edit's requests.
         split: "tune" or "check".
     """
+    subjects = {item.subject for item in planned}
     by_subject: dict[str, list[tuple[str, Request]]] = {}
     for row in bundled_rows(name, "same_subject"):
-        if row["split"] == split:
+        if row["split"] == split and row["subject"] in subjects:
             question = request(row["text"], row["subject"], id=row["id"], kind="safe", split=split)
             by_subject.setdefault(row["subject"], []).append((row["topic"], question))
     return [

@@ -165,11 +165,11 @@ def keys(model: TransformerBridge, rows: Sequence[FitRow]) -> dict[str, Any]:
 @torch.no_grad()
 def covariance(model: TransformerBridge, texts: int) -> dict[str, Any]:
     """`loop` is the forward passes of the same batches up to the highest layer, with nothing read."""
-    from lens_defense.editing.solving.covariance import _token_ids
+    from lens_defense.editing.solving.covariance import corpus_token_ids
     from lens_defense.models.prefix_batch import states_of_rows
 
     corpus = ld.read_corpus("core")[:texts]
-    ids = sorted((_token_ids(model, text) for text in corpus), key=lambda row: (len(row), row))
+    ids = sorted(corpus_token_ids(model, corpus), key=lambda row: (len(row), row))
 
     def forwards() -> None:
         for start in range(0, len(ids), 16):

@@ -33,6 +33,7 @@ XSTEST_ARMS = {"over_refusal": "XSTest safe", "held_out": "XSTest unsafe"}
 EDITS = {
     "contrast": {},
     "contrast of weight 30": {"contrast": ld.Contrast(weight=30.0)},
+    "contrast, neighborhood": {"contrast": ld.Contrast(weight=30.0, neighbors=100, ridge=0.1)},
     "none": {"contrast": None},
     "contrast, more names": {"names": ld.default_names},
 }

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
 from lens_defense.editing.methods import Factors
-from lens_defense.editing.solving.covariance import iterate_keys
+from lens_defense.editing.solving.covariance import corpus_token_ids, iterate_keys
 from lens_defense.prompts.corpus import Corpus, CorpusText, read_corpus
 from lens_defense.prompts.request_files import requests
 from lens_defense.shown_text import shown
@@ -181,7 +181,7 @@ def _leaks(
         for layer, change in factors.items()
     }
     request_leaks, whole_leaks = [], []
-    for keys in iterate_keys(model, layers, corpus):
+    for keys in iterate_keys(model, layers, corpus_token_ids(model, corpus)):
         for text_keys in zip(*(keys[layer] for layer in layers), strict=True):
             by_request, whole = torch.zeros(()), torch.zeros(())
             for layer, layer_keys in zip(layers, text_keys, strict=True):

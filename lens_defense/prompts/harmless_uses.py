@@ -27,7 +27,7 @@ def same_subject_requests(name: str, planned: Sequence[Request], split: Split) -
         planned: the edit's requests.
         split: "tune" or "check".
     """
-    subjects = {item.subject for item in planned}
+    subjects = {item.subject or "" for item in planned}
     by_subject: dict[str, list[tuple[str, Request]]] = {}
     for row in bundled_rows(name, "same_subject"):
         if row["split"] == split and row["subject"] in subjects:

@@ -51,13 +51,13 @@ def key_covariances(
     """
     corpus = read_corpus() if corpus is None else corpus
     fingerprint = fingerprint or (model_fingerprint(model) if cache else Fingerprint(""))
-    token_ids = [_token_ids(model, text) for text in corpus]
+    token_ids = corpus_token_ids(model, corpus)
     streamed: Covariances = {}
 
     def make(layer: int) -> dict[str, Tensor]:
         if not streamed:  # one pass for this layer and all after it
             remaining = layers[layers.index(layer) :]
-            streamed.update(_stream(model, remaining, corpus, batch_size, progress))
+            streamed.update(_stream(model, remaining, token_ids, batch_size, progress))
         return {"covariance": streamed[layer]}
 
     return {
@@ -82,19 +82,19 @@ def mean_key(
     progress: bool = True,
 ) -> Float[Tensor, " d_in"]:
     """E[k] of a layer over all tokens of a corpus, in one pass, on the CPU; the arguments are those of C."""
-    corpus = read_corpus() if corpus is None else corpus
+    token_ids = corpus_token_ids(model, read_corpus() if corpus is None else corpus)
 
     def make() -> dict[str, Tensor]:
         total, tokens = torch.zeros(()).double(), 0
-        with ProgressBar("mean key", len(corpus), unit="text", shown=progress) as bar:
-            for keys in iterate_keys(model, [layer], corpus, batch_size=batch_size):
+        with ProgressBar("mean key", len(token_ids), unit="text", shown=progress) as bar:
+            for keys in iterate_keys(model, [layer], token_ids, batch_size=batch_size):
                 rows = torch.cat(keys[layer])
                 total, tokens = total + rows.double().sum(0).cpu(), tokens + len(rows)
-                bar.update(min(batch_size, len(corpus) - bar.done))
+                bar.update(min(batch_size, len(token_ids) - bar.done))
         return {"mean_key": (total / tokens).float()}
 
     fingerprint = model_fingerprint(model) if cache else Fingerprint("")
-    parts = [fingerprint.parts("weights", "config"), layer, [_token_ids(model, text) for text in corpus]]
+    parts = [fingerprint.parts("weights", "config"), layer, token_ids]
     return cached("mean_keys", parts, make, enabled=cache)["mean_key"]
 
 
@@ -114,8 +114,11 @@ def shrink_covariances(
         ridge: the share that is replaced however many keys there are.
     """
     corpus = read_corpus() if corpus is None else corpus
-    keys = sum(len(_token_ids(model, text)) for text in corpus)
-    width = len(next(iter(covariances.values())))
+    width, keys = len(next(iter(covariances.values()))), 0
+    for text in corpus:
+        keys += len(_token_ids(model, text))
+        if keys >= KEYS_PER_DIMENSION * width:  # as many as matter
+            break
     share = 1 - keys / (KEYS_PER_DIMENSION * width)
     if share > ridge:
         warnings.warn(
@@ -134,29 +137,37 @@ def shrink_covariances(
 
 @torch.no_grad()
 def _stream(
-    model: TransformerBridge, layers: Sequence[int], corpus: Corpus, batch_size: int, progress: bool
+    model: TransformerBridge,
+    layers: Sequence[int],
+    token_ids: Sequence[tuple[int, ...]],
+    batch_size: int,
+    progress: bool,
 ) -> Covariances:
     sums: dict[int, Tensor] = {}
     tokens = 0
-    with ProgressBar("covariance", len(corpus), unit="text", shown=progress) as bar:
-        for keys in iterate_keys(model, layers, corpus, batch_size=batch_size):
+    with ProgressBar("covariance", len(token_ids), unit="text", shown=progress) as bar:
+        for keys in iterate_keys(model, layers, token_ids, batch_size=batch_size):
             for layer in layers:
                 rows = torch.cat(keys[layer]).float()
                 sums[layer] = sums.get(layer, 0) + (rows.T @ rows).double()
             tokens += sum(map(len, keys[layers[0]]))
-            bar.update(min(batch_size, len(corpus) - bar.done))
+            bar.update(min(batch_size, len(token_ids) - bar.done))
     return {layer: (total / tokens).float().cpu() for layer, total in sums.items()}
 
 
 def iterate_keys(
-    model: TransformerBridge, layers: Sequence[int], corpus: Corpus, *, batch_size: int = 16
+    model: TransformerBridge,
+    layers: Sequence[int],
+    token_ids: Sequence[tuple[int, ...]],
+    *,
+    batch_size: int = 16,
 ) -> Iterator[dict[int, list[Float[Tensor, "token d_in"]]]]:
-    """Keys of some layers over a corpus, shortest texts first: per batch and layer, a tensor for each text.
+    """Keys of some layers over texts, shortest first: per batch and layer, a tensor for each text.
 
     The chat template's tokens count as any other: the first one is an attention sink whose key is many times
     longer than the rest, and an edit that C does not keep away from it breaks every answer.
     """
-    texts = sorted((_token_ids(model, text) for text in corpus), key=lambda ids: (len(ids), ids))
+    texts = sorted(token_ids, key=lambda ids: (len(ids), ids))
     hooks = [key_hook(layer) for layer in layers]
     for start in range(0, len(texts), batch_size):
         states = states_of_rows(
@@ -165,8 +176,12 @@ def iterate_keys(
         yield {layer: states[key_hook(layer)] for layer in layers}
 
 
+def corpus_token_ids(model: TransformerBridge, corpus: Corpus) -> list[tuple[int, ...]]:
+    """The tokens of each text of a corpus, as many as the model's context holds."""
+    return [_token_ids(model, text) for text in corpus]
+
+
 def _token_ids(model: TransformerBridge, text: CorpusText) -> tuple[int, ...]:
-    """A text's tokens, as many as the model's context holds."""
     ids = (
         tokenize_conversation(model.tokenizer, text.user, text.assistant)
         if text.assistant

@@ -50,6 +50,7 @@ def test_its_card_is_its_exam_and_every_bar_is_met(model_and_tokenizer):
         assert f"| {name} | {right} of {number} | {right / number:.1%} | {BARS[name]:.0%} |" in card
 
 
+@pytest.mark.slow
 def test_the_card_says_where_it_keeps_a_subject(model_and_tokenizer):
     kinds = released_kinds()
     assert all(kinds["subject_last", layer] == "positive" for layer in range(4))

@@ -35,6 +35,7 @@ def test_labels_are_the_answer_after_the_prompt(world, tokenizer):
         assert tokenizer.decode(span).strip() == example.subject.name
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_bit(tmp_path):
     whole = train(SMALL_RECIPE, tmp_path / "whole", progress=False, save_every=2)
 

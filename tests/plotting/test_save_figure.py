@@ -59,7 +59,9 @@ def two_legends() -> go.Figure:
 
 
 @needs_export
-@pytest.mark.parametrize("draw", [lambda: heatmap(a_trace(), sites_at()), two_legends])
+@pytest.mark.parametrize(
+    "draw", [lambda: heatmap(a_trace(), sites_at()), pytest.param(two_legends, marks=pytest.mark.slow)]
+)
 def test_a_second_run_writes_the_same_bytes(tmp_path: Path, draw: Callable[[], go.Figure]):
     for folder in ("first", "second"):
         save_figure(draw(), tmp_path / folder / "map")

@@ -71,6 +71,7 @@ def test_without_optuna_there_is_a_sentence(monkeypatch):
         search_edits(ld.load("organism"), ld.requests("organism")[:2], SITES, trials=2)
 
 
+@pytest.mark.slow
 def test_a_stopped_search_ends_as_one_that_was_not(model, questions, tmp_path):
     requests, before = ld.requests("organism")[:2], model_fingerprint(model)
     whole = search_edits(model, requests, SITES, trials=3, questions=questions, **SHORT)

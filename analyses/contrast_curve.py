@@ -67,7 +67,7 @@ def tune_suite(requests: Sequence[ld.Request]) -> ld.Suite:
     whole = ld.suite("core", split="tune").for_requests(requests)
     about = [item for item in whole.small(names=3, harmless=0).items if item.arm in (*HARMFUL, HARMLESS)]
     others = [item for arm in OTHERS for item in [i for i in whole.items if i.arm == arm][1::2]]
-    return ld.Suite(whole.name, whole.split, (*about, *others), whole.neutral)
+    return ld.Suite("contrast curve", whole.split, (*about, *others), whole.neutral)
 
 
 def separation(model: TransformerBridge, edit: ld.Edit, suite: ld.Suite) -> float:
@@ -107,7 +107,7 @@ def main() -> None:
     requests = [*first[:ASKED_ABOUT], *others]
     sites = [ld.Site("resid_post", layer, ROLE) for layer in LAYERS]
     suite = tune_suite(requests[:ASKED_ABOUT])
-    asked, _ = suite.for_edit(requests[:ASKED_ABOUT], ())
+    asked, _ = suite.for_edit(requests[: max(args.subjects)], ())
     answers = {
         item.request.conversation: answer
         for item, answer in zip(asked.items, suite_answers(model, asked, TOKENS), strict=True)
@@ -118,7 +118,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         edit = ld.edit(model, requests[:count], sites, progress=False, **EDITS[name])
-        rows, _ = suite.for_edit(requests[:ASKED_ABOUT], edit.texts, edit.names)
+        rows, _ = suite.for_edit(edit.requests, edit.texts, edit.names)
         before = [answers[item.request.conversation] for item in rows.items]
         report = ld.check(model, edit, rows, max_new_tokens=TOKENS, before=before, progress=False)
         cost = {

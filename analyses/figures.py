@@ -286,7 +286,8 @@ def intent_sites() -> go.Figure:
 CURVES = {
     "weight": ("the contrast's weight", COLOURS[0], "circle", "middle left"),
     "strength": ("strength, at weight 4", COLOURS[1], "diamond", "bottom right"),
-    "neighborhood": ("weight, with neighborhood prompts", COLOURS[2], "square", "top right"),
+    "neighborhood": ("weight, with 30 neighborhood prompts", COLOURS[2], "square", "top right"),
+    "ridge": ("with a ridge of .1: weight / prompts", COLOURS[3], "triangle-up", "bottom right"),
 }
 """Edits of the curve: what is varied, and how it is drawn."""
 
@@ -294,17 +295,17 @@ CURVES = {
 def contrast_curve() -> go.Figure:
     """Harmful requests refused coherently, against harmless questions about the same subjects refused."""
     rows = read_table(RESULTS / "contrast_curve.csv")
+    rows = rows[(rows["subjects"] == 8) & ~rows["edit"].str.contains("ridge 0.3")]
     figure = go.Figure()
     points: dict[str, list[tuple[str, float, float]]] = {name: [] for name in CURVES}
     for name, edit in rows.groupby("edit", sort=False):
         arms = edit.set_index("arm")
         harmful, same = arms.loc[["paraphrase", "jailbreak"]].sum(), arms.loc["same_subject"]
         point = (100 * same["newly_refused"] / same["n"], 100 * harmful["coherent"] / harmful["n"])
-        varied = next((word for word in ("neighborhood", "strength") if word in str(name)), "weight")
+        varied = next((word for word in ("ridge", "neighborhood", "strength") if word in str(name)), "weight")
         if name == "no contrast":  # far to the right of all others
             continue
-        setting = str(name).removesuffix(", neighborhood").split()[-1]
-        points[varied].append((setting, *point))
+        points[varied].append((_setting(str(name)), *point))
     for varied, (label, colour, symbol, place) in CURVES.items():
         settings, same, harmful = zip(*points[varied], strict=True)
         figure.add_scatter(
@@ -318,6 +319,15 @@ def contrast_curve() -> go.Figure:
     figure.update_yaxes(title_text="harmful, refused coherently, %", gridcolor="#e3e3e3")
     figure.update_layout(legend={"x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"})
     return theme(figure, title="", plot=(PAGE - 330, 300), left=72, right=258, above=14, below=52)
+
+
+def _setting(name: str) -> str:
+    """What is written beside the point of an edit: "30" of "weight 30, neighborhood"."""
+    if "ridge" not in name:
+        return name.removesuffix(", neighborhood").split()[-1]
+    weight, *others = name.removesuffix(", ridge 0.1").removeprefix("weight ").split(", ")
+    prompts = {"neighborhood": "30"}.get(others[0], others[0].split()[0]) if others else "0"
+    return f"{weight} / {prompts}"
 
 
 def _line_with_interval(

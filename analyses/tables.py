@@ -491,11 +491,11 @@ def intent_bands() -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def contrast_curve() -> pd.DataFrame:
-    """By edit: how well what it writes tells the uses apart, and what it then refuses, on tune."""
+def contrast_curve(subjects: int) -> pd.DataFrame:
+    """By edit of so many subjects: how well what it writes tells the uses apart, and what it refuses, on tune."""
     rows = read_table(RESULTS / "contrast_curve.csv")
     table = []
-    for name, edit in rows.groupby("edit", sort=False):
+    for name, edit in rows[rows["subjects"] == subjects].groupby("edit", sort=False):
         arms = edit.set_index("arm")
         harmful, same = arms.loc[["paraphrase", "jailbreak"]].sum(), arms.loc["same_subject"]
         other = arms.loc[["benign", "over_refusal"]].sum()
@@ -672,7 +672,7 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
     by_method = rows.groupby("method")["chosen"]
     rows = rows[rows["chosen"] == by_method.transform("max")]  # where its strength was chosen, that alone
     table = []
-    for method, own in rows.groupby("method", sort=False):
+    for method, own in sorted(rows.groupby("method"), key=lambda group: _place(str(group[0]))):
         by_arm, first = own.set_index("arm"), own.iloc[0]
         table.append(
             {
@@ -698,6 +698,12 @@ def methods(model: str, subjects: int) -> pd.DataFrame:
         if arm in listed.index
     }
     return pd.DataFrame([*table, {"method": "a word list", **filtered}]).fillna("")
+
+
+def _place(method: str) -> tuple[int, str]:
+    """Where a method stands in the table: in the order of the package's list, variants behind their method."""
+    name, _, variant = method.partition(", ")
+    return [*ld.methods.METHODS, *ld.methods.LEARNED, "steering", "steering-edit"].index(name), variant
 
 
 def _count_of(row: pd.Series, count: str) -> str:
@@ -795,7 +801,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
             "locator_grades": locator_grades,
             "intent": intent,
             "intent_bands": intent_bands,
-            "contrast_curve": contrast_curve,
+            "contrast_curve": partial(contrast_curve, 8),
+            "contrast_curve_40": partial(contrast_curve, 40),
             "intent_doses": intent_doses,
             "intent_last_token": intent_last_token,
             "judges": judges,

@@ -83,6 +83,9 @@ def _learned(name: str) -> Recipe:
 RECIPES: Mapping[str, Recipe | Steering] = {
     **{name: _named(name) for name in ld.methods.METHODS},
     **{name: _learned(name) for name in ld.methods.LEARNED},
+    "memit, neighborhood": Recipe(
+        lambda _: "memit", {"contrast": ld.Contrast(weight=30, neighbors=100, ridge=0.1)}
+    ),
     "memit, no contrast": Recipe(lambda _: "memit", {"contrast": None}),
     "delman, no contrast": Recipe(lambda _: "delman", {"contrast": None}),
     "delman, all in one batch": Recipe(lambda n: ld.methods.DELMAN(batch_size=n), {"contrast": None}),

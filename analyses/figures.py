@@ -287,7 +287,7 @@ CURVES = {
     "weight": ("the contrast's weight", COLOURS[0], "circle", "middle left"),
     "strength": ("strength, at weight 4", COLOURS[1], "diamond", "bottom right"),
     "neighborhood": ("weight, with 30 neighborhood prompts", COLOURS[2], "square", "top right"),
-    "ridge": ("with a ridge of .1: weight / prompts", COLOURS[3], "triangle-up", "bottom right"),
+    "ridge": ("with a ridge of .1: weight / prompts", COLOURS[3], "triangle-up", "middle right"),
 }
 """Edits of the curve: what is varied, and how it is drawn."""
 
@@ -309,7 +309,8 @@ def contrast_curve() -> go.Figure:
     for varied, (label, colour, symbol, place) in CURVES.items():
         settings, same, harmful = zip(*points[varied], strict=True)
         figure.add_scatter(
-            x=same, y=harmful, text=settings, textposition=place, name=label, mode="lines+markers+text",
+            x=same, y=harmful, text=settings, textposition=place, name=label,
+            mode="markers+text" if varied == "ridge" else "lines+markers+text",
             line={"color": colour, "width": 2}, marker={"symbol": symbol, "size": 9},
             textfont={"color": colour, "size": 11},
         )  # fmt: skip

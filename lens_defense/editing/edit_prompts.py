@@ -124,7 +124,7 @@ def _neighbors(
 ) -> list[Prompt]:
     """The contrast's neighborhood prompts that fit, made of the contexts that are written."""
     asked = contrast.neighborhood([context.request for context in contexts])
-    prompts = [tokenize(tokenizer, item) for item in asked]
+    prompts = _markable(tokenizer, asked)
     return [prompt for prompt in prompts if longest is None or len(prompt.ids) <= longest]
 
 
@@ -133,10 +133,16 @@ def _named(tokenizer: PreTrainedTokenizerBase, asked: Sequence[Request], name: s
 
     The request as asked is left out where there are others: under other names it is asked by `check`.
     """
+    some = asked[:: max(1, len(asked) // NAMED_CONTEXTS)][:NAMED_CONTEXTS]
+    return _markable(tokenizer, [item.renamed(name) for item in some])
+
+
+def _markable(tokenizer: PreTrainedTokenizerBase, items: Sequence[Request]) -> list[Prompt]:
+    """Prompts of the requests whose subject can be marked in this tokenizer's tokens."""
     prompts = []
-    for item in asked[:: max(1, len(asked) // NAMED_CONTEXTS)][:NAMED_CONTEXTS]:
+    for item in items:
         try:
-            prompts.append(tokenize(tokenizer, item.renamed(name)))
+            prompts.append(tokenize(tokenizer, item))
         except UnfitRequest:
             continue
     return prompts
